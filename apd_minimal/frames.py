@@ -1,0 +1,159 @@
+"""Figures that a reader moves: pre-rendered frames where there is no kernel, live widgets where there is one."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+from collections.abc import Callable, Sequence
+from html import escape
+from typing import Any
+
+import matplotlib.pyplot as plt
+from IPython.display import HTML, display
+from matplotlib.figure import Figure
+
+STATIC = "APD_STATIC"  # set in the environment while the book's outputs are made: they must not hold live widgets
+
+# The handlers stand in the elements themselves: no ids that could clash, nothing to load, and they work wherever
+# the output's HTML is shown, in a page from a file too.
+SHOW = """\
+const box = this.closest('.apd-frames');
+box.querySelectorAll('img').forEach((img, i) => img.style.display = i == this.value ? '' : 'none');
+box.querySelector('output').value = this.dataset.values.split('|')[this.value];
+"""
+PLAY = """\
+const box = this.closest('.apd-frames'), range = box.querySelector('input');
+const stop = () => { clearInterval(box.timer); box.timer = null; this.textContent = '▶ play'; };
+if (box.timer) { stop(); return; }
+if (range.value == range.max) range.value = -1;
+this.textContent = '❚❚ stop';
+box.timer = setInterval(() => {
+  range.value = +range.value + 1;
+  range.dispatchEvent(new Event('input'));
+  if (range.value == range.max || !box.isConnected) stop();
+}, 350);
+"""
+
+
+def _data_uri(figure: Figure, kind: str) -> str:
+    """The figure as a data URI, the same bytes each time; the figure is closed."""
+    file = io.BytesIO()
+    if kind == "svg":
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    else:
+        figure.savefig(file, format="webp", dpi=160)
+    plt.close(figure)
+    mime = "image/svg+xml" if kind == "svg" else "image/webp"
+    return f"data:{mime};base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def static(
+    draw: Callable[[Any], Figure],
+    values: Sequence[Any],
+    *,
+    label: str,
+    alt: Callable[[Any], str],
+    caption: str,
+    start: int = 0,
+    kind: str = "svg",
+) -> HTML:
+    """Renders one frame for each value, and a slider with a play button to move through them. Needs no kernel.
+
+    Args:
+        draw: makes the figure for one value. All frames should have one size, so that nothing jumps.
+        values: what the slider moves through, at least 2.
+        label: the slider's name.
+        alt: what a frame shows, in words, for one value.
+        caption: what the figure as a whole shows.
+        start: index of the frame shown first.
+        kind: "svg", or "webp" for dense scatter.
+
+    Returns:
+        HTML: the frames and their control.
+
+    Raises:
+        ValueError: if there are fewer than 2 values, ``start`` is out of range, ``kind`` is unknown, or an alt text
+            is empty.
+    """
+    if len(values) < 2:
+        raise ValueError(f"a slider needs at least 2 values, got {len(values)}")
+    if not 0 <= start < len(values):
+        raise ValueError(f"start is {start}; expected 0 to {len(values) - 1}")
+    if kind not in ("svg", "webp"):
+        raise ValueError(f"kind is {kind!r}; expected 'svg' or 'webp'")
+    images = []
+    for i, value in enumerate(values):
+        if not (words := alt(value).strip()):
+            raise ValueError(f"no alt text for the frame at {label} = {value}")
+        hidden = "" if i == start else ' style="display: none"'
+        images.append(f'<img class="dark-light" src="{_data_uri(draw(value), kind)}" alt="{escape(words)}"{hidden}>')
+    shown = [str(value).replace("|", "/") for value in values]
+    return HTML(
+        '<figure class="apd-frames">\n' + "\n".join(images) + "\n"
+        '<div class="apd-frames-control" style="display: flex; gap: 0.8em; align-items: center; max-width: 32em">'
+        f'<button type="button" onclick="{escape(PLAY)}">▶ play</button>'
+        f'<label style="display: flex; flex: 1; gap: 0.6em; min-width: 0">{escape(label)} '
+        f'<input type="range" style="flex: 1; min-width: 0" min="0" max="{len(values) - 1}" value="{start}" '
+        f'autocomplete="off" data-values="{escape("|".join(shown))}" oninput="{escape(SHOW)}"></label>'
+        f'<output style="min-width: 3.5em">{escape(shown[start])}</output></div>\n'
+        f"<figcaption>{escape(caption)}</figcaption>\n</figure>"
+    )
+
+
+def live(draw: Callable[[Any], Figure], values: Sequence[Any], *, label: str, start: int = 0) -> Any:
+    """The same figure with an ipywidgets slider: every move calls ``draw`` again. Needs a running kernel.
+
+    Args:
+        draw: makes the figure for one value.
+        values: what the slider moves through.
+        label: the slider's name.
+        start: index of the value shown first.
+
+    Returns:
+        ipywidgets.VBox: the slider above its figure.
+    """
+    import ipywidgets
+
+    def show(value: Any) -> None:
+        figure = draw(value)
+        display(figure)
+        plt.close(figure)
+
+    control = ipywidgets.SelectionSlider(
+        options=[(str(value), value) for value in values],
+        index=start,
+        description=label,
+        continuous_update=False,
+        style={"description_width": "initial"},
+    )
+    return ipywidgets.VBox([control, ipywidgets.interactive_output(show, {"value": control})])
+
+
+def slider(
+    draw: Callable[[Any], Figure],
+    values: Sequence[Any],
+    *,
+    label: str,
+    alt: Callable[[Any], str],
+    caption: str,
+    start: int = 0,
+    kind: str = "svg",
+) -> Any:
+    """The figure to move in a chapter: :func:`live` in JupyterLab or Colab, :func:`static` in the stored outputs.
+
+    Args:
+        draw: makes the figure for one value.
+        values: what the slider moves through, at least 2.
+        label: the slider's name.
+        alt: what a frame shows, in words, for one value.
+        caption: what the figure as a whole shows.
+        start: index of the frame shown first.
+        kind: "svg", or "webp" for dense scatter.
+
+    Returns:
+        HTML: the frames; in a live kernel a widget instead.
+    """
+    if os.environ.get(STATIC):
+        return static(draw, values, label=label, alt=alt, caption=caption, start=start, kind=kind)
+    return live(draw, values, label=label, start=start)

@@ -1,0 +1,71 @@
+"""Measured numbers for the prose, and verdicts on claims, as outputs that the built book reads.
+
+The book's pages take both from the outputs stored in the notebooks. Nothing here needs the book's tools, so a
+notebook runs the same in Colab.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from IPython.display import display
+
+GLUE_PREFIX = "application/papermill.record/"  # what myst-nb's glue looks for, and what no notebook shows
+CLAIM = "apd_claim"  # key in an output's metadata
+VERDICTS = ("holds", "holds within limits", "does not hold", "cannot be tested here")
+
+
+def _plain(value: Any, digits: int) -> Any:
+    """A Python value for a number, with floats rounded to significant digits: repr(np.float64(1)) is no number."""
+    if hasattr(value, "item"):  # numpy scalar, or a tensor or array with one entry
+        value = value.item()
+    return float(f"{value:.{digits}g}") if isinstance(value, float) else value
+
+
+def glue(name: str, value: Any, digits: int = 4) -> None:
+    """Stores a value under a name, for ``{glue:text}`` in the prose. Shows nothing in the notebook.
+
+    Args:
+        name: unique within its notebook.
+        value: number, bool or text; a tensor or array with one entry counts as a number.
+        digits: significant digits kept of a float. Digits that differ between machines make stored outputs differ.
+
+    Raises:
+        TypeError: if the value is none of these.
+    """
+    value = _plain(value, digits)
+    if not isinstance(value, (bool, int, float, str)):
+        raise TypeError(f"glue({name!r}, ...) got a {type(value).__name__}; expected a number, a bool or text")
+    display(
+        {GLUE_PREFIX + "text/plain": repr(value)},
+        raw=True,
+        metadata={"scrapbook": {"name": name, "mime_prefix": GLUE_PREFIX}},
+    )
+
+
+def claim(number: int, verdict: str, finding: str, **numbers: float | int | str | bool) -> None:
+    """Settles a claim of the ledger: shows the verdict in the notebook, and stores it for the ledger page.
+
+    Args:
+        number: the claim's number in the ledger.
+        verdict: one of ``VERDICTS``.
+        finding: one sentence on what was measured, with ``{name}`` where a number belongs (``{name:.3f}`` formats).
+            Say over how many seeds.
+        **numbers: the measured values, each named once in ``finding``.
+
+    Raises:
+        ValueError: if the verdict is unknown, a number is missing from the sentence, or the sentence names one that
+            was not given.
+    """
+    if verdict not in VERDICTS:
+        raise ValueError(f"verdict {verdict!r} for claim {number}; expected one of {', '.join(map(repr, VERDICTS))}")
+    values = {name: _plain(value, 4) for name, value in numbers.items()}
+    unused = [name for name in values if "{" + name not in finding]
+    if unused:
+        raise ValueError(f"claim {number}: the finding does not mention {', '.join(unused)}")
+    try:
+        sentence = finding.format(**values)
+    except (KeyError, IndexError) as error:
+        raise ValueError(f"claim {number}: the finding names {error}, which was not given") from None
+    record = {"number": number, "verdict": verdict, "finding": sentence, "numbers": values}
+    display({"text/plain": f"Claim {number}: {verdict}. {sentence}"}, raw=True, metadata={CLAIM: record})
