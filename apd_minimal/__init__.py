@@ -1,0 +1,16 @@
+"""Attribution-based Parameter Decomposition (APD), compact and for any network.
+
+    import apd_minimal as apd
+    target = apd.targets.TMS(n_features=5, d_hidden=2).fit(seed=0)
+    result = apd.decompose(target, target.data(), target.weights, n_components=5, top_k=0.211)
+    print(apd.metrics.ownership(result.components, target.mechanisms()))
+"""
+
+from . import attributions, data, losses, metrics, rules, store, targets, topk
+from .algorithm import NonFiniteLoss, decompose
+from .components import Components
+from .config import Config
+from .decomposition import Decomposition
+from .gates import Network
+
+__version__ = "0.1.0"

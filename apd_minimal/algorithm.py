@@ -1,0 +1,301 @@
+"""The algorithm: `decompose` learns components by gradient descent on APD's losses (chapter 6)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from . import store
+from .attributions import gradient
+from .components import Components
+from .config import Config, at_progress
+from .data import Batches
+from .decomposition import Decomposition, fingerprint
+from .gates import Network
+from .losses import DIVERGENCES, Divergence, faithfulness, minimality, simplicity
+from .topk import batch_top_k, sample_top_k
+
+Attribution = Callable[[Network, Components, Tensor], Tensor]
+HELD_OUT_BATCHES = 4
+
+
+class NonFiniteLoss(ArithmeticError):
+    """A loss became NaN or infinite. Its `result` is the last good state, marked unfinished."""
+
+    def __init__(self, message: str, result: Decomposition) -> None:
+        super().__init__(message)
+        self.result = result
+
+
+def decompose(
+    target: nn.Module,
+    batches: Batches,
+    weights: Sequence[str],
+    n_components: int,
+    top_k: float,
+    *,
+    output: Callable[[Any], Tensor] | None = None,
+    divergence: str | Divergence = "mse",
+    hidden: Sequence[str] = (),
+    attribution: Attribution | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: int = 500,
+    watch: Callable[[int, Components], None] | None = None,
+    progress: bool = True,
+    **settings: Any,
+) -> Decomposition:
+    """Decompose a network's weights into components that sum to them, few and simple on every input.
+
+    Args:
+        target: any network with weights of known kinds; it is left exactly as it is.
+        batches: batches(step, generator) gives the inputs [B, ...] of a step; all randomness from the generator.
+        weights: parameter paths such as "encode.weight".
+        n_components: C; more than the mechanisms you expect.
+        top_k: mean number of active components per sample.
+        output: picks the outputs that count, [B, ...], from what the target returns.
+        divergence: "mse", "kl" (of softmax over the last axis) or (outputs, wanted) -> [..., B].
+        hidden: modules whose outputs the sparse forward pass must match too, weighted by `hidden_weight`.
+        attribution: (network, components, x) -> [..., B, C]; None takes exact gradient attributions.
+        checkpoint: a file from which an interrupted run of the same settings resumes, bit for bit.
+        checkpoint_every: steps between checkpoints.
+        watch: called as watch(step, components) at every logged step.
+        progress: show a progress bar with the losses.
+        **settings: any field of `Config`.
+
+    Returns:
+        Decomposition: the restart with the smallest held-out sparse reconstruction error. After Ctrl-C, the
+        state so far, marked unfinished.
+
+    Raises:
+        KeyError, TypeError, ValueError: input that does not fit; the message names what was given and expected.
+        NonFiniteLoss: a loss became NaN or infinite.
+        StoreError: the checkpoint is damaged, or belongs to other settings or another target.
+    """
+    config = Config.from_dict({"n_components": n_components, "top_k": top_k, **settings})
+    config.check()
+    if isinstance(divergence, str) and divergence not in DIVERGENCES:
+        raise ValueError(f"divergence must be one of {list(DIVERGENCES)} or a function, got {divergence!r}")
+    run = _Run(
+        Network(target, weights, output, hidden),
+        batches,
+        config,
+        DIVERGENCES[divergence] if isinstance(divergence, str) else divergence,
+        attribution,
+    )
+    run.network.check(run.inputs(0, torch.Generator().manual_seed(config.seed)))
+    if checkpoint is not None and Path(checkpoint).exists():
+        run.resume(checkpoint)
+    finished = False
+    bar = tqdm(total=config.steps, initial=run.step, disable=not progress, unit="step")
+    try:
+        while run.step < config.steps:
+            losses = run.advance()
+            bar.update()
+            if run.logs(run.step - 1):
+                bar.set_postfix({name: f"{min(values):.1e}" for name, values in losses.items()})
+                if watch is not None:
+                    watch(run.step - 1, run.components.map(Tensor.detach))
+            if checkpoint is not None and (run.step % checkpoint_every == 0 or run.step == config.steps):
+                run.save(checkpoint)
+        finished = True
+    except KeyboardInterrupt:
+        pass
+    finally:
+        bar.close()
+    return run.result(finished)
+
+
+class _Run:
+    """The state of a run: components, optimiser, generator, history."""
+
+    def __init__(
+        self,
+        network: Network,
+        batches: Batches,
+        config: Config,
+        divergence: Divergence,
+        attribution: Attribution | None,
+    ) -> None:
+        self.network, self.batches, self.config, self.divergence = network, batches, config, divergence
+        self.attribution = attribution or self._gradient
+        self.generator = torch.Generator().manual_seed(config.seed)
+        weight = next(iter(network.weights.values()))
+        components = Components.random(
+            network.shapes,
+            config.n_components,
+            config.rank,
+            config.restarts,
+            config.init_scale,
+            self.generator,
+            weight.device,
+        )
+        self.components = components.map(lambda t: t.to(weight.dtype).requires_grad_())
+        # The fused kernel updates all factors in one call, so that Ctrl-C cannot fall in between.
+        self.optimiser = torch.optim.Adam(self.components.parameters(), lr=config.lr, fused=True)
+        self.step = 0
+        self.history: dict[str, list[Any]] = {"step": []}
+        self.good = self.components.map(lambda t: t.detach().clone())
+
+    def _gradient(self, network: Network, components: Components, x: Tensor) -> Tensor:
+        return gradient(
+            network, components, x, at=self.config.attribute_at, per_position=self.config.per_position
+        )
+
+    def inputs(self, step: int, generator: torch.Generator) -> Tensor:
+        """The inputs of one step, checked."""
+        x = self.batches(step, generator)
+        if not isinstance(x, Tensor) or x.ndim == 0 or len(x) == 0:
+            given = f"{type(x).__name__} of shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"batches(step={step}) must give a tensor [B, ...] with B at least 1, got a {given}")
+        if x.is_floating_point() and not torch.isfinite(x).all():
+            raise ValueError(f"batches(step={step}) gave NaN or infinite inputs")
+        return x.to(self.components.parameters()[0].device)
+
+    def mask(self, x: Tensor) -> Tensor:
+        """Which components are active: [R, B, (positions,) C]."""
+        scores = self.attribution(self.network, self.components.map(Tensor.detach), x)
+        config = self.config
+        expected = [config.restarts, len(x), config.n_components]
+        if [*scores.shape[:2], scores.shape[-1]] != expected:
+            raise ValueError(f"attributions must be {expected}, got {list(scores.shape)}")
+        if config.per_sample:
+            return sample_top_k(scores, config.top_k)
+        return batch_top_k(scores.flatten(1, -2), config.top_k).reshape(scores.shape)
+
+    def logs(self, step: int) -> bool:
+        """Is this step logged? About two hundred are, and the last."""
+        return step % max(1, self.config.steps // 200) == 0 or step == self.config.steps - 1
+
+    def losses(self, x: Tensor, t: float) -> dict[str, tuple[float, Tensor]]:
+        """Each loss that is in force at progress t, with its weight: name -> (weight, [R])."""
+        config = self.config
+        weight = {name: at_progress(getattr(config, name), t) for name in config.schedules}
+        if t >= 1 - config.polish:
+            weight["simplicity"] = 0.0
+        wanted_hidden: list[Tensor] = []
+        sparse_hidden: list[Tensor] = []
+        with torch.no_grad():
+            wanted = self.network(x, activations=wanted_hidden)
+            mask = self.mask(x)
+        outputs = self.network(x, self.components, mask, activations=sparse_hidden)
+        terms = {
+            "faithfulness": faithfulness(self.components, self.network.weights),
+            "minimality": minimality(outputs, wanted, self.divergence),
+        }
+        if weight["simplicity"]:
+            terms["simplicity"] = simplicity(self.components, mask, config.p)
+        if weight["hidden"]:
+            pairs = zip(sparse_hidden, wanted_hidden, strict=True)
+            terms["hidden"] = torch.stack([minimality(sparse, full) for sparse, full in pairs]).sum(0)
+        if weight["scrub"]:
+            coin = torch.rand(mask.shape, generator=self.generator).to(mask) < 0.5
+            scrubbed = self.network(x, self.components, torch.maximum(mask, coin.to(mask)))
+            terms["scrub"] = minimality(scrubbed, wanted, self.divergence)
+        return {name: (weight[name], value) for name, value in terms.items()}
+
+    def advance(self) -> dict[str, list[float]]:
+        """One step; gives the losses of each restart."""
+        config, t = self.config, self.step / self.config.steps
+        losses = self.losses(self.inputs(self.step, self.generator), t)
+        values = {name: value.detach().tolist() for name, (_, value) in losses.items()}
+        for name, per_restart in values.items():
+            if not all(map(_is_finite, per_restart)):
+                raise NonFiniteLoss(
+                    f"step {self.step}: the {name} loss is {per_restart}; the last good state is in .result",
+                    self.result(finished=False, components=self.good),
+                )
+        if self.logs(self.step):
+            self.history["step"].append(self.step)
+            for name in ("faithfulness", "minimality", "simplicity", "hidden", "scrub"):
+                if name in values or name in self.history:
+                    row = values.get(name, [None] * config.restarts)
+                    self.history.setdefault(name, []).append(row)
+            self.good = self.components.map(lambda p: p.detach().clone())
+        total = torch.stack([weight * value.sum() for weight, value in losses.values()]).sum()
+        parameters = self.components.parameters()
+        for p, g in zip(parameters, torch.autograd.grad(total, parameters), strict=True):
+            p.grad = g
+        self.optimiser.param_groups[0]["lr"] = config.lr_at(t)
+        self.optimiser.step()
+        if config.unit_norm:
+            self._unit_norm()
+        self.step += 1
+        return values
+
+    @torch.no_grad()
+    def _unit_norm(self) -> None:
+        """Keep A's columns at unit length; B takes the length, so that the components stay what they are."""
+        for path, a in self.components.A.items():
+            length = a.norm(dim=-2, keepdim=True).clamp_min(1e-12)
+            a.div_(length)
+            self.components.B[path].mul_(length.transpose(-2, -1))
+
+    @torch.no_grad()
+    def result(self, finished: bool, components: Components | None = None) -> Decomposition:
+        """Choose among the restarts by the sparse reconstruction error on held-out batches."""
+        everything = (components or self.components).map(lambda t: t.detach().clone())
+        current, self.components = self.components, everything
+        generator = torch.Generator().manual_seed(self.config.seed + 1_000_003)
+        scores = torch.zeros(self.config.restarts)
+        for step in range(HELD_OUT_BATCHES):
+            x = self.inputs(step, generator)
+            outputs = self.network(x, everything, self.mask(x))
+            scores += minimality(outputs, self.network(x), self.divergence).cpu() / HELD_OUT_BATCHES
+        self.components = current
+        chosen = int(scores.nan_to_num(torch.inf).argmin())
+        return Decomposition(
+            components=everything.restart(chosen),
+            config=self.config,
+            history=self.history,
+            scores=scores.tolist(),
+            chosen=chosen,
+            finished=finished,
+            fingerprint=fingerprint(self.network.weights),
+            restarts=everything,
+        )
+
+    def _named_state(self) -> dict[str, Tensor]:
+        """Every tensor on which the rest of the run depends, by name."""
+        tensors = {"generator": self.generator.get_state()}
+        for i, p in enumerate(self.components.parameters()):
+            tensors[f"factor.{i}"] = p.detach()
+            for name, value in self.optimiser.state[p].items():
+                tensors[f"adam.{i}.{name}"] = value
+        return tensors
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a checkpoint."""
+        store.write_tensors(path, "checkpoint", self._named_state(), {"step": self.step, **self._facts()})
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "config": asdict(self.config),
+            "fingerprint": fingerprint(self.network.weights),
+            "history": self.history,
+        }
+
+    def resume(self, path: str | os.PathLike[str]) -> None:
+        """Take up the state of a checkpoint."""
+        tensors, facts = store.read_tensors(path, "checkpoint")
+        if Config.from_dict(facts["config"]) != self.config:
+            raise store.StoreError(f"{path} belongs to a run with other settings: {facts['config']}")
+        if facts["fingerprint"] != fingerprint(self.network.weights):
+            raise store.StoreError(f"{path} belongs to a run on another target")
+        self.step, self.history = facts["step"], facts["history"]
+        self.generator.set_state(tensors["generator"])
+        for i, p in enumerate(self.components.parameters()):
+            p.data.copy_(tensors[f"factor.{i}"])
+            names = [key.rpartition(".")[2] for key in tensors if key.startswith(f"adam.{i}.")]
+            self.optimiser.state[p] = {name: tensors[f"adam.{i}.{name}"].to(p.device) for name in names}
+        self.good = self.components.map(lambda t: t.detach().clone())
+
+
+def _is_finite(value: float) -> bool:
+    return abs(value) < float("inf")

@@ -1,0 +1,178 @@
+"""Parameter components: C vectors in parameter space, stored as low-rank factors.
+
+A component P_c holds one matrix for each decomposed weight, P_c[path] = A_c[path] @ B_c[path].
+Chapter 3 (parameter space) introduces the flattened view and the factors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Components:
+    """C parameter components, factorised, for each decomposed weight.
+
+    A decomposed weight is seen as a matrix [d_in, d_out] that multiplies rows of inputs. Several
+    independent decompositions can be stacked on a leading axis of `restarts`.
+
+    Attributes:
+        A: per parameter path, the left factors [C, d_in, m] (or [restarts, C, d_in, m]).
+        B: per parameter path, the right factors [C, m, d_out] (or [restarts, C, m, d_out]).
+
+    Raises:
+        ValueError: if the paths or the shapes of A and B do not fit together.
+    """
+
+    A: dict[str, Tensor]
+    B: dict[str, Tensor]
+
+    def __post_init__(self) -> None:
+        if not self.A or self.A.keys() != self.B.keys():
+            raise ValueError(
+                f"A and B need the same parameter paths, at least one: got {list(self.A)} and {list(self.B)}"
+            )
+        lead = {self.A[path].shape[:-2] for path in self.A}
+        for path, a in self.A.items():
+            b = self.B[path]
+            if a.ndim not in (3, 4) or a.shape[:-2] != b.shape[:-2] or a.shape[-1] != b.shape[-2]:
+                raise ValueError(
+                    f"{path}: A must be [C, d_in, m] and B [C, m, d_out] (with an optional leading axis of "
+                    f"restarts), got {list(a.shape)} and {list(b.shape)}"
+                )
+        if len(lead) != 1:
+            raise ValueError(f"every path needs the same number of components, got {sorted(map(list, lead))}")
+
+    @classmethod
+    def random(
+        cls,
+        shapes: Mapping[str, tuple[int, int]],
+        n_components: int,
+        rank: int | None = None,
+        restarts: int | None = None,
+        scale: float = 1.0,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+    ) -> Components:
+        """Gaussian factors, so small that the sum starts near zero.
+
+        Args:
+            shapes: per parameter path, (d_in, d_out).
+            n_components: C.
+            rank: m, the inner size of the factors; None means full rank, min(d_in, d_out) of each weight.
+            restarts: number of independent copies on a leading axis; None for no such axis.
+            scale: factor on the default standard deviations, d_in**-0.5 for A and 0.1 * d_out**-0.5 for B.
+            generator: source of randomness; its device must be the CPU.
+            device: where the factors live.
+
+        Returns:
+            Components: with leaf tensors that do not require gradients yet.
+        """
+        lead = (n_components,) if restarts is None else (restarts, n_components)
+        A, B = {}, {}
+        for path, (d_in, d_out) in shapes.items():
+            m = min(d_in, d_out) if rank is None else min(rank, d_in, d_out)
+            A[path] = (torch.randn(*lead, d_in, m, generator=generator) * scale * d_in**-0.5).to(device)
+            B[path] = (torch.randn(*lead, m, d_out, generator=generator) * 0.1 * scale * d_out**-0.5).to(device)
+        return cls(A, B)
+
+    @classmethod
+    def from_matrices(cls, matrices: Mapping[str, Tensor], rank: int | None = None) -> Components:
+        """Factorise given matrices [C, d_in, d_out] by their singular value decomposition.
+
+        Args:
+            matrices: per parameter path, the C matrices [C, d_in, d_out].
+            rank: how many singular values to keep; None keeps all.
+
+        Returns:
+            Components: with the singular values split evenly between A and B.
+        """
+        A, B = {}, {}
+        for path, P in matrices.items():
+            U, S, Vh = torch.linalg.svd(P, full_matrices=False)
+            root = S[..., :rank].sqrt()
+            A[path] = U[..., :rank] * root[..., None, :]
+            B[path] = root[..., :, None] * Vh[..., :rank, :]
+        return cls(A, B)
+
+    @property
+    def paths(self) -> list[str]:
+        """The decomposed parameter paths."""
+        return list(self.A)
+
+    @property
+    def n_components(self) -> int:
+        """C, the number of components."""
+        return next(iter(self.A.values())).shape[-3]
+
+    @property
+    def restarts(self) -> int | None:
+        """Size of the leading axis of restarts; None if there is no such axis."""
+        first = next(iter(self.A.values()))
+        return first.shape[0] if first.ndim == 4 else None
+
+    @property
+    def n_entries(self) -> int:
+        """N, the number of decomposed weight entries (a tied weight counts once)."""
+        return sum(self.A[path].shape[-2] * self.B[path].shape[-1] for path in self.paths)
+
+    def matrices(self, path: str) -> Tensor:
+        """All components' matrices for one weight: [..., C, d_in, d_out]."""
+        return self.A[path] @ self.B[path]
+
+    def sum(self, path: str) -> Tensor:
+        """Sum of all components for one weight, [..., d_in, d_out], without forming each of them."""
+        a, b = self.A[path], self.B[path]
+        return a.transpose(-3, -2).flatten(-2) @ b.flatten(-3, -2)
+
+    def flat(self) -> Tensor:
+        """The components as vectors in parameter space: [..., C, N] (chapter 3)."""
+        return torch.cat([self.matrices(path).flatten(-2) for path in self.paths], dim=-1)
+
+    def singular_values(self, path: str) -> Tensor:
+        """True singular values of every component's matrix, [..., C, m], largest first."""
+        # The factors' triangular parts carry all singular values, and are only m by m.
+        r_a = torch.linalg.qr(self.A[path]).R
+        r_b = torch.linalg.qr(self.B[path].transpose(-2, -1)).R
+        return torch.linalg.svdvals(r_a @ r_b.transpose(-2, -1))
+
+    def ranks(self, threshold: float = 0.1) -> dict[str, Tensor]:
+        """Effective ranks, [..., C] per path: singular values above `threshold` times the path's largest."""
+        ranks = {}
+        for path in self.paths:
+            s = self.singular_values(path)
+            ranks[path] = (s > threshold * s.amax(dim=(-2, -1), keepdim=True)).sum(-1)
+        return ranks
+
+    def norms(self) -> Tensor:
+        """Euclidean length of every component over all weights together: [..., C]."""
+        return sum(self.singular_values(path).square().sum(-1) for path in self.paths).sqrt()  # type: ignore[union-attr]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Components:
+        """Apply `function` to every factor, for example `lambda t: t.detach().clone()`."""
+        return Components(
+            {path: function(t) for path, t in self.A.items()},
+            {path: function(t) for path, t in self.B.items()},
+        )
+
+    def restart(self, index: int) -> Components:
+        """One of the stacked restarts, as components [C, d_in, m] and [C, m, d_out]."""
+        if self.restarts is None:
+            raise ValueError("these components have no axis of restarts")
+        return self.map(lambda t: t[index])
+
+    def stacked(self) -> Components:
+        """The same components with an axis of restarts in front (of size one if there was none)."""
+        return self if self.restarts is not None else self.map(lambda t: t[None])
+
+    def subset(self, index: Tensor | list[int]) -> Components:
+        """Only the components in `index`, in that order."""
+        return self.map(lambda t: t[..., index, :, :])
+
+    def parameters(self) -> list[Tensor]:
+        """All factors in a fixed order, for an optimiser."""
+        return [t for path in self.paths for t in (self.A[path], self.B[path])]

@@ -1,0 +1,116 @@
+"""The result of `decompose`: components, how they came about, and a folder to keep them in."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import store
+from .components import Components
+from .config import Config
+from .gates import Network
+
+
+def fingerprint(weights: Mapping[str, Tensor]) -> str:
+    """Hash of the decomposed weights, by which a stored decomposition knows its target."""
+    digest = hashlib.sha256()
+    for path in sorted(weights):
+        matrix = weights[path].detach().cpu().contiguous()
+        digest.update(f"{path} {list(matrix.shape)} {matrix.dtype}".encode())
+        digest.update(matrix.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """A target, taken apart.
+
+    Attributes:
+        components: C components, those of the chosen restart.
+        config: the settings.
+        history: "step" and every loss, logged along the run; each loss is a list over restarts.
+        scores: held-out sparse reconstruction error of each restart, by which one was chosen.
+        chosen: index of that restart.
+        finished: False if the run was stopped before its last step.
+        fingerprint: hash of the decomposed weights.
+        restarts: the components of all restarts, stacked; not stored.
+    """
+
+    components: Components
+    config: Config
+    history: dict[str, list[Any]]
+    scores: list[float]
+    chosen: int
+    finished: bool
+    fingerprint: str
+    restarts: Components | None = None
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write `cfg.json` and `components.safetensors` (keys path.A [C, d_in, m] and path.B [C, m, d_out]).
+
+        Args:
+            folder: made if missing; a decomposition that is there is replaced.
+        """
+        tensors = {f"{path}.{name}": t for name in "AB" for path, t in getattr(self.components, name).items()}
+        # The tensors' file goes first and carries everything; cfg.json repeats the facts for people and tools.
+        store.write_tensors(Path(folder) / "components.safetensors", "decomposition", tensors, self._facts())
+        text = json.dumps({"format": store.FORMAT, **self._facts()}, indent=1)
+        store.write(Path(folder) / "cfg.json", text.encode())
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "fingerprint": self.fingerprint,
+            "weights": self.components.paths,
+            "config": asdict(self.config),
+            "finished": self.finished,
+            "chosen": self.chosen,
+            "scores": self.scores,
+            "history": self.history,
+        }
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str], target: nn.Module) -> Decomposition:
+        """Read what `save` wrote, and make sure that it belongs to the target.
+
+        Args:
+            folder: as given to `save`.
+            target: the network that was decomposed.
+
+        Returns:
+            Decomposition: with the chosen restart's components.
+
+        Raises:
+            FileNotFoundError: no such folder or file.
+            StoreError: a truncated or foreign file, or a decomposition of another target.
+        """
+        file = Path(folder) / "components.safetensors"
+        tensors, facts = store.read_tensors(file, "decomposition")
+        weights = facts["weights"]
+        try:
+            own = fingerprint(Network(target, weights).weights)
+        except (KeyError, TypeError) as error:
+            raise store.StoreError(f"{file} decomposes {weights}, which this target does not have: {error}") from None
+        if own != facts["fingerprint"]:
+            raise store.StoreError(
+                f"{file} decomposes another target: its weights hash to {facts['fingerprint'][:12]}, these to {own[:12]}"
+            )
+        components = Components(
+            {path: tensors[f"{path}.A"] for path in weights}, {path: tensors[f"{path}.B"] for path in weights}
+        )
+        return cls(
+            components=components,
+            config=Config.from_dict(facts["config"]),
+            history=facts["history"],
+            scores=facts["scores"],
+            chosen=facts["chosen"],
+            finished=facts["finished"],
+            fingerprint=facts["fingerprint"],
+        )

@@ -1,0 +1,380 @@
+"""The one primitive: a network whose weights are sums of gated components.
+
+For inputs x [B, ...] and gates g [B, C], sample b is run with the weights
+
+    sum_c g[b, c] P_c  +  r (theta* - sum_c P_c)          (biases as in the target; r, the remainder, is 0 or 1).
+
+Chapter 3 (parameter space) builds it. The target is never changed: forward hooks add what is missing to the
+outputs of the layers, and are removed before a call returns.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from .components import Components
+from .rules import Rule, rule
+
+Gates = Tensor | Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One module that uses a decomposed weight.
+
+    Attributes:
+        path: the parameter path under which the weight is decomposed.
+        name: the module's own path in the target.
+        module: the module.
+        rule: how it uses its weight.
+        transposed: it multiplies by the transpose of the matrix named by `path` (tied weights).
+    """
+
+    path: str
+    name: str
+    module: nn.Module
+    rule: Rule
+    transposed: bool
+
+    def factors(self, components: Components) -> tuple[Tensor, Tensor]:
+        """The factors in the order in which this module's rows meet them: [..., C, d, m] and [..., C, m, d']."""
+        a, b = components.A[self.path], components.B[self.path]
+        return (b.transpose(-2, -1), a.transpose(-2, -1)) if self.transposed else (a, b)
+
+    def sum(self, components: Components) -> Tensor:
+        """Sum of the components as this module multiplies by it: [..., d, d']."""
+        total = components.sum(self.path)
+        return total.transpose(-2, -1) if self.transposed else total
+
+
+@dataclass(frozen=True)
+class Use:
+    """One use of a decomposed weight during a run.
+
+    Attributes:
+        site: the module.
+        rows: its input rows [B, *positions, d].
+        shift: zeros that were added to its output rows [B, *positions, d']; their gradient is the output's.
+    """
+
+    site: Site
+    rows: Tensor
+    shift: Tensor
+
+
+class Network:
+    """A target together with the weights that are decomposed and the outputs that count.
+
+    Args:
+        target: any network; it is left exactly as it is.
+        weights: parameter paths such as "encode.weight"; tied weights count once, under the path given.
+        output: picks the outputs that count from what the target returns, giving a tensor [B, ...];
+            None takes the target's output as it is.
+        hidden: paths of modules whose outputs are recorded for the hidden-activation loss.
+
+    Raises:
+        KeyError: a path that is not a parameter or a module of the target.
+        TypeError: a kind of module without a rule.
+        ValueError: no weight, or the same weight under two names.
+    """
+
+    def __init__(
+        self,
+        target: nn.Module,
+        weights: Sequence[str],
+        output: Callable[[Any], Tensor] | None = None,
+        hidden: Sequence[str] = (),
+    ) -> None:
+        if isinstance(weights, str) or not weights:
+            raise ValueError(f"weights must be a list of at least one parameter path, got {weights!r}")
+        self.target = target
+        self.output = output
+        self.hidden = list(hidden)
+        self.sites: list[Site] = []
+        self.weights: dict[str, Tensor] = {}
+        parameters = dict(target.named_parameters(remove_duplicate=False))
+        seen: dict[int, str] = {}
+        for path in weights:
+            parameter = _lookup(parameters, path, "parameter")
+            if id(parameter) in seen:
+                raise ValueError(f"{path} and {seen[id(parameter)]} are the same tensor: name it once")
+            seen[id(parameter)] = path
+            self._add(path, parameter)
+        modules = dict(target.named_modules())
+        for name in hidden:
+            _lookup(modules, name, "module")
+
+    def _add(self, path: str, parameter: nn.Parameter) -> None:
+        """Find every module that uses the parameter; the one named by `path` fixes the matrix's orientation."""
+        owner, _, attribute = path.rpartition(".")
+        users = {
+            name: module
+            for name, module in self.target.named_modules()
+            if any(p is parameter for p in module.parameters(recurse=False))
+        }
+        rules: dict[str, Rule] = {}
+        for name, module in users.items():
+            try:
+                rules[name] = rule(module)
+            except TypeError as error:
+                raise TypeError(f"cannot decompose {path}: {error}") from None
+            if attribute != "weight" or module._parameters.get("weight") is not parameter:
+                raise TypeError(
+                    f"cannot decompose {path}: only the `weight` of a module is decomposed; biases stay as they are"
+                )
+        labels = torch.arange(parameter.numel()).reshape(parameter.shape)
+        canonical = rules[owner].matrix(labels)
+        self.weights[path] = rules[owner].matrix(parameter.detach())
+        for name, module in users.items():
+            seen_as = rules[name].matrix(labels)
+            transposed = not torch.equal(seen_as, canonical)
+            self.sites.append(Site(path, name, module, rules[name], transposed))
+
+    @property
+    def n_entries(self) -> int:
+        """N, the number of decomposed weight entries."""
+        return sum(matrix.numel() for matrix in self.weights.values())
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Per parameter path, (d_in, d_out)."""
+        return {path: (matrix.shape[0], matrix.shape[1]) for path, matrix in self.weights.items()}
+
+    def __call__(
+        self,
+        x: Tensor,
+        components: Components | None = None,
+        gates: Gates | None = None,
+        remainder: bool = False,
+        *,
+        shifts: Sequence[Tensor] | None = None,
+        record: list[Use] | None = None,
+        activations: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Run the target, the component model, or any gated mixture of components.
+
+        Args:
+            x: inputs [B, ...], the same for every restart.
+            components: None runs the target itself.
+            gates: per sample [B, C], per position [B, *positions, C], or one such tensor per parameter path,
+                each with a leading axis of restarts if the components have one; None sets all gates to 1.
+            remainder: also add theta* - sum_c P_c.
+            shifts: one tensor per use of a decomposed weight, in the order of use, added to that layer's
+                output rows [B, T, d_out], positions flattened.
+            record: filled with one `Use` for each use of a decomposed weight, in order.
+            activations: filled with the outputs of the modules named in `hidden`.
+
+        Returns:
+            Tensor: the outputs that count, [B, ...], or [restarts, B, ...] if the components have restarts.
+
+        Raises:
+            ValueError: gates or components of the wrong shape.
+        """
+        stacked = None if components is None else self._fit(components).stacked()
+        copies = 1 if stacked is None else stacked.A[stacked.paths[0]].shape[0]
+        batch = len(x)
+        full_gates = _stack_gates(gates, components, batch)
+        calls = iter(shifts) if shifts is not None else None
+
+        def edit(site: Site, value: Tensor, out: Tensor) -> Tensor:
+            # With every gate at 1 the remainder completes the sum to the target's own weight.
+            whole = remainder and full_gates is None
+            uses = stacked is not None and site.path in stacked.paths and not whole
+            if not uses and record is None and calls is None:
+                return out
+            rows = site.rule.rows(value)
+            new = None
+            if uses:
+                assert stacked is not None
+                new = _mixture(site, rows, stacked, full_gates, remainder, batch)
+                if not remainder and site.module.bias is not None:
+                    new = new + site.module.bias
+            if calls is not None:
+                shift = next(calls).reshape(*rows.shape[:-1], -1)
+                new = shift if new is None else new + shift
+            if record is not None:
+                width = self.shapes[site.path][0 if site.transposed else 1]
+                zeros = rows.new_zeros(*rows.shape[:-1], width, requires_grad=torch.is_grad_enabled())
+                record.append(Use(site, rows, zeros))
+                new = zeros if new is None else new + zeros
+            laid = site.rule.unrows(new, out)
+            return laid if uses and not remainder else out + laid
+
+        repeated = x if copies == 1 else x.expand(copies, *x.shape).flatten(0, 1)
+        result = self._run(repeated, edit, activations)
+        if components is None or components.restarts is None:
+            return result
+        if activations is not None:
+            activations[:] = [a.unflatten(0, (copies, batch)) for a in activations]
+        return result.unflatten(0, (copies, batch))
+
+    def _fit(self, components: Components) -> Components:
+        for path in components.paths:
+            if path not in self.weights:
+                raise ValueError(f"components of {path}, but the network decomposes {list(self.weights)}")
+            shape = (components.A[path].shape[-2], components.B[path].shape[-1])
+            if shape != self.shapes[path]:
+                raise ValueError(f"{path}: components of shape {shape}, but the weight is {self.shapes[path]}")
+        return components
+
+    def _run(
+        self, x: Tensor, edit: Callable[[Site, Tensor, Tensor], Tensor], activations: list[Tensor] | None = None
+    ) -> Tensor:
+        handles = []
+        for site in self.sites:
+            handles.append(
+                site.module.register_forward_hook(
+                    lambda module, args, kwargs, out, site=site: edit(
+                        site, args[0] if args else kwargs["input"], out
+                    ),
+                    with_kwargs=True,
+                )
+            )
+        if activations is not None:
+            for name in self.hidden:
+                module = self.target.get_submodule(name)
+                handles.append(module.register_forward_hook(lambda module, args, out: activations.append(out)))
+        try:
+            with evaluating(self.target):
+                out = self.target(x)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if self.output is not None:
+            out = self.output(out)
+        if not isinstance(out, Tensor):
+            raise TypeError(f"the target returns {type(out).__name__}, not a tensor: pick one with output=")
+        if out.ndim == 0 or len(out) != len(x):
+            raise ValueError(
+                f"the outputs must keep the batch axis: {len(x)} inputs gave a tensor of shape {list(out.shape)}"
+            )
+        return out
+
+    def check(self, x: Tensor, tolerance: float = 1e-3) -> None:
+        """Make sure that the hooks reach everything that the network does with the decomposed weights.
+
+        Every weight in turn is perturbed, once through the hooks and once for real (functional_call); the
+        outputs must change alike.
+
+        Args:
+            x: a few inputs [B, ...].
+            tolerance: largest accepted difference, relative to the change of the output.
+
+        Raises:
+            ValueError: an empty batch, inputs or outputs that are not finite, a target that is not
+                deterministic, a weight whose module is never called or which is used in another way.
+        """
+        if len(x) == 0:
+            raise ValueError("an empty batch: the first axis of x has size 0")
+        if x.is_floating_point() and not torch.isfinite(x).all():
+            raise ValueError("x holds NaN or infinite values")
+        used: list[Use] = []
+        with torch.no_grad():
+            before = self(x, record=used)
+            if not torch.isfinite(before).all():
+                raise ValueError("the target's outputs hold NaN or infinite values")
+            if not torch.equal(before, self(x)):
+                raise ValueError("the target gives other outputs when run again on the same inputs")
+            called = {id(use.site.module) for use in used}
+            for site in self.sites:
+                if id(site.module) not in called:
+                    raise ValueError(f"{site.path}: its module {site.name!r} is never called as a module")
+            for path, matrix in self.weights.items():
+                noise = torch.randn(matrix.shape, generator=torch.Generator().manual_seed(0)).to(matrix)
+                noise *= 0.1 * matrix.square().mean().sqrt() + 1e-3
+                owner = next(site for site in self.sites if f"{site.name}.weight".lstrip(".") == path)
+                weight = self.target.get_parameter(path).detach() + owner.rule.weight(noise)
+                delta = Components({path: noise[None]}, {path: torch.eye(noise.shape[1]).to(noise)[None]})
+                twice = torch.full((len(x), 1), 2.0).to(noise)
+                hooked = self(x, delta, twice, remainder=True)
+                with evaluating(self.target):
+                    out = functional_call(self.target, {path: weight}, (x,))
+                real = self.output(out) if self.output is not None else out
+                error, change = (hooked - real).norm(), (real - before).norm()
+                if error > tolerance * change + 1e-6 * before.norm():
+                    raise ValueError(
+                        f"{path}: the network uses this weight in a way that its modules' calls do not show "
+                        f"(changing it moves the output by {change:.3g}, the hooks account for it only up to {error:.3g})"
+                    )
+
+
+@contextmanager
+def evaluating(target: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, every module's own mode back afterwards."""
+    training = [module for module in target.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def as_network(target: nn.Module | Network, components: Components) -> Network:
+    """A target, or a network that is already wrapped, as a `Network` over the components' weights."""
+    return target if isinstance(target, Network) else Network(target, components.paths)
+
+
+def _mixture(
+    site: Site, rows: Tensor, components: Components, gates: dict[str, Tensor] | None, remainder: bool, batch: int
+) -> Tensor:
+    """Output rows of the gated sum of components, less the ungated one where the target's own stays."""
+    restarts, n_components = components.A[site.path].shape[:2]
+    positions = rows.shape[1:-1]
+    flat = rows.reshape(restarts, -1, rows.shape[-1])  # [R, B P, d]
+    if gates is None:
+        y = flat @ site.sum(components)
+        return y.reshape(*rows.shape[:-1], -1)
+    g = gates[site.path].flatten(2, -2) if gates[site.path].ndim > 3 else gates[site.path][:, :, None]
+    n_positions = flat.shape[1] // batch
+    if g.shape[2] not in (1, n_positions):
+        raise ValueError(
+            f"gates per position for {site.path}: expected positions {list(positions)} at module {site.name!r}, got "
+            f"gates of shape {list(gates[site.path].shape[1:])}"
+        )
+    if remainder:
+        g = g - 1
+    first, second = site.factors(components)
+    m = first.shape[-1]
+    u = flat @ first.transpose(1, 2).flatten(2)  # [R, B P, C m]
+    u = u.view(restarts, batch, n_positions, n_components, m) * g[..., None]
+    y = u.view(restarts, batch * n_positions, n_components * m) @ second.flatten(1, 2)
+    return y.reshape(*rows.shape[:-1], -1)
+
+
+def _stack_gates(gates: Gates | None, components: Components | None, batch: int) -> dict[str, Tensor] | None:
+    """Gates per path, with an axis of restarts: [R, B, (positions,) C]; checked."""
+    if gates is None:
+        return None
+    if components is None:
+        raise ValueError("gates need components")
+    per_path = dict(gates) if isinstance(gates, Mapping) else {path: gates for path in components.paths}
+    lead = () if components.restarts is None else (components.restarts,)
+    expected = [*lead, batch, components.n_components]
+    for path in components.paths:
+        if path not in per_path:
+            raise ValueError(f"no gates for {path}; got gates for {list(per_path)}")
+        g = per_path[path]
+        if [*g.shape[: len(lead) + 1], g.shape[-1]] != expected or g.ndim < len(expected):
+            raise ValueError(
+                f"gates for {path}: expected {expected} (or positions between the last two axes), got {list(g.shape)}"
+            )
+        per_path[path] = g if lead else g[None]
+    return per_path
+
+
+def _lookup(known: Mapping[str, Any], path: str, kind: str) -> Any:
+    if path not in known:
+        close = difflib.get_close_matches(path, known, n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"it has {', '.join(list(known)[:12])}"
+        raise KeyError(f"the target has no {kind} {path!r}; {hint}")
+    return known[path]

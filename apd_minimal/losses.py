@@ -1,0 +1,109 @@
+"""APD's three losses (braun2025), each one function; they keep the axis of restarts.
+
+faithfulness: the components sum to the target's weights (chapter 3).
+minimality: on every input, few components do the target's work (chapter 4).
+simplicity: the components that are used are of low rank (chapter 5).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .components import Components
+
+Divergence = Callable[[Tensor, Tensor], Tensor]
+
+
+def faithfulness(components: Components, weights: Mapping[str, Tensor]) -> Tensor:
+    """Mean squared error between the sum of components and the target's weights.
+
+    Args:
+        components: C components over the paths of `weights`.
+        weights: per parameter path, the target's matrix [d_in, d_out].
+
+    Returns:
+        Tensor: sum of squared differences over the number of entries; a scalar, or [restarts].
+    """
+    squares = [(components.sum(path) - weights[path]).square().sum((-2, -1)) for path in components.paths]
+    return torch.stack(squares).sum(0) / components.n_entries
+
+
+def mse(outputs: Tensor, wanted: Tensor) -> Tensor:
+    """Squared error of each sample, averaged over everything else: [..., B, *rest] to [..., B]."""
+    return _per_sample((outputs - wanted).square(), outputs.ndim - wanted.ndim + 1)
+
+
+def kl(outputs: Tensor, wanted: Tensor) -> Tensor:
+    """KL(wanted || outputs), softmax over the last axis, averaged over positions: [..., B, (T,) V] to [..., B]."""
+    p = F.log_softmax(wanted, dim=-1)
+    q = F.log_softmax(outputs, dim=-1)
+    return _per_sample((p.exp() * (p - q)).sum(-1), outputs.ndim - wanted.ndim + 1)
+
+
+def _per_sample(values: Tensor, lead: int) -> Tensor:
+    """Average over every axis after the first `lead`."""
+    return values.flatten(lead).mean(-1) if values.ndim > lead else values
+
+
+DIVERGENCES: dict[str, Divergence] = {"mse": mse, "kl": kl}
+
+
+def minimality(outputs: Tensor, wanted: Tensor, divergence: Divergence = mse) -> Tensor:
+    """How far the sparse outputs are from the target's.
+
+    Args:
+        outputs: of the active components alone, [..., B, *rest]; a leading axis of restarts is kept.
+        wanted: the target's outputs [B, *rest].
+        divergence: per sample, (outputs, wanted) to [..., B].
+
+    Returns:
+        Tensor: mean over the batch; a scalar, or [restarts].
+    """
+    return divergence(outputs, wanted).mean(-1)
+
+
+def simplicity(components: Components, mask: Tensor, p: float = 1.0, epsilon: float = 1e-16) -> Tensor:
+    """Schatten-p penalty of the active components, by the factors' column lengths.
+
+    In place of the singular values stand the lengths (|A_:,r|^2 |B_r,:|^2)^(1/2): an upper bound on
+    the sum of their p-th powers, which is met when A and B are aligned with the singular vectors (giampouras2020).
+
+    Args:
+        components: C components.
+        mask: which are active, [..., B, C] or [..., B, positions, C].
+        p: exponent, 0 < p; the paper uses 0.9 to 1.
+        epsilon: added inside the power, so that its derivative stays finite at 0.
+
+    Returns:
+        Tensor: sum over active (sample, component) pairs, over entries and batch; a scalar, or [restarts].
+
+    Raises:
+        ValueError: p is not above 0.
+    """
+    powers = [_column_lengths(components, path).add(epsilon).pow(p / 2).sum(-1) for path in components.paths]
+    return _weigh(components, mask, powers, p)
+
+
+def simplicity_exact(components: Components, mask: Tensor, p: float = 1.0) -> Tensor:
+    """The same penalty with the true singular values of every component (slow; the surrogate's oracle)."""
+    powers = [components.singular_values(path).pow(p).sum(-1) for path in components.paths]
+    return _weigh(components, mask, powers, p)
+
+
+def _column_lengths(components: Components, path: str) -> Tensor:
+    """Squared lengths of each rank-one term A_:,r B_r,:, [..., C, m]."""
+    return components.A[path].square().sum(-2) * components.B[path].square().sum(-1)
+
+
+def _weigh(components: Components, mask: Tensor, powers: list[Tensor], p: float) -> Tensor:
+    """Weigh each component by the number of samples that use it: no [B, C, m] is formed."""
+    if not p > 0:
+        raise ValueError(f"p must be above 0, got {p}")
+    lead = powers[0].ndim - 1
+    counts = mask.flatten(lead, -2).sum(-2)  # [..., C]
+    samples = mask[..., 0].numel() / (mask.shape[0] if lead else 1)
+    return (counts * torch.stack(powers).sum(0)).sum(-1) / (components.n_entries * samples)

@@ -1,0 +1,114 @@
+"""A toy model of superposition: n sparse features in d < n hidden dimensions (elhage2022, chapter 2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..data import SparseFeatures
+from ..rules import TransposedLinear
+
+
+class TMS(nn.Module):
+    """x [B, n_features] -> relu(x W W^T + b), with one tied matrix W [n_features, d_hidden].
+
+    With `identity`, a fixed identity matrix [d_hidden, d_hidden] sits between the two uses of W, as a
+    second weight to decompose. With a rotation Q, the network computes the same function from rotated inputs:
+    relu(((x Q) W') W'^T Q^T + b), W' = Q^T W; its true mechanisms are no longer columns of one feature each.
+
+    Args:
+        n_features: number of features.
+        d_hidden: hidden dimensions.
+        identity: put a fixed identity layer in between.
+        probability: chance that a feature is on, for the data that it trains on.
+    """
+
+    rotation: Tensor | None
+
+    def __init__(
+        self, n_features: int = 5, d_hidden: int = 2, identity: bool = False, probability: float = 0.05
+    ) -> None:
+        super().__init__()
+        self.n_features, self.d_hidden, self.probability = n_features, d_hidden, probability
+        self.encode = nn.Linear(n_features, d_hidden, bias=False)
+        self.middle = nn.Linear(d_hidden, d_hidden, bias=False) if identity else None
+        if self.middle is not None:
+            nn.init.eye_(self.middle.weight)
+            self.middle.weight.requires_grad_(False)
+        self.decode = TransposedLinear(self.encode)
+        self.bias = nn.Parameter(torch.zeros(n_features))
+        self.register_buffer("rotation", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Reconstruct x [..., n_features]."""
+        x = x if self.rotation is None else x @ self.rotation
+        hidden = self.encode(x)
+        hidden = hidden if self.middle is None else self.middle(hidden)
+        out = self.decode(hidden)
+        out = out if self.rotation is None else out @ self.rotation.T
+        return torch.relu(out + self.bias)
+
+    def data(self, batch_size: int = 1024, nonempty: bool = False) -> SparseFeatures:
+        """Its source of batches [batch_size, n_features]."""
+        return SparseFeatures(self.n_features, self.probability, batch_size=batch_size, nonempty=nonempty)
+
+    @property
+    def weights(self) -> list[str]:
+        """The parameter paths to decompose."""
+        return ["encode.weight"] if self.middle is None else ["encode.weight", "middle.weight"]
+
+    def fit(self, seed: int = 0, steps: int | None = None, batch_size: int | None = None) -> TMS:
+        """Train to reconstruct its inputs: AdamW, weight decay 0.01, learning rate 5e-3 falling linearly to 0.
+
+        Args:
+            seed: for the initial weights and the data.
+            steps: training steps; None takes the paper's 5,000 for up to 5 features and 2,000 above.
+            batch_size: None takes the paper's 1,024 for up to 5 features and 2,048 above.
+
+        Returns:
+            TMS: itself.
+        """
+        small = self.n_features <= 5
+        steps = steps or (5000 if small else 2000)
+        data = self.data(batch_size or (1024 if small else 2048))
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            nn.init.xavier_normal_(self.encode.weight, generator=generator)
+        optimiser = torch.optim.AdamW([self.encode.weight, self.bias], lr=5e-3, weight_decay=0.01)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / steps)
+        for step in range(steps):
+            x = data(step, generator)
+            loss = (self(x) - x).square().mean()
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            schedule.step()
+        optimiser.zero_grad()
+        return self
+
+    @torch.no_grad()
+    def rotate(self, seed: int = 0) -> TMS:
+        """Rotate its input basis by a random orthogonal matrix; the function it computes stays the same.
+
+        Returns:
+            TMS: itself.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        Q = torch.linalg.qr(torch.randn(self.n_features, self.n_features, generator=generator)).Q
+        self.encode.weight.copy_(self.encode.weight @ Q)
+        self.rotation = Q if self.rotation is None else self.rotation @ Q
+        return self
+
+    def mechanisms(self) -> dict[str, Tensor]:
+        """The true mechanisms, per parameter path [J, d_in, d_out]: one for each feature, the identity last."""
+        W = self.encode.weight.detach().T  # [n_features, d_hidden]
+        directions = torch.eye(self.n_features) if self.rotation is None else self.rotation
+        # Feature j owns the part of W that its input direction meets.
+        features = torch.einsum("ji,jk,kd->jid", directions, directions, W)
+        if self.middle is None:
+            return {"encode.weight": features}
+        d = self.d_hidden
+        return {
+            "encode.weight": torch.cat([features, torch.zeros(1, self.n_features, d)]),
+            "middle.weight": torch.cat([torch.zeros(self.n_features, d, d), torch.eye(d)[None]]),
+        }
