@@ -19,6 +19,12 @@ ICONS = "var FontAwesomeConfig = {observeMutations: false};"
 
 
 def _configure(app: Sphinx, config: Config) -> None:
+    # Jupyter Book always loads sphinx-thebe (code that runs in the page, from a CDN): the book does not use it.
+    for listeners in app.events.listeners.values():
+        for listener in list(listeners):
+            if listener.handler.__module__ == "sphinx_thebe":
+                app.disconnect(listener.id)
+    app.registry.css_files[:] = [file for file in app.registry.css_files if file[0] != "sphinx-thebe.css"]
     config.mathjax_path = "mathjax/tex-chtml.js"
     config.nb_ipywidgets_js = {}
     address = config.html_theme_options.get("repository_url", "")

@@ -1,0 +1,36 @@
+# make book    builds the pages from the stored outputs (no torch needed) and checks them
+# make run     executes the chapters again and stores their outputs
+# make test    everything: module, chapters, pages
+# make data    makes the stored artefacts in data/ again (long)
+
+PYTHON ?= python3
+BOOK := .venv-book/bin/
+TEST := .venv/bin/
+INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: book run test data clean
+
+book: .venv-book/installed
+	@$(BOOK)python tools/build.py
+
+run: .venv/installed
+	$(TEST)python tools/execute.py
+
+test: .venv/installed
+	@$(TEST)python tools/test_all.py
+
+data: .venv/installed
+	$(TEST)python tools/remake_data.py
+
+.venv-book/installed: requirements-docs.txt constraints.txt
+	$(PYTHON) -m venv .venv-book
+	$(BOOK)python $(INSTALL) -r requirements-docs.txt
+	@touch $@
+
+.venv/installed: pyproject.toml requirements-docs.txt constraints.txt
+	$(PYTHON) -m venv .venv
+	$(TEST)python $(INSTALL) -r requirements-docs.txt -e '.[book,test]'
+	@touch $@
+
+clean:
+	rm -rf _build .venv-book
