@@ -1,0 +1,205 @@
+"""The built book, as a reader meets it: every page in a headless browser, from a file and from a server, offline."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import shutil
+import threading
+from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+import build
+
+ROOT = Path(__file__).parent.parent
+CHAPTERS = sorted((ROOT / "chapters").glob("*.ipynb"))
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium")
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+needs_browser = pytest.mark.skipif(
+    CHROMIUM is None, reason="no chromium on this machine (apt-get install chromium, or set CHROMIUM): pages not opened"
+)
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The book, built with warnings as errors."""
+    return build.build(tmp_path_factory.mktemp("book")).parent
+
+
+@pytest.fixture(scope="session")
+def server(site: Path) -> Iterator[str]:
+    """The same pages from a server on this machine."""
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(site)))
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{http.server_address[1]}"
+    http.shutdown()
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+def pages(site: Path) -> list[str]:
+    return sorted(str(path.relative_to(site)) for path in site.rglob("*.html") if "_static" not in path.parts)
+
+
+def opened(chromium: Any, address: str, width: int, scheme: str) -> tuple[Any, list[str]]:
+    """A page once its formulas are set, and what went wrong while it loaded."""
+    wrong: list[str] = []
+    page = chromium.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+
+    def ask(request: Any) -> None:
+        if not request.url.startswith(("file:", "data:", "blob:", "http://127.0.0.1:")):
+            wrong.append(f"asks for {request.url}")
+
+    page.on("request", ask)
+    page.on("requestfailed", lambda request: wrong.append(f"did not get {request.url}"))
+    page.on("pageerror", lambda error: wrong.append(f"script error: {error}"))
+    page.on("console", lambda m: wrong.append(f"console: {m.text}") if m.type in ("error", "warning") else None)
+    page.goto(address, wait_until="load")
+    if page.locator(".math").count():
+        page.wait_for_function("window.MathJax && MathJax.startup && MathJax.startup.promise")
+        page.evaluate("() => MathJax.startup.promise.then(() => true)")
+    page.evaluate("() => document.fonts.ready.then(() => true)")
+    return page, wrong
+
+
+LOOK = """() => {
+  const seen = [];
+  for (const image of document.querySelectorAll('.bd-article img:not(.toggler)')) {
+    if (!image.complete || !image.naturalWidth) seen.push('a figure does not show: ' + image.src.slice(0, 80));
+    else if (image.checkVisibility() && image.getBoundingClientRect().width < 60) seen.push('a figure is tiny');
+  }
+  for (const formula of document.querySelectorAll('.math'))
+    if (!formula.querySelector('mjx-container')) seen.push('not rendered: ' + formula.textContent.slice(0, 60));
+  for (const broken of document.querySelectorAll('mjx-merror, [data-mjx-error]'))
+    seen.push('a formula with an error: ' + broken.textContent.slice(0, 60));
+  const width = document.documentElement.scrollWidth;
+  if (width > window.innerWidth) seen.push('wider than the window: ' + width);
+  for (const box of document.querySelectorAll('div.cell_output img, div.cell_output .text_html')) {
+    const background = getComputedStyle(box).backgroundColor;
+    const pale = (background.match(/[\\d.]+/g) || []).map(Number);
+    if (document.documentElement.dataset.theme == 'dark' && pale[3] !== 0 && pale[0] > 128)
+      seen.push('a pale slab in the dark: ' + background);
+  }
+  return seen;
+}"""
+
+
+def test_everything_in_the_notebooks_is_on_the_pages(site: Path) -> None:
+    assert build.problems(site, CHAPTERS) == []
+
+
+def test_no_broken_link_inside_the_book(site: Path) -> None:
+    anchors = {name: set(re.findall(r'\sid="([^"]+)"', (site / name).read_text())) for name in pages(site)}
+    broken = []
+    for name in anchors:
+        for link in re.findall(r'<a [^>]*href="([^"]+)"', (site / name).read_text()):
+            parts = urlsplit(link.replace("&amp;", "&"))
+            if parts.scheme or link in ("#", ""):
+                continue
+            target = os.path.normpath(os.path.join(os.path.dirname(name), unquote(parts.path))) if parts.path else name
+            if not (site / target).exists():
+                broken.append(f"{name} → {link}")
+            elif parts.fragment and target in anchors and unquote(parts.fragment) not in anchors[target]:
+                broken.append(f"{name} → {link} (no such place)")
+    assert not broken
+
+
+def test_no_button_that_leads_nowhere(site: Path) -> None:
+    """A launch button stands on the pages if and only if there is an address for it to lead to."""
+    import yaml
+
+    address = yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]["url"]
+    for chapter in CHAPTERS:
+        html = (site / "chapters" / f"{chapter.stem}.html").read_text()
+        assert ("colab.research.google.com" in html) == bool(address)
+        assert 'href=""' not in html
+
+
+def test_the_ledger_says_what_the_notebooks_say(site: Path) -> None:
+    """Read anew from the notebooks' printed lines, not through the extension that made the page."""
+    html = (site / "chapters" / "claims.html").read_text()
+    rows = [re.sub(r"<[^>]+>", " ", row) for row in re.findall(r"(?s)<tr.*?</tr>", html)]
+    rows = [re.sub(r"\s+", " ", row).strip() for row in rows]
+    import json
+
+    printed = []
+    for chapter in CHAPTERS:
+        for cell in json.loads(chapter.read_text())["cells"]:
+            for output in cell.get("outputs", []):
+                line = "".join(output.get("data", {}).get("text/plain", ""))
+                printed += re.findall(r"^Claim (\d+): ([a-z ]+)\. (.*)", line)
+    for number, verdict, _finding in printed:
+        assert any(row.startswith(f"{number} ") and f" {verdict} " in row for row in rows), (number, verdict)
+    settled = {number for number, _, _ in printed}
+    for row in rows[1:]:
+        assert ("not settled yet" in row) == (row.split()[0] not in settled)
+
+
+@needs_browser
+@pytest.mark.parametrize(("way", "width", "scheme"), [("file", 1280, "light"), ("http", 390, "dark")])
+def test_every_page_reads_offline(
+    chromium: Any, site: Path, server: str, way: str, width: int, scheme: str
+) -> None:
+    wrong = {}
+    for name in pages(site):
+        page, seen = opened(chromium, (site / name).as_uri() if way == "file" else f"{server}/{name}", width, scheme)
+        seen += page.evaluate(LOOK)
+        page.close()
+        if seen:
+            wrong[name] = sorted(set(seen))
+    assert not wrong
+
+
+@needs_browser
+def test_figures_move(chromium: Any, site: Path) -> None:
+    """Every slider: each position shows one picture, another one each time, with other words; play reaches the end."""
+    moved = 0
+    for chapter in CHAPTERS:
+        page, _ = opened(chromium, (site / "chapters" / f"{chapter.stem}.html").as_uri(), 1280, "light")
+        # Some stand in a solution that is folded away.
+        page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+        for box in page.locator(".apd-frames").all():
+            handle, shown = box.locator("input[type=range]"), []
+            last = int(handle.get_attribute("max"))
+            for position in range(last + 1):
+                handle.evaluate("(e, v) => { e.value = v; e.dispatchEvent(new Event('input')); }", position)
+                frames = box.evaluate(
+                    "e => [...e.querySelectorAll('img')].filter(i => i.style.display != 'none').map(i => [i.src, i.alt])"
+                )
+                assert len(frames) == 1
+                shown.append((*frames[0], box.locator("output").text_content()))
+            assert len({src for src, _, _ in shown}) == last + 1, f"{chapter.name}: the picture does not change"
+            assert len({label for _, _, label in shown}) == last + 1
+            handle.evaluate("(e, v) => { e.value = v; e.dispatchEvent(new Event('input')); }", last - 1)
+            box.locator("button").evaluate("e => e.click()")
+            page.wait_for_function("e => e.value == e.max", arg=handle.element_handle(), timeout=5000)
+            moved += 1
+        page.close()
+    assert moved >= 1
