@@ -6,11 +6,31 @@
     print(apd.metrics.ownership(result.components, target.mechanisms()))
 """
 
-from . import attributions, data, losses, metrics, rules, store, targets, topk
+from . import artefacts, attributions, data, frames, glue, losses, metrics, rules, store, targets, topk
 from .algorithm import NonFiniteLoss, decompose
 from .components import Components
 from .config import Config
 from .decomposition import Decomposition
 from .gates import Network
+
+__all__ = [
+    "Components",
+    "Config",
+    "Decomposition",
+    "Network",
+    "NonFiniteLoss",
+    "artefacts",
+    "attributions",
+    "data",
+    "decompose",
+    "frames",
+    "glue",
+    "losses",
+    "metrics",
+    "rules",
+    "store",
+    "targets",
+    "topk",
+]
 
 __version__ = "0.1.0"

@@ -49,7 +49,7 @@ def gradient(
         axis of restarts if the components have one. Detached.
 
     Raises:
-        ValueError: an unknown `at` or `mode`, options that exclude each other, positions that differ
+        ValueError: an empty batch, an unknown `at` or `mode`, options that exclude each other, positions that differ
             between layers.
     """
     if at not in ("target", "components"):
@@ -60,11 +60,13 @@ def gradient(
         raise ValueError(f"n_probes must be at least 1 and excludes per_output, got {n_probes}")
     if mode == "forward" and (per_position or n_probes is not None):
         raise ValueError("positions and probes need the backward mode")
+    if len(x) == 0:
+        raise ValueError("an empty batch: the first axis of x has size 0")
     network = as_network(target, components)
     stacked = components.stacked().map(Tensor.detach)
     base = stacked if at == "components" else None
     pieces = []
-    for part in x.split(internal_batch_size or max(len(x), 1)):
+    for part in x.split(internal_batch_size or len(x)):
         if mode == "forward" or (
             mode is None and not per_position and n_probes is None and _forward_is_cheaper(network, stacked, base, part)
         ):
@@ -143,7 +145,8 @@ def _backward(
     if n_probes is None:
         seeds = torch.eye(n_out).repeat_interleave(batch, 0)
     else:
-        signs = torch.randint(0, 2, (n * batch, n_out), generator=generator)
+        # Drawn sample by sample, so that the pieces of a batch get the probes that the whole would.
+        signs = torch.randint(0, 2, (batch, n, n_out), generator=generator).transpose(0, 1).flatten(0, 1)
         seeds = (2 * signs - 1) * n_out**-0.5
     # One copy of the batch for each output, so that a single backward pass serves all of them.
     record: list[Use] = []

@@ -100,7 +100,8 @@ class Decomposition:
             raise store.StoreError(f"{file} decomposes {weights}, which this target does not have: {error}") from None
         if own != facts["fingerprint"]:
             raise store.StoreError(
-                f"{file} decomposes another target: its weights hash to {facts['fingerprint'][:12]}, these to {own[:12]}"
+                f"{file} decomposes another target: its weights hash to {facts['fingerprint'][:12]}, "
+                f"these to {own[:12]}"
             )
         components = Components(
             {path: tensors[f"{path}.A"] for path in weights}, {path: tensors[f"{path}.B"] for path in weights}

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -114,7 +115,8 @@ class Network:
 
     def _add(self, path: str, parameter: nn.Parameter) -> None:
         """Find every module that uses the parameter; the one named by `path` fixes the matrix's orientation."""
-        owner, _, attribute = path.rpartition(".")
+        owner_name, _, attribute = path.rpartition(".")
+        owner = self.target.get_submodule(owner_name)
         users = {
             name: module
             for name, module in self.target.named_modules()
@@ -131,8 +133,10 @@ class Network:
                     f"cannot decompose {path}: only the `weight` of a module is decomposed; biases stay as they are"
                 )
         labels = torch.arange(parameter.numel()).reshape(parameter.shape)
-        canonical = rules[owner].matrix(labels)
-        self.weights[path] = rules[owner].matrix(parameter.detach())
+        # Looked up by the module: one that has two names is listed under the first of them only.
+        own = next(rules[name] for name, module in users.items() if module is owner)
+        canonical = own.matrix(labels)
+        self.weights[path] = own.matrix(parameter.detach())
         for name, module in users.items():
             seen_as = rules[name].matrix(labels)
             transposed = not torch.equal(seen_as, canonical)
@@ -195,8 +199,9 @@ class Network:
             if uses:
                 assert stacked is not None
                 new = _mixture(site, rows, stacked, full_gates, remainder, batch)
-                if not remainder and site.module.bias is not None:
-                    new = new + site.module.bias
+                bias = getattr(site.module, "bias", None)  # an embedding has no such attribute
+                if not remainder and bias is not None:
+                    new = new + bias
             if calls is not None:
                 shift = next(calls).reshape(*rows.shape[:-1], -1)
                 new = shift if new is None else new + shift
@@ -205,6 +210,7 @@ class Network:
                 zeros = rows.new_zeros(*rows.shape[:-1], width, requires_grad=torch.is_grad_enabled())
                 record.append(Use(site, rows, zeros))
                 new = zeros if new is None else new + zeros
+            assert new is not None
             laid = site.rule.unrows(new, out)
             return laid if uses and not remainder else out + laid
 
@@ -228,26 +234,17 @@ class Network:
     def _run(
         self, x: Tensor, edit: Callable[[Site, Tensor, Tensor], Tensor], activations: list[Tensor] | None = None
     ) -> Tensor:
-        handles = []
-        for site in self.sites:
-            handles.append(
-                site.module.register_forward_hook(
-                    lambda module, args, kwargs, out, site=site: edit(
-                        site, args[0] if args else kwargs["input"], out
-                    ),
-                    with_kwargs=True,
-                )
-            )
-        if activations is not None:
-            for name in self.hidden:
-                module = self.target.get_submodule(name)
-                handles.append(module.register_forward_hook(lambda module, args, out: activations.append(out)))
-        try:
-            with evaluating(self.target):
-                out = self.target(x)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with ExitStack() as undo:
+            for site in self.sites:
+                hook = partial(_hook, partial(edit, site))
+                undo.callback(site.module.register_forward_hook(hook, with_kwargs=True).remove)
+            if activations is not None:
+                for name in self.hidden:
+                    module = self.target.get_submodule(name)
+                    keep = module.register_forward_hook(lambda module, args, out: activations.append(out))
+                    undo.callback(keep.remove)
+            undo.enter_context(evaluating(self.target))
+            out = self.target(x)
         if self.output is not None:
             out = self.output(out)
         if not isinstance(out, Tensor):
@@ -290,8 +287,8 @@ class Network:
             for path, matrix in self.weights.items():
                 noise = torch.randn(matrix.shape, generator=torch.Generator().manual_seed(0)).to(matrix)
                 noise *= 0.1 * matrix.square().mean().sqrt() + 1e-3
-                owner = next(site for site in self.sites if f"{site.name}.weight".lstrip(".") == path)
-                weight = self.target.get_parameter(path).detach() + owner.rule.weight(noise)
+                owner = next(site.rule for site in self.sites if site.path == path and not site.transposed)
+                weight = self.target.get_parameter(path).detach() + owner.weight(noise)
                 delta = Components({path: noise[None]}, {path: torch.eye(noise.shape[1]).to(noise)[None]})
                 twice = torch.full((len(x), 1), 2.0).to(noise)
                 hooked = self(x, delta, twice, remainder=True)
@@ -302,17 +299,22 @@ class Network:
                 if error > tolerance * change + 1e-6 * before.norm():
                     raise ValueError(
                         f"{path}: the network uses this weight in a way that its modules' calls do not show "
-                        f"(changing it moves the output by {change:.3g}, the hooks account for it only up to {error:.3g})"
+                        f"(changing it moves the output by {change:.3g}, of which the hooks miss {error:.3g})"
                     )
+
+
+def _hook(edit: Callable[[Tensor, Tensor], Tensor], module: nn.Module, args: Any, kwargs: Any, out: Tensor) -> Tensor:
+    """A forward hook that edits the output, given the input in either way in which it may be passed."""
+    return edit(args[0] if args else next(iter(kwargs.values())), out)
 
 
 @contextmanager
 def evaluating(target: nn.Module) -> Iterator[None]:
     """Evaluation mode inside, every module's own mode back afterwards."""
     training = [module for module in target.modules() if module.training]
-    for module in training:
-        module.training = False
     try:
+        for module in training:
+            module.training = False
         yield
     finally:
         for module in training:
@@ -320,8 +322,16 @@ def evaluating(target: nn.Module) -> Iterator[None]:
 
 
 def as_network(target: nn.Module | Network, components: Components) -> Network:
-    """A target, or a network that is already wrapped, as a `Network` over the components' weights."""
-    return target if isinstance(target, Network) else Network(target, components.paths)
+    """A target, or a network that is already wrapped, as a `Network` over the components' weights.
+
+    Raises:
+        ValueError: the network decomposes other weights, or weights of other shapes.
+    """
+    network = target if isinstance(target, Network) else Network(target, components.paths)
+    if set(components.paths) != set(network.weights):
+        raise ValueError(f"components of {components.paths}, but the network decomposes {list(network.weights)}")
+    network._fit(components)
+    return network
 
 
 def _mixture(
@@ -341,6 +351,7 @@ def _mixture(
             f"gates per position for {site.path}: expected positions {list(positions)} at module {site.name!r}, got "
             f"gates of shape {list(gates[site.path].shape[1:])}"
         )
+    g = g.to(rows.dtype)  # masks may be boolean
     if remainder:
         g = g - 1
     first, second = site.factors(components)

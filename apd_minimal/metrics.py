@@ -158,7 +158,7 @@ def ownership(
 
 
 def relative_faithfulness(components: Components, weights: Mapping[str, Tensor]) -> Tensor:
-    """Squared error of the sum of components relative to the weights' squared length (absolute: losses.faithfulness)."""
+    """Squared error of the sum of components over the squared length of the weights; see `losses.faithfulness`."""
     total = torch.stack([weights[path].square().sum() for path in components.paths]).sum()
     return faithfulness(components, weights) * components.n_entries / total
 

@@ -68,8 +68,9 @@ def rule(module: nn.Module) -> Rule:
     Raises:
         TypeError: if there is none for this kind.
     """
-    known = ", ".join(sorted(kind.__name__ for kind in rule.registry if kind is not object))
-    raise TypeError(f"{type(module).__name__} has no rule; known kinds: {known} (apd_minimal.rules shows how to add one)")
+    known = ", ".join(sorted(cls.__name__ for cls in rule.registry if cls is not object))
+    kind = type(module).__name__
+    raise TypeError(f"{kind} has no rule; known kinds: {known} (apd_minimal.rules shows how to add one)")
 
 
 @rule.register
