@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
@@ -32,5 +33,6 @@ def setup(threads: int = 1) -> None:
         return
     if (shell := get_ipython()) is not None:
         backend = InlineBackend.instance(parent=shell)
-        backend.print_figure_kwargs = {"bbox_inches": "tight", "metadata": {"Date": None}}
+        undated: Any = {"bbox_inches": "tight", "metadata": {"Date": None}}
+        backend.print_figure_kwargs = undated
         backend.figure_formats = {"svg"}

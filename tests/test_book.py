@@ -164,9 +164,7 @@ def test_the_ledger_says_what_the_notebooks_say(site: Path) -> None:
 
 @needs_browser
 @pytest.mark.parametrize(("way", "width", "scheme"), [("file", 1280, "light"), ("http", 390, "dark")])
-def test_every_page_reads_offline(
-    chromium: Any, site: Path, server: str, way: str, width: int, scheme: str
-) -> None:
+def test_every_page_reads_offline(chromium: Any, site: Path, server: str, way: str, width: int, scheme: str) -> None:
     wrong = {}
     for name in pages(site):
         page, seen = opened(chromium, (site / name).as_uri() if way == "file" else f"{server}/{name}", width, scheme)
@@ -191,7 +189,7 @@ def test_figures_move(chromium: Any, site: Path) -> None:
             for position in range(last + 1):
                 handle.evaluate("(e, v) => { e.value = v; e.dispatchEvent(new Event('input')); }", position)
                 frames = box.evaluate(
-                    "e => [...e.querySelectorAll('img')].filter(i => i.style.display != 'none').map(i => [i.src, i.alt])"
+                    "e => [...e.querySelectorAll('img')].filter(i => !i.style.display).map(i => [i.src, i.alt])"
                 )
                 assert len(frames) == 1
                 shown.append((*frames[0], box.locator("output").text_content()))

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import yaml
 from docutils import nodes
@@ -35,7 +36,7 @@ def stored_claims(notebook: dict[str, Any]) -> Iterator[tuple[dict[str, Any], st
         text = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
             outside_code = re.sub(r"(?s)^(`{3,}|:{3,}).*?^\1", "", text, flags=re.MULTILINE)
-            heading = ([heading] + re.findall(r"^#{1,3} +(.+?)\s*$", outside_code, re.MULTILINE))[-1]
+            heading = [heading, *re.findall(r"^#{1,3} +(.+?)\s*$", outside_code, re.MULTILINE)][-1]
         for output in cell.get("outputs", []):
             if CLAIM in output.get("metadata", {}):
                 yield output["metadata"][CLAIM], heading

@@ -49,7 +49,9 @@ def _make(name: str, module: str) -> Any:
 
 
 class _Module(types.ModuleType):
-    __path__: list[str] = []
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.__path__ = []  # submodules can be imported from it
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

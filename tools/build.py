@@ -1,6 +1,6 @@
 """Builds the pages with warnings as errors, and checks what was built.
 
-    python tools/build.py [output folder]
+By hand: python tools/build.py [output folder]
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+LEFTOVER = re.compile(r"\{(?:glue:\w+|numref|ref|eq|cite:\w|term|runtime|doc|func|class|mod)\}|\$\$|:::")
 IMAGES = ("image/png", "image/svg+xml", "image/jpeg", "image/webp")
 
 
@@ -85,7 +86,7 @@ def problems(site: Path, chapters: list[Path]) -> list[str]:
         for mark in ("Traceback (most recent call last)", "ModuleNotFoundError"):
             if mark in html:
                 found.append(f"{name}: holds a traceback")
-        for leftover in re.findall(r"\{(?:glue:\w+|numref|ref|eq|cite:\w|term|runtime|doc|func|class)\}|\$\$|:::", page.text):
+        for leftover in LEFTOVER.findall(page.text):
             found.append(f"{name}: {leftover} was not rendered")
     for chapter in chapters:
         built = site / "chapters" / f"{chapter.stem}.html"
@@ -142,7 +143,7 @@ def main() -> int:
         print("\n".join(found))
         return 1
     pages = len(list(first.parent.glob("**/*.html")))
-    print(f"{len(chapters)} chapters on {pages} pages: every figure is there, with its words; nothing is left unrendered.")
+    print(f"{len(chapters)} chapters, {pages} pages: every figure is there and has words; nothing is left unrendered.")
     print(f"Read the book:              {first.as_uri()}")
     print("Run the algorithm itself:   pip install -e . && python -m apd_minimal")
     return 0

@@ -1,6 +1,6 @@
 """Writes the hidden first code cell of every chapter, from the one public address in _config.yml.
 
-    python tools/setup_cell.py            # after the address has changed
+After the address has changed: python tools/setup_cell.py
 """
 
 from __future__ import annotations

@@ -24,10 +24,11 @@ def parts() -> dict[str, list[str]]:
     Returns:
         dict[str, list[str]]: name to command.
     """
+    own = ["apd_minimal", "tests", "tools", "theme"]
     chapters = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "chapters").glob("*.ipynb"))
     return {
         "ruff": [sys.executable, "-m", "ruff", "check", "--no-cache", "."],
-        "ruff format": [sys.executable, "-m", "ruff", "format", "--check", "--no-cache", "apd_minimal", "tests", "tools", "theme"],
+        "ruff format": [sys.executable, "-m", "ruff", "format", "--check", "--no-cache", *own],
         "mypy": [sys.executable, "-m", "mypy"],
         "module": [*PYTEST, "tests", "--ignore", BOOK_TEST],
         "chapters": [*PYTEST, *NBVAL, *chapters],
