@@ -20,10 +20,13 @@ from .data import Batches
 from .decomposition import Decomposition, fingerprint
 from .gates import Network
 from .losses import DIVERGENCES, Divergence, faithfulness, minimality, simplicity
+from .merge import merge_and_prune
+from .reseed import reseed
 from .topk import batch_top_k, sample_top_k
 
 Attribution = Callable[[Network, Components, Tensor], Tensor]
-HELD_OUT_BATCHES = 4
+HELD_OUT_SAMPLES = 8192
+TIDY_SAMPLES = 4096
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -132,7 +135,7 @@ class _Run:
             config.n_components,
             config.rank,
             config.restarts,
-            config.init_scale,
+            config.init_std,
             self.generator,
             weight.device,
         )
@@ -158,16 +161,25 @@ class _Run:
             raise ValueError(f"batches(step={step}) gave NaN or infinite inputs")
         return x.to(self.components.parameters()[0].device)
 
-    def mask(self, x: Tensor) -> Tensor:
+    def many_inputs(self, n_samples: int, generator: torch.Generator) -> Tensor:
+        """At least so many inputs, from as many batches as it takes."""
+        batches = [self.inputs(self.step, generator)]
+        while sum(map(len, batches)) < n_samples:
+            batches.append(self.inputs(self.step, generator))
+        return torch.cat(batches)
+
+    def mask(self, x: Tensor, components: Components | None = None) -> Tensor:
         """Which components are active: [R, B, (positions,) C]."""
-        scores = self.attribution(self.network, self.components.map(Tensor.detach), x)
+        components = components or self.components
+        scores = self.attribution(self.network, components.map(Tensor.detach), x)
         config = self.config
+        top_k = at_progress(config.top_k, self.step / config.steps)
         expected = [config.restarts, len(x), config.n_components]
         if [*scores.shape[:2], scores.shape[-1]] != expected:
             raise ValueError(f"attributions must be {expected}, got {list(scores.shape)}")
         if config.per_sample:
-            return sample_top_k(scores, config.top_k)
-        return batch_top_k(scores.flatten(1, -2), config.top_k).reshape(scores.shape)
+            return sample_top_k(scores, top_k)
+        return batch_top_k(scores.flatten(1, -2), top_k).reshape(scores.shape)
 
     def logs(self, step: int) -> bool:
         """Is this step logged? About two hundred are, and the last."""
@@ -177,8 +189,6 @@ class _Run:
         """Each loss that is in force at progress t, with its weight: name -> (weight, [R])."""
         config = self.config
         weight = {name: at_progress(getattr(config, name), t) for name in config.schedules}
-        if t >= 1 - config.polish:
-            weight["simplicity"] = 0.0
         wanted_hidden: list[Tensor] = []
         sparse_hidden: list[Tensor] = []
         with torch.no_grad():
@@ -221,13 +231,35 @@ class _Run:
         total = torch.stack([weight * value.sum() for weight, value in losses.values()]).sum()
         parameters = self.components.parameters()
         for p, g in zip(parameters, torch.autograd.grad(total, parameters), strict=True):
-            p.grad = g
+            p.grad = g.contiguous()  # the fused kernel takes the layouts to be the same
         self.optimiser.param_groups[0]["lr"] = config.lr_at(t)
         self.optimiser.step()
         if config.unit_norm:
             self._unit_norm()
         self.step += 1
+        if self.tidies(self.step):
+            self._tidy()
         return values
+
+    def tidies(self, step: int) -> bool:
+        """Is it time to merge, prune and reseed?"""
+        every = round(self.config.tidy_every * self.config.steps)
+        return every > 0 and step % every == 0 and step < self.config.tidy_until * self.config.steps
+
+    @torch.no_grad()
+    def _tidy(self) -> None:
+        """Merge what points the same way, prune what is not used, reseed what is free."""
+        x = self.many_inputs(TIDY_SAMPLES, self.generator)
+        # Worked out on a copy, so that Ctrl-C does not fall in between.
+        tidy = self.components.map(lambda p: p.detach().clone())
+        changed = merge_and_prune(tidy, self.mask(x), self.config.min_cosine)
+        if self.step < self.config.reseed_until * self.config.steps:
+            changed |= reseed(self.network, tidy, self.mask(x, tidy), x, self.divergence)
+        for p, new in zip(self.components.parameters(), tidy.parameters(), strict=True):
+            p.copy_(new)
+            state = self.optimiser.state[p]
+            state["exp_avg"][changed] = 0
+            state["exp_avg_sq"][changed] = state["exp_avg_sq"].mean()
 
     @torch.no_grad()
     def _unit_norm(self) -> None:
@@ -239,16 +271,11 @@ class _Run:
 
     @torch.no_grad()
     def result(self, finished: bool, components: Components | None = None) -> Decomposition:
-        """Choose among the restarts by the sparse reconstruction error on held-out batches."""
+        """Choose among the restarts by the sparse reconstruction error on held-out inputs."""
         everything = (components or self.components).map(lambda t: t.detach().clone())
-        current, self.components = self.components, everything
-        generator = torch.Generator().manual_seed(self.config.seed + 1_000_003)
-        scores = torch.zeros(self.config.restarts)
-        for step in range(HELD_OUT_BATCHES):
-            x = self.inputs(step, generator)
-            outputs = self.network(x, everything, self.mask(x))
-            scores += minimality(outputs, self.network(x), self.divergence).cpu() / HELD_OUT_BATCHES
-        self.components = current
+        x = self.many_inputs(HELD_OUT_SAMPLES, torch.Generator().manual_seed(self.config.seed + 1_000_003))
+        outputs = self.network(x, everything, self.mask(x, everything))
+        scores = minimality(outputs, self.network(x), self.divergence)
         chosen = int(scores.nan_to_num(torch.inf).argmin())
         return Decomposition(
             components=everything.restart(chosen),

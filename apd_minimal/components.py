@@ -54,7 +54,7 @@ class Components:
         n_components: int,
         rank: int | None = None,
         restarts: int | None = None,
-        scale: float = 1.0,
+        std: float = 0.1,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
     ) -> Components:
@@ -65,7 +65,7 @@ class Components:
             n_components: C.
             rank: m, the inner size of the factors; None means full rank, min(d_in, d_out) of each weight.
             restarts: number of independent copies on a leading axis; None for no such axis.
-            scale: factor on the default standard deviations, d_in**-0.5 for A and 0.1 * d_out**-0.5 for B.
+            std: standard deviation of the factors' entries.
             generator: source of randomness; its device must be the CPU.
             device: where the factors live.
 
@@ -76,8 +76,8 @@ class Components:
         A, B = {}, {}
         for path, (d_in, d_out) in shapes.items():
             m = min(d_in, d_out) if rank is None else min(rank, d_in, d_out)
-            A[path] = (torch.randn(*lead, d_in, m, generator=generator) * scale * d_in**-0.5).to(device)
-            B[path] = (torch.randn(*lead, m, d_out, generator=generator) * 0.1 * scale * d_out**-0.5).to(device)
+            A[path] = (std * torch.randn(*lead, d_in, m, generator=generator)).to(device)
+            B[path] = (std * torch.randn(*lead, m, d_out, generator=generator)).to(device)
         return cls(A, B)
 
     @classmethod

@@ -7,7 +7,9 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any
 
-Schedule = float | tuple[float, float]
+import numpy as np
+
+Schedule = float | tuple[tuple[float, float], ...]
 
 
 @dataclass(frozen=True)
@@ -15,19 +17,22 @@ class Config:
     """Everything about a run that is a number or a name; see `decompose` for their meaning."""
 
     n_components: int
-    top_k: float
+    top_k: Schedule
     rank: int | None = None
     steps: int = 4000
     lr: float = 1e-2
     warmup: float = 0.05
-    init_scale: float = 1.0
+    init_std: float = 0.1
     faithfulness: Schedule = 1.0
     minimality: Schedule = 1.0
     simplicity: Schedule = 1.0
     hidden: Schedule = 0.0
     scrub: Schedule = 0.0
     p: float = 1.0
-    polish: float = 0.25
+    tidy_every: float = 0.075
+    tidy_until: float = 0.85
+    reseed_until: float = 0.5
+    min_cosine: float = 0.8
     per_sample: bool = False
     per_position: bool = False
     attribute_at: str = "target"
@@ -41,9 +46,9 @@ class Config:
         return ["faithfulness", "minimality", "simplicity", "hidden", "scrub"]
 
     def lr_at(self, t: float) -> float:
-        """Learning rate at progress t in [0, 1): a linear warm-up, then a cosine from `lr` to 0."""
+        """Learning rate at progress t in [0, 1): a linear warm-up, and a quarter of a cosine from `lr` to 0."""
         warm = min(1.0, (t + 1 / self.steps) / self.warmup) if self.warmup else 1.0
-        return warm * at_progress((self.lr, 0.0), t)
+        return self.lr * warm * math.cos(math.pi / 2 * t)
 
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> Config:
@@ -57,15 +62,16 @@ class Config:
             if name not in known:
                 close = difflib.get_close_matches(name, known, n=1)
                 raise TypeError(f"unknown setting {name!r}; " + (f"did you mean {close[0]!r}?" if close else f"known: {sorted(known)}"))
-        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()})
+        return cls(**{name: _tuples(v) for name, v in settings.items()})
 
     def check(self) -> None:
         """Raise a ValueError that names the first setting out of range."""
         if self.n_components < 1:
             raise ValueError(f"n_components must be at least 1, got {self.n_components}")
-        if not 0 < self.top_k <= self.n_components:
+        ks = [self.top_k] if isinstance(self.top_k, (int, float)) else [k for _, k in self.top_k]
+        if not all(0 < k <= self.n_components for k in ks):
             raise ValueError(f"top_k must be above 0 and at most n_components={self.n_components}, got {self.top_k}")
-        if self.per_sample and self.top_k != int(self.top_k):
+        if self.per_sample and any(k != int(k) for k in ks):
             raise ValueError(f"top_k per sample must be a whole number, got {self.top_k}")
         if not self.p > 0:
             raise ValueError(f"p must be above 0, got {self.p}")
@@ -74,14 +80,25 @@ class Config:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.rank is not None and self.rank < 1:
             raise ValueError(f"rank must be at least 1, or None for full rank, got {self.rank}")
-        for name in ("warmup", "polish"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} is a share of the steps, from 0 to below 1; got {getattr(self, name)}")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup is a share of the steps, from 0 to below 1; got {self.warmup}")
+        for name in self.schedules:
+            schedule = getattr(self, name)
+            if not isinstance(schedule, (int, float)) and any(len(point) != 2 for point in schedule):
+                raise ValueError(f"{name} must be a number or points (progress, value), got {schedule}")
 
 
 def at_progress(schedule: Schedule, t: float) -> float:
-    """A schedule's value at progress t in [0, 1]; a pair goes from the first to the second along a cosine."""
+    """A schedule's value at progress t in [0, 1].
+
+    A number is constant. Points (progress, value), in order of progress, are joined by straight lines.
+    """
     if isinstance(schedule, (int, float)):
         return float(schedule)
-    start, end = schedule
-    return end + (start - end) * (1 + math.cos(math.pi * t)) / 2
+    times, values = zip(*schedule, strict=True)
+    return float(np.interp(t, times, values))
+
+
+def _tuples(value: Any) -> Any:
+    """Lists, as JSON has them, to tuples."""
+    return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
