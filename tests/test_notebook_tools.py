@@ -252,7 +252,7 @@ def test_times_are_spoken(seconds: float, words: str) -> None:
     assert results.spoken(seconds) == words
 
 
-GOOD = '<div class="cell_output"><img alt="A line that rises." src="{src}"></div>'
+GOOD = '<article><div class="cell_output"><img alt="A line that rises." src="{src}"></div></article>'
 
 
 @pytest.mark.parametrize(
@@ -264,7 +264,7 @@ GOOD = '<div class="cell_output"><img alt="A line that rises." src="{src}"></div
         (GOOD + "<p>see {numref}</p>", "was not rendered"),
         (GOOD + "<p>$$x$$</p>", "was not rendered"),
         (GOOD + "<pre>Traceback (most recent call last)</pre>", "traceback"),
-        ('<div class="cell_output"></div>', "1 figures in the notebook, 0 on its page"),
+        ('<img alt="A logo."><div class="cell_output"></div>', "1 figures in the notebook, 0 on its page"),
         (GOOD.replace("cell_output", "x"), "1 cells with output, 0 on its page"),
         (None, "has no page"),
     ],

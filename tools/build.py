@@ -26,18 +26,21 @@ class _Page(HTMLParser):
         self.pictures: list[dict[str, str]] = []
         self.outputs = 0
         self.text = ""
+        self._in_article = False
         self._skipped: list[str] = []
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         found = {name: value or "" for name, value in attributes}
         classes = found.get("class", "").split()
         self.outputs += "cell_output" in classes
-        if tag == "img" and "logo__image" not in classes:
+        self._in_article |= tag == "article"
+        if tag == "img" and self._in_article:
             self.pictures.append(found)
         if tag in ("pre", "code", "script", "style") or "math" in classes:
             self._skipped.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
+        self._in_article &= tag != "article"
         if self._skipped and self._skipped[-1] == tag:
             self._skipped.pop()
 

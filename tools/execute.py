@@ -2,6 +2,7 @@
 
     python tools/execute.py                             # all chapters, two at a time
     python tools/execute.py chapters/03_x.ipynb         # one
+    python tools/execute.py --normalise chapters/03_x.ipynb   # only its text has changed: keep the outputs
 
 A second run gives the same bytes, so that a diff shows only what really changed.
 """
@@ -133,6 +134,24 @@ def execute(path: Path) -> float:
     return seconds
 
 
+def renormalise(path: Path) -> float:
+    """Stores a notebook in normal form as it is, for a change of its text alone.
+
+    Args:
+        path: the notebook, executed.
+
+    Returns:
+        float: the stored run time in seconds.
+    """
+    notebook = nbformat.read(path, as_version=4)
+    seconds = notebook.metadata["measured"]["seconds"]
+    measured = dict(notebook.metadata["measured"])
+    normalise(notebook, seconds)
+    notebook.metadata["measured"] = measured
+    path.write_text(nbformat.writes(notebook).rstrip("\n") + "\n")
+    return seconds
+
+
 def main() -> int:
     """Executes what the command line names.
 
@@ -141,10 +160,12 @@ def main() -> int:
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("notebooks", nargs="*", type=Path, help="all chapters if none is named")
-    paths = parser.parse_args().notebooks or sorted((ROOT / "chapters").glob("*.ipynb"))
+    parser.add_argument("--normalise", action="store_true", help="keep the stored outputs, only bring into normal form")
+    chosen = parser.parse_args()
+    paths = chosen.notebooks or sorted((ROOT / "chapters").glob("*.ipynb"))
     failed = 0
     with ThreadPoolExecutor(2) as pool:
-        jobs = {path: pool.submit(execute, path.resolve()) for path in paths}
+        jobs = {path: pool.submit(renormalise if chosen.normalise else execute, path.resolve()) for path in paths}
         for path, job in jobs.items():
             try:
                 print(f"{path.name}: {job.result():.0f} s", flush=True)
