@@ -6,6 +6,7 @@ import functools
 import os
 import re
 import shutil
+import subprocess
 import threading
 from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -37,7 +38,10 @@ needs_browser = pytest.mark.skipif(
 @pytest.fixture(scope="session")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The book, built with warnings as errors."""
-    return build.build(tmp_path_factory.mktemp("book")).parent
+    try:
+        return build.build(tmp_path_factory.mktemp("book")).parent
+    except subprocess.CalledProcessError:
+        pytest.fail("the book was not built: see the warnings", pytrace=False)
 
 
 @pytest.fixture(scope="session")
