@@ -67,11 +67,16 @@ def gradient(
     base = stacked if at == "components" else None
     pieces = []
     for part in x.split(internal_batch_size or len(x)):
-        if mode == "forward" or (
-            mode is None and not per_position and n_probes is None and _forward_is_cheaper(network, stacked, base, part)
-        ):
-            signed = _forward(network, stacked, base, part)
-        else:
+        forward = mode == "forward"
+        if mode is None and not per_position and n_probes is None:
+            forward = _forward_is_cheaper(network, stacked, base, part)
+        try:
+            signed = _forward(network, stacked, base, part) if forward else None
+        except NotImplementedError:  # some of torch's kernels, such as fused attention, know no forward mode
+            if mode is not None:
+                raise
+            signed = None
+        if signed is None:
             signed = _backward(network, stacked, base, part, per_position, n_probes, generator)
         if components.restarts is None:
             signed = signed[0]
@@ -153,9 +158,7 @@ def _backward(
     with torch.enable_grad():
         out = network(x.repeat(n, *[1] * (x.ndim - 1)), base, record=record)
         out = out.reshape(-1, n * batch, n_out)
-    deltas = torch.autograd.grad(
-        out, [use.shift for use in record], seeds.to(out).expand_as(out), allow_unused=True
-    )
+    deltas = torch.autograd.grad(out, [use.shift for use in record], seeds.to(out).expand_as(out), allow_unused=True)
     parts = []
     for use, delta in zip(record, deltas, strict=True):
         if delta is None:

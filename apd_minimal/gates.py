@@ -293,10 +293,12 @@ class Network:
                 twice = torch.full((len(x), 1), 2.0).to(noise)
                 hooked = self(x, delta, twice, remainder=True)
                 with evaluating(self.target):
-                    out = functional_call(self.target, {path: weight}, (x,))
+                    # Every user by name: functional_call's own tying does not put back a module with two names.
+                    users = {f"{site.name}.weight".lstrip("."): weight for site in self.sites if site.path == path}
+                    out = functional_call(self.target, users, (x,), tie_weights=False)
                 real = self.output(out) if self.output is not None else out
                 error, change = (hooked - real).norm(), (real - before).norm()
-                if error > tolerance * change + 1e-6 * before.norm():
+                if error > tolerance * change + 8 * torch.finfo(before.dtype).eps * before.norm():
                     raise ValueError(
                         f"{path}: the network uses this weight in a way that its modules' calls do not show "
                         f"(changing it moves the output by {change:.3g}, of which the hooks miss {error:.3g})"

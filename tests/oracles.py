@@ -37,7 +37,7 @@ class Text(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed = nn.Embedding(7, 4, padding_idx=0)
+        self.embed = nn.Embedding(7, 4)
         self.head = nn.Linear(4, 3)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -105,7 +105,9 @@ class Case:
     def x(self, batch: int = 4, seed: int = 0) -> Tensor:
         return self.inputs(batch, torch.Generator().manual_seed(seed))
 
-    def components(self, C: int = 3, restarts: int | None = None, seed: int = 1, m: int | None = None) -> apd.Components:
+    def components(
+        self, C: int = 3, restarts: int | None = None, seed: int = 1, m: int | None = None
+    ) -> apd.Components:
         """Random components of about the size of the weights, in double precision."""
         shapes = {path: tuple(matrix.shape) for path, matrix in self.network.weights.items()}
         generator = torch.Generator().manual_seed(seed)
@@ -182,11 +184,24 @@ def case(name: str) -> Case:
         return CASES[name]()
 
 
+def with_weights(target: nn.Module, weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """Run the target with other tensors in place of the named parameters, wherever they are used."""
+    users = {}
+    for path, weight in weights.items():
+        parameter = dict(target.named_parameters(remove_duplicate=False))[path]
+        for name, module in target.named_modules():
+            for key, p in module.named_parameters(recurse=False):
+                if p is parameter:
+                    users[f"{name}.{key}".lstrip(".")] = weight
+    return functional_call(target, users, (x,), tie_weights=False)
+
+
 def gated(
     one: Case, components: apd.Components, gates: Mapping[str, Tensor], x: Tensor, remainder: bool = False
 ) -> Tensor:
     """Run sample b with the weights sum_c g[b, c] P_c + r (theta* - sum_c P_c): [B, ...]."""
     one.target.eval()
+    own = {path: one.target.get_parameter(path).detach() for path in one.stored}
 
     def run(sample: Tensor, g: dict[str, Tensor]) -> Tensor:
         weights = {}
@@ -194,8 +209,8 @@ def gated(
             P = components.A[path] @ components.B[path]
             weights[path] = stored(torch.einsum("c,cij->ij", g[path], P))
             if remainder:
-                weights[path] = weights[path] + one.target.get_parameter(path).detach() - stored(P.sum(0))
-        return functional_call(one.target, weights, (sample[None],))[0]
+                weights[path] = weights[path] + own[path] - stored(P.sum(0))
+        return with_weights(one.target, weights, sample[None])[0]
 
     return vmap(run)(x, dict(gates))
 
@@ -210,7 +225,7 @@ def attributed(one: Case, components: apd.Components, x: Tensor, at: str = "targ
     }
     rows = []
     for sample in x:
-        jacobian = jacrev(lambda w, s=sample: functional_call(one.target, w, (s[None],)).flatten())(point)
+        jacobian = jacrev(lambda w, s=sample: with_weights(one.target, w, s[None]).flatten())(point)
         rows.append(sum(torch.einsum("o...,c...->co", jacobian[path], matrices[path]) for path in point))
     return torch.stack(rows)
 
@@ -228,7 +243,7 @@ def state(target: nn.Module) -> dict[str, object]:
     return {
         "tensors": {name: (t.data_ptr(), t.clone()) for name, t in target.state_dict().items()},
         "requires_grad": {name: p.requires_grad for name, p in target.named_parameters()},
-        "grad": {name: p.grad for name, p in target.named_parameters()},
+        "grad": {name: None if p.grad is None else p.grad.tolist() for name, p in target.named_parameters()},
         "training": {name: m.training for name, m in target.named_modules()},
         "hooks": {
             name: [len(getattr(m, kind)) for kind in vars(m) if "hooks" in kind and getattr(m, kind) is not None]
