@@ -2,7 +2,7 @@
 
     import apd_minimal as apd
     target = apd.targets.TMS(n_features=5, d_hidden=2).fit(seed=0)
-    result = apd.decompose(target, target.data(), target.weights, n_components=5, top_k=0.211)
+    result = apd.decompose(target, **target.recipe)
     print(apd.metrics.ownership(result.components, target.mechanisms()))
 """
 

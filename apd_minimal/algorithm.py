@@ -21,7 +21,6 @@ from .decomposition import Decomposition, fingerprint
 from .gates import Network
 from .losses import DIVERGENCES, Divergence, faithfulness, minimality, simplicity
 from .merge import merge_and_prune
-from .reseed import reseed
 from .topk import batch_top_k, sample_top_k
 
 Attribution = Callable[[Network, Components, Tensor], Tensor]
@@ -242,19 +241,22 @@ class _Run:
         return values
 
     def tidies(self, step: int) -> bool:
-        """Is it time to merge, prune and reseed?"""
-        every = round(self.config.tidy_every * self.config.steps)
-        return every > 0 and step % every == 0 and step < self.config.tidy_until * self.config.steps
+        """Is it time to merge and prune?"""
+        config = self.config
+        every = round(config.tidy_every * config.steps)
+        return every > 0 and step % every == 0 and config.tidy_from <= step / config.steps < config.tidy_until
 
     @torch.no_grad()
     def _tidy(self) -> None:
-        """Merge what points the same way, prune what is not used, reseed what is free."""
+        """Merge what points the same way, prune what is not used, and start what became free anew."""
         x = self.many_inputs(TIDY_SAMPLES, self.generator)
         # Worked out on a copy, so that Ctrl-C does not fall in between.
         tidy = self.components.map(lambda p: p.detach().clone())
         changed = merge_and_prune(tidy, self.mask(x), self.config.min_cosine)
-        if self.step < self.config.reseed_until * self.config.steps:
-            changed |= reseed(self.network, tidy, self.mask(x, tidy), x, self.divergence)
+        if self.step < self.config.revive_until * self.config.steps:
+            free = tidy.norms() == 0
+            for p in tidy.parameters():
+                p[free] = self.config.init_std * torch.randn(p.shape, generator=self.generator).to(p)[free]
         for p, new in zip(self.components.parameters(), tidy.parameters(), strict=True):
             p.copy_(new)
             state = self.optimiser.state[p]

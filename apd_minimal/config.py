@@ -14,24 +14,52 @@ Schedule = float | tuple[tuple[float, float], ...]
 
 @dataclass(frozen=True)
 class Config:
-    """Everything about a run that is a number or a name; see `decompose` for their meaning."""
+    """Everything about a run that is a number. The defaults are the recipe of chapter 6.
+
+    Attributes:
+        n_components: C; more than the mechanisms you expect, since spare ones are cleared away.
+        top_k: mean number of active components per sample, 0 < k <= C; may change along the run.
+        rank: m, the inner size of the factors; None for full rank.
+        steps: gradient steps.
+        lr: Adam's largest learning rate; it warms up linearly and falls along a quarter of a cosine.
+        warmup: share of the steps in which it warms up.
+        init_std: standard deviation of the factors at the start.
+        faithfulness: weight of the faithfulness loss.
+        minimality: weight of the minimality loss.
+        simplicity: weight of the simplicity loss; at 0 in the last stage, which undoes its shrinkage.
+        hidden: weight of the hidden-activation loss.
+        scrub: weight of the scrub loss: the active components and a random half of the others must match too.
+        p: exponent of the Schatten norm, 0 < p <= 1 as a rule.
+        tidy_every: share of the steps between merging and pruning; 0 for never.
+        tidy_from: progress from which on to merge and prune.
+        tidy_until: progress at which this stops.
+        revive_until: progress until which merged and pruned components start anew from small random factors.
+        min_cosine: components whose cosine is at least this are merged.
+        per_sample: take the k most attributed of each sample instead of the whole batch.
+        per_position: attributions and gates for each position of a sequence instead of each sample.
+        attribute_at: "target" or "components", where gradient attributions are taken.
+        unit_norm: keep the columns of A at unit length.
+        restarts: independent runs on one tensor axis.
+        seed: of all randomness.
+    """
 
     n_components: int
     top_k: Schedule
     rank: int | None = None
-    steps: int = 4000
+    steps: int = 2000
     lr: float = 1e-2
-    warmup: float = 0.05
+    warmup: float = 0.02
     init_std: float = 0.1
     faithfulness: Schedule = 1.0
-    minimality: Schedule = 1.0
-    simplicity: Schedule = 1.0
+    minimality: Schedule = 10.0
+    simplicity: Schedule = ((0.0, 60.0), (0.7, 0.0))
     hidden: Schedule = 0.0
-    scrub: Schedule = 0.0
-    p: float = 1.0
+    scrub: Schedule = 0.5
+    p: float = 0.9
     tidy_every: float = 0.075
+    tidy_from: float = 0.0
     tidy_until: float = 0.85
-    reseed_until: float = 0.5
+    revive_until: float = 0.65
     min_cosine: float = 0.8
     per_sample: bool = False
     per_position: bool = False

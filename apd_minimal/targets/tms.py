@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -51,6 +53,40 @@ class TMS(nn.Module):
     def data(self, batch_size: int = 1024, nonempty: bool = False) -> SparseFeatures:
         """Its source of batches [batch_size, n_features]."""
         return SparseFeatures(self.n_features, self.probability, batch_size=batch_size, nonempty=nonempty)
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """Inputs and settings with which chapters 1 and 7 take it apart: `decompose(target, **target.recipe)`.
+
+        They were found on target seeds from 100 up; the defaults of `decompose` are those of the larger size.
+        """
+        always = 0 if self.middle is None else 1  # the identity is active on every sample
+        if self.n_features > 5:
+            return {
+                "batches": self.data(512),
+                "weights": self.weights,
+                "n_components": 3 * self.n_features // 2 + always,
+                "top_k": _then(0.045 * self.n_features + always, 0.1 * self.n_features + always),
+                "rank": None if always else 4,
+            }
+        data = self.data(128, nonempty=True)
+        share = data.share_nonempty  # the paper's weights are for batches with their empty samples
+        return {
+            "batches": data,
+            "weights": self.weights,
+            "n_components": 12 + always,
+            "top_k": _then(0.211 / share + always, 0.34 / share + always),
+            "steps": 1600,
+            "lr": 3e-2,
+            "minimality": share,
+            "simplicity": ((0.0, 1.2 * share), (0.699, 1.2 * share), (0.7, 0.0)),
+            "scrub": 0.5 * share,
+            "p": 1.0,
+            "tidy_every": 0.1,
+            "tidy_from": 0.4,
+            "tidy_until": 0.75,
+            "restarts": 4,
+        }
 
     @property
     def weights(self) -> list[str]:
@@ -112,3 +148,8 @@ class TMS(nn.Module):
             "encode.weight": torch.cat([features, torch.zeros(1, self.n_features, d)]),
             "middle.weight": torch.cat([torch.zeros(self.n_features, d, d), torch.eye(d)[None]]),
         }
+
+
+def _then(k: float, last: float) -> tuple[tuple[float, float], ...]:
+    """k for most of a run, and a larger one in its last stage (chapter 6)."""
+    return ((0.0, k), (0.7, k), (0.701, last))
