@@ -3,8 +3,9 @@
 import os
 from typing import Any
 
-from execute import ENVIRONMENT
 from nbval.kernel import RunningKernel
+
+from execute import ENVIRONMENT
 
 os.environ.update(ENVIRONMENT)
 

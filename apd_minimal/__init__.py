@@ -1,9 +1,9 @@
 """Attribution-based Parameter Decomposition (APD), compact and for any network.
 
-    import apd_minimal as apd
-    target = apd.targets.TMS(n_features=5, d_hidden=2).fit(seed=0)
-    result = apd.decompose(target, **target.recipe)
-    print(apd.metrics.ownership(result.components, target.mechanisms()))
+import apd_minimal as apd
+target = apd.targets.TMS(n_features=5, d_hidden=2).fit(seed=0)
+result = apd.decompose(target, **target.recipe)
+print(apd.metrics.ownership(result.components, target.mechanisms()))
 """
 
 from . import artefacts, attributions, data, frames, glue, losses, metrics, rules, store, targets, topk

@@ -146,9 +146,7 @@ class _Run:
         self.good = self.components.map(lambda t: t.detach().clone())
 
     def _gradient(self, network: Network, components: Components, x: Tensor) -> Tensor:
-        return gradient(
-            network, components, x, at=self.config.attribute_at, per_position=self.config.per_position
-        )
+        return gradient(network, components, x, at=self.config.attribute_at, per_position=self.config.per_position)
 
     def inputs(self, step: int, generator: torch.Generator) -> Tensor:
         """The inputs of one step, checked."""

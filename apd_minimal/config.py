@@ -89,7 +89,10 @@ class Config:
         for name in settings:
             if name not in known:
                 close = difflib.get_close_matches(name, known, n=1)
-                raise TypeError(f"unknown setting {name!r}; " + (f"did you mean {close[0]!r}?" if close else f"known: {sorted(known)}"))
+                raise TypeError(
+                    f"unknown setting {name!r}; "
+                    + (f"did you mean {close[0]!r}?" if close else f"known: {sorted(known)}")
+                )
         return cls(**{name: _tuples(v) for name, v in settings.items()})
 
     def check(self) -> None:

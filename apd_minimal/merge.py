@@ -14,9 +14,7 @@ from .components import Components
 
 
 @torch.no_grad()
-def merge_and_prune(
-    components: Components, mask: Tensor, min_cosine: float = 0.9, dead_share: float = 0.1
-) -> Tensor:
+def merge_and_prune(components: Components, mask: Tensor, min_cosine: float = 0.9, dead_share: float = 0.1) -> Tensor:
     """Merge components that point the same way, and set unused ones to zero, in place.
 
     Args:
@@ -53,9 +51,7 @@ def merge_and_prune(
 def _merge(components: Components, r: int, group: list[int]) -> None:
     """Replace the first of a group by the sum of all, cut to its rank by the singular value decomposition."""
     for path in components.paths:
-        total = Components(
-            {path: components.A[path][r, group]}, {path: components.B[path][r, group]}
-        ).sum(path)
+        total = Components({path: components.A[path][r, group]}, {path: components.B[path][r, group]}).sum(path)
         merged = Components.from_matrices({path: total[None]}, rank=components.A[path].shape[-1])
         components.A[path][r, group[0]] = merged.A[path][0]
         components.B[path][r, group[0]] = merged.B[path][0]

@@ -50,9 +50,7 @@ def matrices(components: Components, path: str | None = None, order: Sequence[in
     with plt.style.context(STYLE):
         columns = min(len(chosen), 10)
         rows = -(-len(chosen) // columns)
-        figure, axes = plt.subplots(
-            rows, columns, figsize=(min(6.0, 0.9 * columns), 1.3 * rows), squeeze=False
-        )
+        figure, axes = plt.subplots(rows, columns, figsize=(min(6.0, 0.9 * columns), 1.3 * rows), squeeze=False)
         for ax in axes.flat:
             ax.axis("off")
         for ax, c in zip(axes.flat, chosen, strict=False):
@@ -88,9 +86,7 @@ def columns(vectors: Mapping[str, Tensor], ax: Axes | None = None) -> Figure:
     return _figure(ax)
 
 
-def components(
-    decomposed: Decomposition | Components, truth: Truth | None = None, path: str | None = None
-) -> Figure:
+def components(decomposed: Decomposition | Components, truth: Truth | None = None, path: str | None = None) -> Figure:
     """Where every component's length lies among the inputs of a weight: one row for each component.
 
     With a truth, the components are put in the order of the mechanisms that they own, so that a perfect
