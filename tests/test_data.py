@@ -1,0 +1,93 @@
+"""Sparse features: the law of the samples, with and without the empty ones."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from scipy.stats import chi2, kstest
+from torch import Tensor
+
+import apd_minimal as apd
+from apd_minimal.data import SparseFeatures
+
+
+def draw(source: SparseFeatures, seed: int = 0) -> Tensor:
+    return source(0, torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("nonempty", [False, True])
+@pytest.mark.parametrize("probability", [0.05, 0.3, 0.8, 1.0])
+@pytest.mark.parametrize("n", [1, 3, 4])
+def test_every_pattern_has_its_probability(n: int, probability: float, nonempty: bool) -> None:
+    """Chi-square over all 2^n patterns against the (conditional) product law."""
+    B = 40_000
+    on = draw(SparseFeatures(n, probability, 0.5, 1.0, B, nonempty)) > 0
+    codes = (on * 2 ** torch.arange(n)).sum(1)
+    counts = torch.bincount(codes, minlength=2**n).tolist()
+    law = {}
+    for code, pattern in enumerate(itertools.product([0, 1], repeat=n)):
+        number = sum(bit << i for i, bit in enumerate(reversed(pattern)))
+        assert number == code
+        k = sum(pattern)
+        law[code] = probability**k * (1 - probability) ** (n - k)
+    if nonempty:
+        assert counts[0] == 0
+        share = 1 - law.pop(0)
+        law = {code: p / share for code, p in law.items()}
+    statistic, degrees = 0.0, -1
+    for code, p in law.items():
+        if p == 0:
+            assert counts[code] == 0
+        elif B * p > 5:
+            statistic += (counts[code] - B * p) ** 2 / (B * p)
+            degrees += 1
+    if degrees:
+        assert statistic < chi2.ppf(1 - 1e-4, degrees)
+    else:
+        assert max(counts) == B
+
+
+@pytest.mark.parametrize("nonempty", [False, True])
+def test_values_are_uniform_where_a_feature_is_on(nonempty: bool) -> None:
+    x = draw(SparseFeatures(3, 0.2, low=-1.0, high=2.0, batch_size=20_000, nonempty=nonempty))
+    values = x[x != 0].numpy()
+    assert kstest(values, "uniform", (-1.0, 3.0)).pvalue > 1e-3
+    assert values.min() < -0.99
+    assert values.max() > 1.99
+
+
+def test_the_stated_means_are_those_of_the_samples() -> None:
+    for nonempty in (False, True):
+        source = SparseFeatures(5, 0.05, batch_size=100_000, nonempty=nonempty)
+        on = draw(source) > 0
+        assert float(on.sum(1).float().mean()) == pytest.approx(source.mean_active, rel=0.03)
+    share = (draw(SparseFeatures(5, 0.05, batch_size=100_000)) > 0).any(1).float().mean()
+    assert float(share) == pytest.approx(source.share_nonempty, rel=0.03)
+    assert source.share_nonempty == pytest.approx(1 - 0.95**5)
+
+
+@pytest.mark.parametrize("nonempty", [False, True])
+def test_the_generator_is_the_only_source_of_randomness(nonempty: bool) -> None:
+    source = SparseFeatures(5, 0.3, batch_size=16, nonempty=nonempty)
+    before = torch.get_rng_state()
+    assert torch.equal(draw(source), draw(source))
+    assert not torch.equal(draw(source, seed=1), draw(source))
+    assert torch.equal(torch.get_rng_state(), before)
+    generator = torch.Generator().manual_seed(0)
+    first, state = source(0, generator), generator.get_state()
+    second = source(1, generator)
+    assert not torch.equal(first, second)
+    generator.set_state(state)
+    assert torch.equal(source(1, generator), second)
+    assert list(first.shape) == [16, 5]
+
+
+def test_settings_that_make_no_sense() -> None:
+    for p in (0.0, -0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match=r"probability must be in \(0, 1\]"):
+            apd.data.SparseFeatures(5, p)
+    for n, batch in ((0, 4), (5, 0)):
+        with pytest.raises(ValueError, match=f"at least 1, got {n} and {batch}"):
+            SparseFeatures(n, 0.5, batch_size=batch)

@@ -1,0 +1,275 @@
+"""Metrics on decompositions whose faults are known because they were put there."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from oracles import best_match, case
+from torch import Tensor, nn
+
+import apd_minimal as apd
+from apd_minimal import metrics
+
+
+def target(rotated: bool = False, identity: bool = False) -> apd.targets.TMS:
+    """Five features around a circle, untrained."""
+    tms = apd.targets.TMS(5, 2, identity=identity)
+    angle = 2 * math.pi * torch.arange(5) / 5
+    with torch.no_grad():
+        tms.encode.weight.copy_(1.1 * torch.stack([angle.cos(), angle.sin()]))
+        tms.bias.fill_(-0.3)
+    return tms.rotate(seed=1) if rotated else tms
+
+
+def components(matrices: Tensor) -> apd.Components:
+    return apd.Components.from_matrices({"encode.weight": matrices})
+
+
+both_bases = pytest.mark.parametrize("rotated", [False, True])
+
+
+@both_bases
+def test_a_perfect_decomposition_in_any_order(rotated: bool) -> None:
+    truth = target(rotated).mechanisms()
+    Z = truth["encode.weight"]
+    order = torch.tensor([3, 0, 4, 1, 2])
+    found = metrics.ownership(components(Z[order]), truth)
+    assert found.complete
+    assert torch.equal(order[found.owner], torch.arange(5))
+    for values in (found.cosine, found.length_ratio, found.purity):
+        torch.testing.assert_close(values, torch.ones(5))
+    torch.testing.assert_close(metrics.mmcs(components(Z), truth), torch.tensor(1.0))
+    torch.testing.assert_close(metrics.ml2r(components(Z), truth), torch.tensor(1.0))
+    assert str(found).count("yes") == 5
+
+
+@both_bases
+def test_faults_that_were_put_there(rotated: bool) -> None:
+    truth = target(rotated).mechanisms()
+    Z = truth["encode.weight"]
+    zero = torch.zeros_like(Z[:1])
+
+    def owned(matrices: Tensor) -> list[bool]:
+        return metrics.ownership(components(matrices), truth).owned.tolist()
+
+    doubled = torch.cat([Z[:1] + Z[1:2], Z[2:], zero])
+    assert owned(doubled) == [False, False, True, True, True]
+    split = torch.cat([0.5 * Z[:1], 0.5 * Z[:1], Z[1:]])
+    assert owned(split) == [False, True, True, True, True]
+    shrunken = Z * torch.tensor([0.89, 0.91, 1.0, 1.09, 1.11])[:, None, None]
+    assert owned(shrunken) == [False, True, True, True, False]
+    turned = torch.cat([-Z[:1], Z[1:], zero])
+    assert owned(turned) == [False, True, True, True, True]
+    assert metrics.ownership(components(doubled), truth).complete is False
+
+
+def test_impure_components_by_hand() -> None:
+    truth = target().mechanisms()
+    Z = truth["encode.weight"]
+    # Feature 0's component carries a share of feature 1's: all columns are of length 1.1.
+    for share in (0.1, 0.2):
+        P = Z.clone()
+        P[0] += share * Z[1]
+        found = metrics.ownership(components(P), truth, min_cosine=0.0, length_range=(0, 9))
+        purity = 1 / (1 + share**2)
+        assert found.purity[0].item() == pytest.approx(purity, abs=1e-5)
+        assert found.owned.tolist() == [purity >= 0.98, True, True, True, True]
+        assert found.cosine[0].item() == pytest.approx(purity**0.5, abs=1e-5)
+        assert found.length_ratio[0].item() == pytest.approx((1 + share**2) ** 0.5, abs=1e-5)
+
+
+def test_what_mmcs_and_ml2r_do_not_see() -> None:
+    truth = target().mechanisms()
+    Z = truth["encode.weight"]
+    dead = components(Z * 1e-3)
+    torch.testing.assert_close(metrics.mmcs(dead, truth), torch.tensor(1.0))
+    torch.testing.assert_close(metrics.ml2r(dead, truth), torch.tensor(1e-3))
+    whole = components(Z.sum(0, keepdim=True))  # one component that does everything
+    torch.testing.assert_close(metrics.mmcs(whole, truth), torch.tensor(1.0))
+    torch.testing.assert_close(metrics.ml2r(whole, truth), torch.tensor(1.0))
+    assert not metrics.ownership(whole, truth).owned.any()
+
+
+@given(st.integers(0, 100), st.integers(1, 6), st.integers(1, 6))
+def test_columns_feature_by_feature(seed: int, C: int, J: int) -> None:
+    """MMCS and ML2R as they are defined: column j of the component against column j of W."""
+    generator = torch.Generator().manual_seed(seed)
+    W = torch.randn(J, 3, generator=generator, dtype=torch.float64)
+    P = torch.randn(C, J, 3, generator=generator, dtype=torch.float64)
+    truth = {"w": torch.einsum("ji,jd->jid", torch.eye(J, dtype=torch.float64), W)}
+    cosines, ratios = [], []
+    for j in range(J):
+        each = [float(P[c, j] @ W[j] / (P[c, j].norm() * W[j].norm())) for c in range(C)]
+        best = max(range(C), key=each.__getitem__)
+        cosines.append(each[best])
+        ratios.append(float(P[best, j].norm() / W[j].norm()))
+    found = apd.Components.from_matrices({"w": P})
+    assert float(metrics.mmcs(found, truth)) == pytest.approx(sum(cosines) / J)
+    assert float(metrics.ml2r(found, truth)) == pytest.approx(sum(ratios) / J)
+
+
+@given(st.integers(0, 100), st.integers(1, 6), st.integers(1, 6))
+def test_the_match_is_the_best_of_all(seed: int, C: int, J: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    Z = torch.randn(J, 3, 2, generator=generator, dtype=torch.float64)
+    P = torch.randn(C, 3, 2, generator=generator, dtype=torch.float64)
+    found = metrics.ownership(apd.Components.from_matrices({"w": P}), {"w": Z})
+    cosines = torch.nn.functional.cosine_similarity(Z.flatten(1)[:, None], P.flatten(1)[None], dim=2)
+    assert float(found.cosine.sum()) == pytest.approx(best_match(cosines))
+    held = found.owner[found.owner >= 0]
+    assert len(held.unique()) == len(held) == min(C, J)
+    for j, c in enumerate(found.owner.tolist()):
+        if c < 0:
+            assert [float(found.cosine[j]), float(found.length_ratio[j]), bool(found.owned[j])] == [0, 0, False]
+        else:
+            assert float(found.cosine[j]) == pytest.approx(float(cosines[j, c]))
+            assert float(found.length_ratio[j]) == pytest.approx(float(P[c].norm() / Z[j].norm()))
+
+
+def test_the_input_basis_does_not_matter() -> None:
+    plain = target()
+    generator = torch.Generator().manual_seed(0)
+    P = torch.cat([plain.mechanisms()["encode.weight"], torch.zeros(1, 5, 2)])
+    P = P + 0.1 * torch.randn(P.shape, generator=generator)
+    turned = target(rotated=True)
+    assert turned.rotation is not None
+    Q = turned.rotation
+    here, there = components(P), components(Q.T @ P)
+    truth_here, truth_there = plain.mechanisms(), turned.mechanisms()
+    first, second = metrics.ownership(here, truth_here), metrics.ownership(there, truth_there)
+    for name in ("owner", "cosine", "length_ratio", "purity", "owned"):
+        torch.testing.assert_close(getattr(first, name), getattr(second, name))
+    assert not first.complete
+    for function in (metrics.mmcs, metrics.ml2r):
+        torch.testing.assert_close(function(here, truth_here), function(there, truth_there))
+
+
+def test_mechanisms_over_two_weights() -> None:
+    truth = target(identity=True).mechanisms()
+    perfect = apd.Components.from_matrices(truth)
+    assert metrics.ownership(perfect, truth).complete
+    # The identity layer's parts handed out to the features' components: none of them is pure any more.
+    mixed = {path: Z.clone() for path, Z in truth.items()}
+    mixed["middle.weight"][:5] = torch.eye(2) / 5
+    mixed["middle.weight"][5] = 0
+    assert not metrics.ownership(apd.Components.from_matrices(mixed), truth).owned.any()
+
+
+def test_relative_faithfulness_by_hand() -> None:
+    weights = {"w": torch.tensor([[3.0, 0.0], [0.0, 4.0]])}
+    nothing = apd.Components.from_matrices({"w": torch.zeros(2, 2, 2)})
+    assert metrics.relative_faithfulness(nothing, weights).item() == pytest.approx(1.0)
+    half = apd.Components.from_matrices({"w": weights["w"][None] / 2})
+    assert metrics.relative_faithfulness(half, weights).item() == pytest.approx(0.25)
+
+
+def test_output_error_is_that_of_the_sum() -> None:
+    one = case("mlp")
+    x, found = one.x(), one.components()
+    y = torch.tanh(x @ found.sum("0.weight") + one.target[0].bias) @ found.sum("2.weight") + one.target[2].bias
+    expected = (y - one.target(x)).square().mean(1)
+    torch.testing.assert_close(metrics.output_error(one.target, found, x), expected.detach())
+
+
+def sparse_inputs(n: int) -> Tensor:
+    return apd.data.SparseFeatures(5, 0.05, batch_size=n, nonempty=True)(0, torch.Generator().manual_seed(0))
+
+
+@both_bases
+def test_scrubbing_a_true_decomposition(rotated: bool) -> None:
+    """On inputs with one feature each, the other components never matter; the active one does."""
+    tms = target(rotated)
+    inputs = torch.eye(5).repeat(40, 1)
+    inputs = inputs if tms.rotation is None else inputs @ torch.eye(5)
+    found = metrics.scrubbing(tms, components(tms.mechanisms()["encode.weight"]), inputs, top_k=5)
+    assert found.top_k.max() < 1e-10
+    assert torch.equal(found.top_k, found.scrubbed), "with every component active, there is none to scrub"
+    plain = nn.Linear(5, 5, bias=False)
+    with torch.no_grad():
+        plain.weight.copy_(torch.eye(5))
+    Z = torch.einsum("ji,jo->jio", torch.eye(5), torch.eye(5))
+    truth = apd.Components.from_matrices({"weight": Z})
+    error = metrics.scrubbing(plain, truth, inputs, top_k=1)
+    torch.testing.assert_close(error.scrubbed, error.top_k)
+    assert error.top_k.max() < 1e-10
+    # Half of the ones are lost: each costs one squared output of five.
+    lost = error.anti_scrubbed
+    assert set(lost.mul(5).round(decimals=4).tolist()) == {0.0, 1.0}
+    assert 0.05 < lost.mean() < 0.15
+
+
+def test_scrubbing_exposes_the_faithful_and_meaningless_decomposition() -> None:
+    tms = target()
+    Z = tms.mechanisms()["encode.weight"]
+    generator = torch.Generator().manual_seed(0)
+    strangers = torch.randn(4, 5, 2, generator=generator)
+    pathological = torch.cat([strangers, (Z.sum(0) - strangers.sum(0))[None]])
+    x = sparse_inputs(500)
+    good = metrics.scrubbing(tms, components(Z), x, top_k=1.2)
+    bad = metrics.scrubbing(tms, components(pathological), x, top_k=1.2)
+    weights = apd.Network(tms, tms.weights).weights
+    assert apd.losses.faithfulness(components(pathological), weights) < 1e-8
+    assert good.scrubbed.mean() < 0.5 * good.anti_scrubbed.mean()
+    assert bad.scrubbed.mean() > 10 * good.scrubbed.mean()
+    again = metrics.scrubbing(tms, components(Z), x, top_k=1.2)
+    assert torch.equal(again.anti_scrubbed, good.anti_scrubbed)
+    other = metrics.scrubbing(tms, components(Z), x, top_k=1.2, seed=1)
+    assert not torch.equal(other.anti_scrubbed, good.anti_scrubbed)
+
+
+def test_scrubbing_adds_half_of_the_rest_and_removes_half_of_the_active() -> None:
+    """A layer whose components write to one output each shows which of them ran."""
+    C, B = 8, 400
+    layer = nn.Linear(1, C, bias=False)
+    with torch.no_grad():
+        layer.weight.fill_(0.0)
+    P = torch.zeros(C, 1, C)
+    P[range(C), 0, range(C)] = torch.arange(1.0, C + 1)
+    found = apd.Components.from_matrices({"weight": P})
+    error = metrics.scrubbing(layer, found, torch.ones(B, 1), top_k=2)
+    kept = torch.tensor([7.0, 8.0]).square().sum()
+    rest = torch.arange(1.0, 7).square().sum()
+    torch.testing.assert_close(error.top_k * C, kept.expand(B))
+    assert (error.scrubbed * C >= kept - 1e-3).all()
+    assert float((error.scrubbed * C).mean()) == pytest.approx(float(kept + rest / 2), rel=0.05)
+    assert float((error.anti_scrubbed * C).mean()) == pytest.approx(float(kept + rest) / 2, rel=0.08)
+
+
+def test_description_length_by_hand() -> None:
+    P = torch.zeros(4, 3, 2)
+    P[0, 0, 0] = 1
+    P[1, 1, 0] = P[1, 2, 1] = 1  # rank 2
+    P[2, 2, 1] = 0.01  # below the threshold
+    found = apd.Components.from_matrices({"w": P, "v": P.flip(1)})
+    mask = torch.tensor([[1.0, 1.0, 0.0, 0.0], [0.0, 1.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    # Ranks over both weights 2, 4, 0, 0; every active component costs log2(4) = 2 bits more.
+    assert float(metrics.description_length(found, mask, alpha=3.0)) == pytest.approx((8 + 14 + 14 + 2 + 0) / 3)
+    assert float(metrics.description_length(found, mask, threshold=0.001)) == pytest.approx((4 + 6 + 6 + 4) / 3)
+
+
+@pytest.mark.parametrize(("alpha", "better"), [(2.7, False), (3.1, True)])
+def test_five_components_of_tms_beat_one_above_about_2_9_bits(alpha: float, better: bool) -> None:
+    Z = target().mechanisms()["encode.weight"]
+    x = apd.data.SparseFeatures(5, 0.05, batch_size=100_000)(0, torch.Generator().manual_seed(0))
+    active = (x > 0).float()
+    five = metrics.description_length(components(Z), active, alpha)
+    one = metrics.description_length(components(Z.sum(0)[None]), active.amax(1, keepdim=True), alpha)
+    assert bool(five < one) == better
+
+
+def test_truths_that_do_not_fit() -> None:
+    truth = target().mechanisms()
+    found = components(truth["encode.weight"])
+    bad = [
+        (found.stacked(), truth, "pick one restart first"),
+        (found, {"w": truth["encode.weight"]}, r"the truth is about \['w'\], the components about \['encode.weight'\]"),
+        (found, {"encode.weight": torch.zeros(5, 2, 5)}, r"must be \[J, 5, 2\], got \[5, 2, 5\]"),
+    ]
+    for function in (metrics.ownership, metrics.mmcs, metrics.ml2r):
+        for c, t, message in bad:
+            with pytest.raises(ValueError, match=message):
+                function(c, t)

@@ -1,0 +1,101 @@
+"""TMS against its closed form, with its mechanisms, rotated or not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import apd_minimal as apd
+from apd_minimal.targets import TMS
+
+
+def tms(identity: bool = False, n: int = 5, d: int = 2) -> TMS:
+    target = TMS(n, d, identity=identity)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        target.encode.weight.copy_(torch.randn(d, n, generator=generator))
+        target.bias.copy_(0.3 * torch.randn(n, generator=generator))
+        if target.middle is not None:
+            target.middle.weight.copy_(torch.randn(d, d, generator=generator))
+    return target
+
+
+def inputs(n: int = 5) -> Tensor:
+    return torch.randn(50, n, generator=torch.Generator().manual_seed(1))
+
+
+def test_closed_form() -> None:
+    target, x = tms(), inputs()
+    W = target.encode.weight.T
+    torch.testing.assert_close(target(x), (x @ W @ W.T + target.bias).clamp_min(0))
+    assert target.decode.weight is target.encode.weight
+    deep = tms(identity=True)
+    assert deep.middle is not None
+    W, M = deep.encode.weight.T, deep.middle.weight.T
+    torch.testing.assert_close(deep(x), (x @ W @ M @ W.T + deep.bias).clamp_min(0))
+
+
+@pytest.mark.parametrize("identity", [False, True])
+def test_rotating_leaves_the_function_as_it_was(identity: bool) -> None:
+    target, x = tms(identity), inputs()
+    before, weight = target(x), target.encode.weight.clone()
+    for turns in (1, 2):
+        target.rotate(seed=turns)
+        torch.testing.assert_close(target(x), before)
+        assert target.rotation is not None
+        torch.testing.assert_close(target.rotation @ target.rotation.T, torch.eye(5))
+        torch.testing.assert_close(target.encode.weight @ target.rotation.T, weight)
+    assert (target.encode.weight - weight).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+def test_mechanisms_sum_to_the_weight_and_answer_one_feature_each(rotated: bool) -> None:
+    target = tms()
+    if rotated:
+        target.rotate(seed=3)
+    Z = target.mechanisms()["encode.weight"]
+    assert list(Z.shape) == [5, 5, 2]
+    torch.testing.assert_close(Z.sum(0), target.encode.weight.T.detach())
+    assert torch.linalg.matrix_rank(Z).tolist() == [1] * 5
+    for j in range(5):
+        feature = torch.eye(5)[j]
+        met = feature if target.rotation is None else feature @ target.rotation
+        for i in range(5):
+            expected = target.encode(met).detach() if i == j else torch.zeros(2)
+            torch.testing.assert_close(met @ Z[i], expected)
+
+
+def test_mechanisms_with_the_identity_layer() -> None:
+    target = TMS(5, 2, identity=True)
+    truth = target.mechanisms()
+    assert list(truth) == target.weights
+    network = apd.Network(target, target.weights)
+    for path, Z in truth.items():
+        torch.testing.assert_close(Z.sum(0), network.weights[path])
+        used = Z.flatten(1).norm(dim=1) > 0
+        assert used.tolist() == ([True] * 5 + [False] if path == "encode.weight" else [False] * 5 + [True])
+    assert target.middle is not None
+    assert not target.middle.weight.requires_grad
+
+
+def test_fitting() -> None:
+    """A few steps: it learns, repeatably, and leaves no gradients behind."""
+
+    def loss(target: TMS) -> float:
+        x = target.data(4096)(0, torch.Generator().manual_seed(9))
+        return float((target(x) - x).square().mean())
+
+    first = TMS().fit(seed=0, steps=400)
+    second = TMS().fit(seed=0, steps=400)
+    assert torch.equal(first.encode.weight, second.encode.weight)
+    assert not torch.equal(first.encode.weight, TMS().fit(seed=1, steps=2).encode.weight)
+    zero = float(first.data(4096)(0, torch.Generator().manual_seed(9)).square().mean())
+    assert loss(first) < 0.4 * zero
+    assert all(p.grad is None for p in first.parameters())
+    deep = TMS(identity=True).fit(seed=0, steps=20)
+    assert deep.middle is not None
+    assert torch.equal(deep.middle.weight, torch.eye(2)), "the identity layer is fixed"
+    before = torch.get_rng_state()
+    TMS.fit(first, steps=2)
+    assert torch.equal(torch.get_rng_state(), before)
