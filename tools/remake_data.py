@@ -7,6 +7,7 @@ recipe was found.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 import platform
@@ -115,6 +116,13 @@ def run(job: tuple[str, bool, bool, str, int]) -> tuple[dict[str, Any], dict[str
     return facts, tensors
 
 
+def write_manifest() -> None:
+    """Note every artefact's hash, by which a fetched copy is checked."""
+    names = sorted(p.name for p in DATA.iterdir() if p.name not in ("manifest.json", "README.md"))
+    hashes = {name: hashlib.sha256((DATA / name).read_bytes()).hexdigest() for name in names}
+    (DATA / "manifest.json").write_text(json.dumps(hashes, indent=1) + "\n")
+
+
 def main() -> None:
     """Run every job, two at a time, and write the two files."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -135,6 +143,7 @@ def main() -> None:
             about = {"processor": platform.machine(), "torch": torch.__version__, "threads": 1, "processes": 2}
             (DATA / "tms.json").write_text(json.dumps({"about": about, "runs": runs}, indent=1) + "\n")
             save_file(tensors, DATA / "tms.safetensors")
+    write_manifest()
 
 
 if __name__ == "__main__":
