@@ -6,7 +6,7 @@ result = apd.decompose(target, **target.recipe)
 print(apd.metrics.ownership(result.components, target.mechanisms()))
 """
 
-from . import artefacts, attributions, data, frames, glue, losses, metrics, rules, store, targets, topk
+from . import artefacts, attributions, data, frames, glue, losses, metrics, plots, rules, store, targets, topk
 from .algorithm import NonFiniteLoss, decompose
 from .components import Components
 from .config import Config
@@ -27,6 +27,7 @@ __all__ = [
     "glue",
     "losses",
     "metrics",
+    "plots",
     "rules",
     "store",
     "targets",

@@ -222,8 +222,9 @@ class _Run:
             self.history["step"].append(self.step)
             for name in ("faithfulness", "minimality", "simplicity", "hidden", "scrub"):
                 if name in values or name in self.history:
-                    row = values.get(name, [None] * config.restarts)
-                    self.history.setdefault(name, []).append(row)
+                    none = [None] * config.restarts  # for steps at which this loss is not in force
+                    rows = self.history.setdefault(name, [none] * (len(self.history["step"]) - 1))
+                    rows.append(values.get(name, none))
             self.good = self.components.map(lambda p: p.detach().clone())
         total = torch.stack([weight * value.sum() for weight, value in losses.values()]).sum()
         parameters = self.components.parameters()

@@ -26,7 +26,8 @@ def write(path: str | os.PathLike[str], data: bytes) -> None:
     """Write a file so that it is there whole or not at all."""
     final = Path(path)
     final.parent.mkdir(parents=True, exist_ok=True)
-    beside = final.with_name(f"{final.name}.{os.getpid()}.part")
+    # Always the same name: what a killed process left there is overwritten by the next.
+    beside = final.with_name(f"{final.name}.part")
     try:
         with open(beside, "wb") as file:
             file.write(data)

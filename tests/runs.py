@@ -1,0 +1,88 @@
+"""A tiny run, the same in every process; as a script it is stopped from outside or from within."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import apd_minimal as apd
+
+STEPS = 40
+SETTINGS = {"steps": STEPS, "restarts": 2, "tidy_every": 0.2, "lr": 0.05, "progress": False}
+Batches = Callable[[int, torch.Generator], Tensor]
+
+
+def tms() -> apd.targets.TMS:
+    """TMS 5-2 with weights drawn, not trained."""
+    target = apd.targets.TMS()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        target.encode.weight.copy_(torch.randn(2, 5, generator=generator))
+        target.bias.fill_(0.2)
+    return target
+
+
+def batches(step: int, generator: torch.Generator) -> Tensor:
+    """Sparse features, 64 samples."""
+    return apd.data.SparseFeatures(5, 0.1, batch_size=64, nonempty=True)(step, generator)
+
+
+def decompose(source: Batches = batches, target: torch.nn.Module | None = None, **changes: Any) -> apd.Decomposition:
+    """The tiny run with other settings."""
+    settings: dict[str, Any] = {"n_components": 6, "top_k": 1.2, **SETTINGS, **changes}
+    return apd.decompose(target or tms(), source, ["encode.weight"], **settings)
+
+
+def fingerprint(result: apd.Decomposition) -> str:
+    """Hash of everything in a result, all restarts included."""
+    assert result.restarts is not None
+    digest = hashlib.sha256()
+    for t in (*result.restarts.parameters(), *result.components.parameters()):
+        digest.update(t.contiguous().numpy().tobytes())
+    digest.update(json.dumps([result.history, result.scores, result.chosen, result.finished]).encode())
+    return digest.hexdigest()
+
+
+def main(how: str, checkpoint: str, at: int) -> None:
+    """Run until something happens at step `at`."""
+    torch.set_num_threads(1)
+    if how == "interrupt":
+        # Even where the shell has set it to be ignored.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def source(step: int, generator: torch.Generator) -> Tensor:
+        if step == at:
+            if how == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if how == "interrupt":
+                print("ready", flush=True)
+        return batches(step, generator)
+
+    if how == "kill while writing":
+        real, seen = os.replace, []
+
+        def replace(*args: Any) -> None:
+            seen.append(args)
+            if len(seen) == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            real(*args)
+
+        os.replace = replace  # type: ignore[assignment]
+    target = tms()
+    result = decompose(
+        source, target, checkpoint=checkpoint, checkpoint_every=7, steps=STEPS if "kill" in how else 10**6
+    )
+    hooks = sum(len(module._forward_hooks) for module in target.modules())
+    print(json.dumps([result.finished, hooks, len(result.history["step"]), fingerprint(result)]), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))

@@ -1,0 +1,72 @@
+"""The names that others build on. Changing this file on purpose is how a public name changes."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+
+import apd_minimal as apd
+
+NAMES = {
+    "": "Components Config Decomposition Network NonFiniteLoss artefacts attributions data decompose frames glue "
+    "losses metrics plots rules store targets topk",
+    "attributions": "gradient",
+    "data": "SparseFeatures",
+    "losses": "DIVERGENCES faithfulness kl minimality mse simplicity simplicity_exact",
+    "metrics": "Ownership Scrubbing description_length ml2r mmcs output_error ownership relative_faithfulness "
+    "scrubbing",
+    "rules": "Rule TransposedLinear rule",
+    "store": "FORMAT StoreError read_tensors write write_tensors",
+    "targets": "TMS",
+    "topk": "batch_top_k sample_top_k",
+}
+
+
+def test_public_names() -> None:
+    assert sorted(apd.__all__) == NAMES[""].split()
+    for module_name, names in NAMES.items():
+        module = getattr(apd, module_name) if module_name else apd
+        missing = [name for name in names.split() if not hasattr(module, name)]
+        assert not missing, f"{module.__name__} lost {missing}"
+        if module_name:
+            own = {
+                name
+                for name, thing in vars(module).items()
+                if not name.startswith("_") and getattr(thing, "__module__", "").startswith(module.__name__)
+            }
+            assert own <= set(names.split()), f"{module.__name__} has new names: list them here"
+
+
+def parameters(function: object) -> list[str]:
+    return list(inspect.signature(function).parameters)  # type: ignore[arg-type]
+
+
+def test_arguments() -> None:
+    assert (
+        parameters(apd.decompose)[:12]
+        == (
+            "target batches weights n_components top_k output divergence hidden attribution checkpoint "
+            "checkpoint_every watch"
+        ).split()
+    )
+    assert (
+        parameters(apd.attributions.gradient)
+        == ("target components x at per_output per_position n_probes mode internal_batch_size generator").split()
+    )
+    assert parameters(apd.Network) == "target weights output hidden".split()
+    assert parameters(apd.Network.__call__)[1:5] == "x components gates remainder".split()
+    assert parameters(apd.metrics.ownership) == "components truth min_cosine length_range min_purity".split()
+    assert parameters(apd.Decomposition.load) == ["folder", "target"]
+    assert parameters(apd.targets.TMS) == "n_features d_hidden identity probability".split()
+
+
+def test_fields() -> None:
+    def fields(kind: type) -> list[str]:
+        return [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
+
+    assert fields(apd.Components) == ["A", "B"]
+    assert fields(apd.Decomposition) == (
+        "components config history scores chosen finished fingerprint restarts".split()
+    )
+    assert fields(apd.metrics.Ownership) == "owner cosine length_ratio purity owned".split()
+    assert {"n_components", "top_k", "rank", "steps", "lr", "p", "restarts", "seed"} <= set(fields(apd.Config))

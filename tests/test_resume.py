@@ -1,0 +1,124 @@
+"""Nothing is lost: kill -9 and go on, Ctrl-C, and checkpoints that do not fit."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import runs
+import torch
+from torch import Tensor
+
+import apd_minimal as apd
+from apd_minimal.store import StoreError
+
+
+def start(how: str, checkpoint: Path, at: int) -> subprocess.Popen[str]:
+    command = [sys.executable, runs.__file__, how, str(checkpoint), str(at)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_killed_at_a_random_step_and_while_writing_a_run_ends_with_the_same_bits(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "run.safetensors"
+    step = random.SystemRandom().randrange(8, 36)
+    for how, at in (("kill", step), ("kill while writing", 1)):
+        process = start(how, checkpoint, at)
+        _, errors = process.communicate()
+        assert process.returncode == -signal.SIGKILL, errors
+        assert checkpoint.exists()
+    done = runs.decompose(checkpoint=checkpoint, checkpoint_every=7)
+    assert runs.fingerprint(done) == runs.fingerprint(runs.decompose()), f"killed at {step}"
+    assert done.history["step"] == list(range(runs.STEPS))
+    assert [path.name for path in tmp_path.iterdir()] == [checkpoint.name], "no part of a file is left"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"unit_norm": True, "attribute_at": "components"},
+        {"per_sample": True, "top_k": 1, "scrub": 0.0, "simplicity": ((0.0, 1.0), (0.5, 0.0))},
+        {"top_k": ((0.0, 3.0), (1.0, 1.0)), "rank": 1, "restarts": 1, "tidy_every": 0.0},
+    ],
+)
+def test_stopped_by_an_exception_at_a_random_step(tmp_path: Path, changes: dict[str, object]) -> None:
+    step = random.SystemRandom().randrange(7, runs.STEPS)
+
+    def breaks(at: int, generator: torch.Generator) -> Tensor:
+        if at == step:
+            raise RuntimeError("broken")
+        return runs.batches(at, generator)
+
+    checkpoint = tmp_path / "run.safetensors"
+    with pytest.raises(RuntimeError, match="broken"):
+        runs.decompose(breaks, checkpoint=checkpoint, checkpoint_every=3, **changes)
+    resumed = runs.decompose(checkpoint=checkpoint, checkpoint_every=3, **changes)
+    assert runs.fingerprint(resumed) == runs.fingerprint(runs.decompose(**changes)), f"stopped at {step}"
+
+
+def test_a_real_ctrl_c_gives_the_result_so_far(tmp_path: Path) -> None:
+    process = start("interrupt", tmp_path / "run.safetensors", 30)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    out, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    finished, hooks, logged, _ = json.loads(out.splitlines()[-1])
+    assert finished is False
+    assert hooks == 0
+    assert logged >= 1
+
+
+def test_ctrl_c_at_a_known_step() -> None:
+    seen: dict[int, apd.Components] = {}
+    runs.decompose(watch=lambda step, components: seen.update({step: components.map(Tensor.clone)}))
+    stopped = []
+
+    def interrupts(step: int, generator: torch.Generator) -> Tensor:
+        if step == 12 and not stopped:
+            stopped.append(step)
+            raise KeyboardInterrupt
+        return runs.batches(step, generator)
+
+    result = runs.decompose(interrupts)
+    assert result.finished is False
+    assert result.history["step"] == list(range(12))
+    assert result.restarts is not None
+    for a, b in zip(result.restarts.parameters(), seen[11].parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_finished_checkpoint_gives_its_result_at_once(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "run.safetensors"
+    first = runs.decompose(checkpoint=checkpoint)
+    steps: list[int] = []
+    again = runs.decompose(checkpoint=checkpoint, watch=lambda step, components: steps.append(step))
+    assert steps == []
+    assert runs.fingerprint(again) == runs.fingerprint(first)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.safetensors"]
+
+
+def test_checkpoints_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "run.safetensors"
+    result = runs.decompose(checkpoint=checkpoint, steps=3)
+    good = checkpoint.read_bytes()
+    for changes in ({"steps": 4}, {"steps": 3, "lr": 0.01}, {"steps": 3, "seed": 1}, {"steps": 3, "n_components": 7}):
+        with pytest.raises(StoreError, match="belongs to a run with other settings"):
+            runs.decompose(checkpoint=checkpoint, **changes)
+    other = runs.tms()
+    with torch.no_grad():
+        other.encode.weight[0, 0] += 1e-3
+    with pytest.raises(StoreError, match="belongs to a run on another target"):
+        runs.decompose(target=other, checkpoint=checkpoint, steps=3)
+    assert checkpoint.read_bytes() == good, "a refused checkpoint is left alone"
+    for length in (0, 5, 200, len(good) // 2, len(good) - 1):
+        checkpoint.write_bytes(good[:length])
+        with pytest.raises(StoreError, match="truncated or not a safetensors file"):
+            runs.decompose(checkpoint=checkpoint, steps=3)
+    result.save(tmp_path)
+    with pytest.raises(StoreError, match="holds a 'decomposition', expected a 'checkpoint'"):
+        runs.decompose(checkpoint=tmp_path / "components.safetensors", steps=3)
