@@ -21,6 +21,7 @@ from .decomposition import Decomposition, fingerprint
 from .gates import Network
 from .losses import DIVERGENCES, Divergence, faithfulness, minimality, simplicity
 from .merge import merge_and_prune
+from .reseed import reseed
 from .topk import batch_top_k, sample_top_k
 
 Attribution = Callable[[Network, Components, Tensor], Tensor]
@@ -247,15 +248,13 @@ class _Run:
 
     @torch.no_grad()
     def _tidy(self) -> None:
-        """Merge what points the same way, prune what is not used, and start what became free anew."""
+        """Merge what points the same way, prune what is not used, and start what is free anew."""
         x = self.many_inputs(TIDY_SAMPLES, self.generator)
         # Worked out on a copy, so that Ctrl-C does not fall in between.
         tidy = self.components.map(lambda p: p.detach().clone())
         changed = merge_and_prune(tidy, self.mask(x), self.config.min_cosine)
-        if self.step < self.config.revive_until * self.config.steps:
-            free = tidy.norms() == 0
-            for p in tidy.parameters():
-                p[free] = self.config.init_std * torch.randn(p.shape, generator=self.generator).to(p)[free]
+        if self.step < self.config.reseed_until * self.config.steps:
+            changed |= reseed(self.network, tidy, self.mask(x, tidy), x, self.divergence)
         for p, new in zip(self.components.parameters(), tidy.parameters(), strict=True):
             p.copy_(new)
             state = self.optimiser.state[p]

@@ -33,7 +33,7 @@ class Config:
         tidy_every: share of the steps between merging and pruning; 0 for never.
         tidy_from: progress from which on to merge and prune.
         tidy_until: progress at which this stops.
-        revive_until: progress until which merged and pruned components start anew from small random factors.
+        reseed_until: progress until which free components start anew where the sparse network fails most.
         min_cosine: components whose cosine is at least this are merged.
         per_sample: take the k most attributed of each sample instead of the whole batch.
         per_position: attributions and gates for each position of a sequence instead of each sample.
@@ -59,7 +59,7 @@ class Config:
     tidy_every: float = 0.075
     tidy_from: float = 0.0
     tidy_until: float = 0.85
-    revive_until: float = 0.65
+    reseed_until: float = 0.5
     min_cosine: float = 0.8
     per_sample: bool = False
     per_position: bool = False

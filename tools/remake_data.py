@@ -128,7 +128,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=10)
     seeds = range(parser.parse_args().seeds)
-    jobs = [(name, False, False, "ours", seed) for name in SIZES for seed in seeds]
+    jobs = [(name, False, False, "ours", seed) for name in reversed(SIZES) for seed in seeds]
     jobs += [(name, False, True, "ours", seed) for name in SIZES for seed in seeds]
     jobs += [("tms-5-2", False, False, "plain", seed) for seed in seeds]
     jobs += [("tms-5-2", True, False, "ours", seed) for seed in seeds]

@@ -85,6 +85,8 @@ class TMS(nn.Module):
             "tidy_every": 0.1,
             "tidy_from": 0.4,
             "tidy_until": 0.75,
+            "reseed_until": 0.65,
+            "min_cosine": 0.9,
             "restarts": 4,
         }
 
