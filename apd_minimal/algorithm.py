@@ -64,7 +64,7 @@ def decompose(
         top_k: mean number of active components per sample.
         output: picks the outputs that count, [B, ...], from what the target returns.
         divergence: "mse", "kl" (of softmax over the last axis) or (outputs, wanted) -> [..., B].
-        hidden: modules whose outputs the sparse forward pass must match too, weighted by `hidden_weight`.
+        hidden: modules whose outputs the sparse forward pass must match too, weighted by the setting `hidden`.
         attribution: (network, components, x) -> [..., B, C]; None takes exact gradient attributions.
         checkpoint: a file from which an interrupted run of the same settings resumes, bit for bit.
         checkpoint_every: steps between checkpoints.
