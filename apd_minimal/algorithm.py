@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from . import store
 from .attributions import gradient
+from .checkpoint import identity, read_state, write_state
 from .components import Components
 from .config import Config, at_progress
 from .data import Batches
@@ -66,7 +65,8 @@ def decompose(
         divergence: "mse", "kl" (of softmax over the last axis) or (outputs, wanted) -> [..., B].
         hidden: modules whose outputs the sparse forward pass must match too, weighted by the setting `hidden`.
         attribution: (network, components, x) -> [..., B, C]; None takes exact gradient attributions.
-        checkpoint: a file from which an interrupted run of the same settings resumes, bit for bit.
+        checkpoint: a file from which an interrupted run of the same settings resumes, bit for bit. It knows
+            functions by their names alone, and the batches not at all (`checkpoint.identity`).
         checkpoint_every: steps between checkpoints.
         watch: called as watch(step, components) at every logged step.
         progress: show a progress bar with the losses.
@@ -79,7 +79,7 @@ def decompose(
     Raises:
         KeyError, TypeError, ValueError: input that does not fit; the message names what was given and expected.
         NonFiniteLoss: a loss became NaN or infinite.
-        StoreError: the checkpoint is damaged, or belongs to other settings or another target.
+        StoreError: the checkpoint is damaged, or belongs to another run; the message says what differs.
     """
     config = Config.from_dict({"n_components": n_components, "top_k": top_k, **settings})
     config.check()
@@ -128,6 +128,7 @@ class _Run:
     ) -> None:
         self.network, self.batches, self.config, self.divergence = network, batches, config, divergence
         self.attribution = attribution or self._gradient
+        self.identity = identity(config, network, divergence, attribution)
         self.generator = torch.Generator().manual_seed(config.seed)
         weight = next(iter(network.weights.values()))
         components = Components.random(
@@ -288,39 +289,15 @@ class _Run:
             restarts=everything,
         )
 
-    def _named_state(self) -> dict[str, Tensor]:
-        """Every tensor on which the rest of the run depends, by name."""
-        tensors = {"generator": self.generator.get_state()}
-        for i, p in enumerate(self.components.parameters()):
-            tensors[f"factor.{i}"] = p.detach()
-            for name, value in self.optimiser.state[p].items():
-                tensors[f"adam.{i}.{name}"] = value
-        return tensors
-
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a checkpoint."""
-        store.write_tensors(path, "checkpoint", self._named_state(), {"step": self.step, **self._facts()})
-
-    def _facts(self) -> dict[str, Any]:
-        return {
-            "config": asdict(self.config),
-            "fingerprint": fingerprint(self.network.weights),
-            "history": self.history,
-        }
+        factors = self.components.parameters()
+        write_state(path, self.identity, self.step, self.history, self.generator, factors, self.optimiser)
 
     def resume(self, path: str | os.PathLike[str]) -> None:
         """Take up the state of a checkpoint."""
-        tensors, facts = store.read_tensors(path, "checkpoint")
-        if Config.from_dict(facts["config"]) != self.config:
-            raise store.StoreError(f"{path} belongs to a run with other settings: {facts['config']}")
-        if facts["fingerprint"] != fingerprint(self.network.weights):
-            raise store.StoreError(f"{path} belongs to a run on another target")
-        self.step, self.history = facts["step"], facts["history"]
-        self.generator.set_state(tensors["generator"])
-        for i, p in enumerate(self.components.parameters()):
-            p.data.copy_(tensors[f"factor.{i}"])
-            names = [key.rpartition(".")[2] for key in tensors if key.startswith(f"adam.{i}.")]
-            self.optimiser.state[p] = {name: tensors[f"adam.{i}.{name}"].to(p.device) for name in names}
+        factors = self.components.parameters()
+        self.step, self.history = read_state(path, self.identity, self.generator, factors, self.optimiser)
         self.good = self.components.map(lambda t: t.detach().clone())
 
 

@@ -7,14 +7,17 @@ import random
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import runs
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import apd_minimal as apd
+from apd_minimal import store
 from apd_minimal.store import StoreError
 
 
@@ -106,9 +109,13 @@ def test_checkpoints_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     checkpoint = tmp_path / "run.safetensors"
     result = runs.decompose(checkpoint=checkpoint, steps=3)
     good = checkpoint.read_bytes()
-    for changes in ({"steps": 4}, {"steps": 3, "lr": 0.01}, {"steps": 3, "seed": 1}, {"steps": 3, "n_components": 7}):
-        with pytest.raises(StoreError, match="belongs to a run with other settings"):
-            runs.decompose(checkpoint=checkpoint, **changes)
+    for changes, message in (
+        ({"steps": 4}, "steps was 3, given 4$"),
+        ({"lr": 0.01, "seed": 1}, "lr was 0.05, given 0.01; seed was 0, given 1$"),
+        ({"n_components": 7}, "n_components was 6, given 7$"),
+    ):
+        with pytest.raises(StoreError, match="belongs to a run with other settings: " + message):
+            runs.decompose(checkpoint=checkpoint, **{"steps": 3, **changes})
     other = runs.tms()
     with torch.no_grad():
         other.encode.weight[0, 0] += 1e-3
@@ -122,3 +129,71 @@ def test_checkpoints_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     result.save(tmp_path)
     with pytest.raises(StoreError, match="holds a 'decomposition', expected a 'checkpoint'"):
         runs.decompose(checkpoint=tmp_path / "components.safetensors", steps=3)
+
+
+def first_output(y: Tensor) -> Tensor:
+    return y[:, :1]
+
+
+class Picks:
+    def __call__(self, y: Tensor) -> Tensor:
+        return y
+
+
+def attribution(network: apd.Network, components: apd.Components, x: Tensor, at: str = "target") -> Tensor:
+    return apd.attributions.gradient(network, components, x, at=at)
+
+
+NAMED = {
+    "divergence": (partial(apd.losses.kl), r"divergence was 'apd_minimal.losses.mse', given 'apd_minimal.losses.kl'$"),
+    "hidden": (["decode"], r"hidden modules was \[\], given \['decode'\]$"),
+    "output": (first_output, r"output was None, given 'test_resume.first_output'$"),
+    "attribution": (partial(attribution, at="target"), r"attribution was None, given 'test_resume.attribution'$"),
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_checkpoint_belongs_to_its_functions_and_hidden_modules(tmp_path: Path, name: str) -> None:
+    value, message = NAMED[name]
+    runs.decompose(checkpoint=tmp_path / "plain", steps=3)
+    with pytest.raises(StoreError, match="plain belongs to a run with other settings: " + message):
+        runs.decompose(checkpoint=tmp_path / "plain", steps=3, **{name: value})
+    made: dict[str, Any] = {"checkpoint": tmp_path / "made", "steps": 3, name: value}
+    first = runs.decompose(**made)
+    assert runs.fingerprint(runs.decompose(**made)) == runs.fingerprint(first)
+    with pytest.raises(StoreError, match=rf"made belongs to a run with other settings: {name}"):
+        runs.decompose(checkpoint=tmp_path / "made", steps=3)
+
+
+def test_a_function_counts_by_its_name(tmp_path: Path) -> None:
+    """Where a name is all that there is: a lambda, an object that can be called, a function of torch's own."""
+    runs.decompose(checkpoint=tmp_path / "run", steps=3)
+    for output, name in (
+        (lambda y: y, "test_resume.test_a_function_counts_by_its_name.<locals>.<lambda>"),
+        (Picks(), "test_resume.Picks"),
+        (Tensor.sigmoid, r"\S*sigmoid"),
+    ):
+        with pytest.raises(StoreError, match=rf"output was None, given '{name}'$"):
+            runs.decompose(checkpoint=tmp_path / "run", steps=3, output=output)
+    runs.decompose(checkpoint=tmp_path / "run", steps=3, divergence=apd.losses.mse)  # "mse" is this function
+
+
+def test_a_checkpoint_belongs_to_the_order_of_its_weights(tmp_path: Path) -> None:
+    target = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5))
+
+    def run(*weights: str) -> apd.Decomposition:
+        checkpoint = tmp_path / "run"
+        return apd.decompose(target, runs.batches, weights, 3, 1, steps=2, checkpoint=checkpoint, progress=False)
+
+    run("0.weight", "1.weight")
+    with pytest.raises(StoreError, match=r"weights was \['0.weight', '1.weight'\], given \['1.weight', '0.weight'\]$"):
+        run("1.weight", "0.weight")
+
+
+def test_a_checkpoint_that_does_not_say_its_functions_is_taken(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "run"
+    first = runs.decompose(checkpoint=checkpoint, steps=3)
+    tensors, facts = store.read_tensors(checkpoint, "checkpoint")
+    facts = {name: facts[name] for name in ("config", "fingerprint", "step", "history")}
+    store.write_tensors(checkpoint, "checkpoint", tensors, facts)
+    assert runs.fingerprint(runs.decompose(checkpoint=checkpoint, steps=3)) == runs.fingerprint(first)

@@ -1,0 +1,114 @@
+"""Checkpoints: the state from which a stopped run goes on bit for bit, and which run it is a state of (chapter 6)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import store
+from .config import Config
+from .decomposition import fingerprint
+from .gates import Network
+
+
+def identity(config: Config, network: Network, divergence: Any, attribution: Any) -> dict[str, Any]:
+    """What the meaning of a run depends on, as JSON can hold it.
+
+    Functions count by module and qualified name, a partial by the function inside, any other object by its class.
+    So what a function does, what a partial holds and which of two lambdas in one scope it was is not compared,
+    nor are the batches: a source that broke may be mended. A function that moved counts as another one.
+
+    Args:
+        config: the settings.
+        network: the target, with the weights, the output and the hidden modules that were picked.
+        divergence: a function.
+        attribution: a function, or None for gradient attributions.
+
+    Returns:
+        dict[str, Any]: name to value.
+    """
+    return {
+        "config": asdict(config),
+        "fingerprint": fingerprint(network.weights),
+        "weights": list(network.weights),
+        "hidden modules": network.hidden,
+        "output": _name(network.output),
+        "divergence": _name(divergence),
+        "attribution": _name(attribution),
+    }
+
+
+def _name(function: Any) -> str | None:
+    if function is None:
+        return None
+    while isinstance(function, partial):
+        function = function.func
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{getattr(named, '__module__', None)}.{named.__qualname__}"
+
+
+def write_state(
+    path: str | os.PathLike[str],
+    run: dict[str, Any],
+    step: int,
+    history: dict[str, list[Any]],
+    generator: torch.Generator,
+    factors: Sequence[Tensor],
+    optimiser: torch.optim.Optimizer,
+) -> None:
+    """Write a checkpoint.
+
+    Args:
+        path: the file.
+        run: the run's `identity`.
+        step: steps done.
+        history: what was logged.
+        generator: of the run's randomness.
+        factors: the components' factors, in the order of `Components.parameters`.
+        optimiser: of these factors.
+    """
+    tensors = {"generator": generator.get_state()}
+    for i, p in enumerate(factors):
+        tensors[f"factor.{i}"] = p.detach()
+        for name, value in optimiser.state[p].items():
+            tensors[f"adam.{i}.{name}"] = value
+    store.write_tensors(path, "checkpoint", tensors, {"step": step, "history": history, **run})
+
+
+def read_state(
+    path: str | os.PathLike[str],
+    run: dict[str, Any],
+    generator: torch.Generator,
+    factors: Sequence[Tensor],
+    optimiser: torch.optim.Optimizer,
+) -> tuple[int, dict[str, list[Any]]]:
+    """Read a checkpoint into the generator, the factors and the optimiser; arguments as for `write_state`.
+
+    Returns:
+        tuple[int, dict[str, list[Any]]]: the step and the history.
+
+    Raises:
+        StoreError: a damaged file, or a checkpoint of another run; the message says what differs.
+    """
+    tensors, facts = store.read_tensors(path, "checkpoint")
+    if facts["fingerprint"] != run["fingerprint"]:
+        raise store.StoreError(f"{path} belongs to a run on another target")
+    stored = facts | asdict(Config.from_dict(facts["config"]))
+    own = run | run["config"]
+    # A checkpoint of an earlier version does not say everything; what it does not say is not compared.
+    other = [name for name in own if name != "config" and name in stored and stored[name] != own[name]]
+    if other:
+        differ = "; ".join(f"{name} was {stored[name]!r}, given {own[name]!r}" for name in other)
+        raise store.StoreError(f"{path} belongs to a run with other settings: {differ}")
+    generator.set_state(tensors["generator"])
+    for i, p in enumerate(factors):
+        p.data.copy_(tensors[f"factor.{i}"])
+        names = [key.rpartition(".")[2] for key in tensors if key.startswith(f"adam.{i}.")]
+        optimiser.state[p] = {name: tensors[f"adam.{i}.{name}"].to(p.device) for name in names}
+    return facts["step"], facts["history"]
