@@ -62,8 +62,19 @@ def minimality(outputs: Tensor, wanted: Tensor, divergence: Divergence = mse) ->
 
     Returns:
         Tensor: mean over the batch; a scalar, or [restarts].
+
+    Raises:
+        ValueError: a divergence that does not give one value for each sample.
     """
-    return divergence(outputs, wanted).mean(-1)
+    errors = divergence(outputs, wanted)
+    expected = list(outputs.shape[: outputs.ndim - wanted.ndim + 1])
+    given = list(errors.shape) if isinstance(errors, Tensor) else type(errors).__name__
+    if given != expected:
+        raise ValueError(
+            f"divergence must give one value per sample, {expected}, got {given} for outputs {list(outputs.shape)} "
+            f"and wanted {list(wanted.shape)}"
+        )
+    return errors.mean(-1)
 
 
 def simplicity(components: Components, mask: Tensor, p: float = 1.0, epsilon: float = 1e-16) -> Tensor:

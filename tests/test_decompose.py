@@ -214,6 +214,24 @@ def test_settings_out_of_range(changes: dict[str, Any], message: str) -> None:
         runs.decompose(**changes)
 
 
+@pytest.mark.parametrize(
+    ("divergence", "given"),
+    [
+        (lambda outputs, wanted: (outputs - wanted).square().mean(), r"\[\]"),
+        (lambda outputs, wanted: (outputs - wanted).square().mean((1, 2)), r"\[2\]"),
+        (lambda outputs, wanted: (outputs - wanted).square(), r"\[2, 64, 5\]"),
+        (lambda outputs, wanted: (outputs - wanted).square().mean(1), r"\[2, 5\]"),
+        (lambda outputs, wanted: 0.0, "float"),
+    ],
+)
+def test_a_divergence_must_give_one_value_per_sample(divergence: Any, given: str) -> None:
+    steps: list[int] = []
+    expected = r"\[2, 64\], got " + given + r" for outputs \[2, 64, 5\] and wanted \[64, 5\]"
+    with pytest.raises(ValueError, match=f"^divergence must give one value per sample, {expected}$"):
+        runs.decompose(divergence=divergence, watch=lambda step, components: steps.append(step))
+    assert steps == []
+
+
 def test_unknown_settings_get_a_hint() -> None:
     with pytest.raises(TypeError, match="unknown setting 'simplicty'; did you mean 'simplicity'"):
         runs.decompose(simplicty=1.0)
