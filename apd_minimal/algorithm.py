@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from .attributions import gradient
 from .checkpoint import identity, read_state, write_state
 from .components import Components
-from .config import Config, at_progress
+from .config import Config, Schedule, at_progress
 from .data import Batches
 from .decomposition import Decomposition, fingerprint
 from .gates import Network
@@ -41,7 +41,7 @@ def decompose(
     batches: Batches,
     weights: Sequence[str],
     n_components: int,
-    top_k: float,
+    top_k: Schedule,
     *,
     output: Callable[[Any], Tensor] | None = None,
     divergence: str | Divergence = "mse",
@@ -60,7 +60,7 @@ def decompose(
         batches: batches(step, generator) gives the inputs [B, ...] of a step; all randomness from the generator.
         weights: parameter paths such as "encode.weight".
         n_components: C; more than the mechanisms you expect.
-        top_k: mean number of active components per sample.
+        top_k: mean number of active components per sample; a number, or points (progress, value) of a schedule.
         output: picks the outputs that count, [B, ...], from what the target returns.
         divergence: "mse", "kl" (of softmax over the last axis) or (outputs, wanted) -> [..., B].
         hidden: modules whose outputs the sparse forward pass must match too, weighted by the setting `hidden`.
