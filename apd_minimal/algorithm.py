@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,8 @@ def decompose(
         KeyError, TypeError, ValueError: input that does not fit; the message names what was given and expected.
         NonFiniteLoss: a loss became NaN or infinite.
         StoreError: the checkpoint is damaged, or belongs to another run; the message says what differs.
+        Exception: whatever a function given here raises. After the first step, it carries the state so far as its
+            attribute `result`; if the restarts cannot be scored then, there is a warning, and the scores are NaN.
     """
     config = Config.from_dict({"n_components": n_components, "top_k": top_k, **settings})
     config.check()
@@ -95,24 +98,28 @@ def decompose(
     run.network.check(run.inputs(0, torch.Generator().manual_seed(config.seed)))
     if checkpoint is not None and Path(checkpoint).exists():
         run.resume(checkpoint)
-    finished = False
-    bar = tqdm(total=config.steps, initial=run.step, disable=not progress, unit="step")
     try:
-        while run.step < config.steps:
-            losses = run.advance()
-            bar.update()
-            if run.logs(run.step - 1):
-                bar.set_postfix({name: f"{min(values):.1e}" for name, values in losses.items()})
-                if watch is not None:
-                    watch(run.step - 1, run.components.map(Tensor.detach))
-            if checkpoint is not None and (run.step % checkpoint_every == 0 or run.step == config.steps):
-                run.save(checkpoint)
-        finished = True
+        with tqdm(total=config.steps, initial=run.step, disable=not progress, unit="step") as bar:
+            while run.step < config.steps:
+                losses = run.advance()
+                bar.update()
+                if run.logs(run.step - 1):
+                    bar.set_postfix({name: f"{min(values):.1e}" for name, values in losses.items()})
+                    if watch is not None:
+                        watch(run.step - 1, run.components.map(Tensor.detach))
+                if checkpoint is not None and (run.step % checkpoint_every == 0 or run.step == config.steps):
+                    run.save(checkpoint)
+        return run.result()
     except KeyboardInterrupt:
-        pass
-    finally:
-        bar.close()
-    return run.result(finished)
+        return run.so_far()
+    except NonFiniteLoss:
+        raise
+    except Exception as error:
+        if run.step:  # before the first step there is nothing to lose
+            error.result = run.so_far()  # type: ignore[attr-defined]
+            if hasattr(error, "add_note"):  # from Python 3.11
+                error.add_note(f"decompose: the result after {run.step} steps is in this exception's .result")
+        raise
 
 
 class _Run:
@@ -218,7 +225,7 @@ class _Run:
             if not all(map(_is_finite, per_restart)):
                 raise NonFiniteLoss(
                     f"step {self.step}: the {name} loss is {per_restart}; the last good state is in .result",
-                    self.result(finished=False, components=self.good),
+                    self.so_far(self.good),
                 )
         if self.logs(self.step):
             self.history["step"].append(self.step)
@@ -271,12 +278,16 @@ class _Run:
             self.components.B[path].mul_(length.transpose(-2, -1))
 
     @torch.no_grad()
-    def result(self, finished: bool, components: Components | None = None) -> Decomposition:
-        """Choose among the restarts by the sparse reconstruction error on held-out inputs."""
-        everything = (components or self.components).map(lambda t: t.detach().clone())
+    def scores(self, components: Components) -> Tensor:
+        """The sparse reconstruction error of each restart on held-out inputs: [R]."""
         x = self.many_inputs(HELD_OUT_SAMPLES, torch.Generator().manual_seed(self.config.seed + 1_000_003))
-        outputs = self.network(x, everything, self.mask(x, everything))
-        scores = minimality(outputs, self.network(x), self.divergence)
+        outputs = self.network(x, components, self.mask(x, components))
+        return minimality(outputs, self.network(x), self.divergence)
+
+    def result(self, components: Components | None = None, scores: Tensor | None = None) -> Decomposition:
+        """Choose among the restarts by their scores, those of an earlier state if one is given."""
+        everything = (components or self.components).map(lambda t: t.detach().clone())
+        scores = self.scores(everything) if scores is None else scores
         chosen = int(scores.nan_to_num(torch.inf).argmin())
         return Decomposition(
             components=everything.restart(chosen),
@@ -284,10 +295,21 @@ class _Run:
             history=self.history,
             scores=scores.tolist(),
             chosen=chosen,
-            finished=finished,
+            finished=components is None and self.step == self.config.steps,
             fingerprint=fingerprint(self.network.weights),
             restarts=everything,
         )
+
+    def so_far(self, components: Components | None = None) -> Decomposition:
+        """The result in any case: of the last good state, and with NaN for scores where scoring fails too."""
+        if components is None and not all(bool(torch.isfinite(p).all()) for p in self.components.parameters()):
+            components = self.good
+        try:
+            return self.result(components)
+        except (Exception, KeyboardInterrupt) as error:
+            message = f"the restarts could not be compared, so that the first was chosen: {error!r}"
+            warnings.warn(message, RuntimeWarning, stacklevel=3)
+            return self.result(components, torch.full((self.config.restarts,), torch.nan))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a checkpoint."""

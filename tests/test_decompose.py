@@ -163,6 +163,7 @@ def test_a_run_that_explodes_keeps_finite_components() -> None:
     assert all(torch.isfinite(t).all() for t in caught.value.result.components.parameters())
 
 
+@pytest.mark.filterwarnings("ignore:the restarts could not be compared")
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_bad_inputs_are_named_with_their_step(bad: float) -> None:
     for at in (0, 5):

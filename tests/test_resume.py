@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import pytest
 import runs
 import torch
+from oracles import assert_same_state, state
 from torch import Tensor, nn
 
 import apd_minimal as apd
@@ -57,7 +60,7 @@ def test_stopped_by_an_exception_at_a_random_step(tmp_path: Path, changes: dict[
         return runs.batches(at, generator)
 
     checkpoint = tmp_path / "run.safetensors"
-    with pytest.raises(RuntimeError, match="broken"):
+    with pytest.warns(RuntimeWarning, match="could not be compared"), pytest.raises(RuntimeError, match="broken"):
         runs.decompose(breaks, checkpoint=checkpoint, checkpoint_every=3, **changes)
     resumed = runs.decompose(checkpoint=checkpoint, checkpoint_every=3, **changes)
     assert runs.fingerprint(resumed) == runs.fingerprint(runs.decompose(**changes)), f"stopped at {step}"
@@ -93,6 +96,193 @@ def test_ctrl_c_at_a_known_step() -> None:
     assert result.restarts is not None
     for a, b in zip(result.restarts.parameters(), seen[11].parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+# An exception does not cost the result so far.
+
+
+def from_step(first: int, bad: Callable[[Tensor], Tensor], only_once: bool = False) -> runs.Batches:
+    """A source that gives something else from one step on."""
+    seen: list[int] = []
+
+    def source(step: int, generator: torch.Generator) -> Tensor:
+        x = runs.batches(step, generator)
+        if step < first or (only_once and seen):
+            return x
+        seen.append(step)
+        return bad(x)
+
+    return source
+
+
+def fails(kind: type[BaseException]) -> Callable[[Tensor], Tensor]:
+    def bad(x: Tensor) -> Tensor:
+        raise kind("broken")
+
+    return bad
+
+
+@pytest.fixture(scope="module")
+def states() -> dict[int, apd.Components]:
+    """The components after every step of the whole run."""
+    seen: dict[int, apd.Components] = {}
+    runs.decompose(watch=lambda step, components: seen.update({step + 1: components.map(Tensor.clone)}))
+    return seen
+
+
+def assert_components(result: apd.Decomposition, expected: apd.Components) -> None:
+    assert result.restarts is not None
+    for a, b in zip(result.restarts.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(result.components.parameters(), expected.restart(result.chosen).parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+BROKEN = {
+    "raises": (fails(RuntimeError), RuntimeError, "^broken"),
+    "ends": (fails(StopIteration), StopIteration, "^broken"),
+    "NaN": (lambda x: x * torch.nan, ValueError, "gave NaN or infinite inputs"),
+    "infinite": (lambda x: x + torch.inf, ValueError, "gave NaN or infinite inputs"),
+    "empty": (lambda x: x[:0], ValueError, r"with B at least 1, got a Tensor of shape \[0, 5\]"),
+    "no tensor": (lambda x: None, ValueError, "with B at least 1, got a NoneType"),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_batches_that_break_cost_nothing(states: dict[int, apd.Components], how: str) -> None:
+    bad, error, message = BROKEN[how]
+    target = runs.tms()
+    before = state(target)
+    # For good: then the held-out inputs fail as well.
+    with (
+        pytest.warns(RuntimeWarning, match="the restarts could not be compared"),
+        pytest.raises(error, match=message) as caught,
+    ):
+        runs.decompose(from_step(12, bad), target)
+    result = caught.value.result  # type: ignore[attr-defined]
+    assert_components(result, states[12])
+    assert all(map(math.isnan, result.scores))
+    assert len(result.scores) == 2
+    assert (result.chosen, result.finished, result.history["step"]) == (0, False, list(range(12)))
+    assert_same_state(before, state(target))
+    # Once: the result is the one that Ctrl-C gives.
+    with pytest.raises(error, match=message) as caught:
+        runs.decompose(from_step(12, bad, only_once=True))
+    stopped = runs.decompose(from_step(12, fails(KeyboardInterrupt), only_once=True))
+    assert runs.fingerprint(caught.value.result) == runs.fingerprint(stopped)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("what", ["watch", "attribution", "divergence", "checkpoint"])
+def test_whatever_breaks_costs_nothing(
+    states: dict[int, apd.Components], what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    done = 6
+
+    def breaks(function: Callable[..., Any]) -> Callable[..., Any]:
+        def broken(*args: Any) -> Any:
+            calls.append(1)
+            if len(calls) == done + (what in ("attribution", "divergence")):
+                raise OSError("no space left")
+            return function(*args)
+
+        return broken
+
+    changes: dict[str, Any] = {
+        "watch": {"watch": breaks(lambda *args: None)},
+        "attribution": {"attribution": breaks(attribution)},
+        "divergence": {"divergence": breaks(apd.losses.mse), "scrub": 0.0},
+        "checkpoint": {"checkpoint": tmp_path / "run", "checkpoint_every": 1},
+    }[what]
+    if what == "checkpoint":
+        monkeypatch.setattr(store, "write", breaks(store.write))
+    if what == "divergence":
+        states = {}  # of a run without the scrub loss, so that a step calls the divergence once
+        runs.decompose(scrub=0.0, watch=lambda step, c: states.update({step + 1: c.map(Tensor.clone)}))
+    with pytest.raises(OSError, match="no space left") as caught:
+        runs.decompose(**changes)
+    result = caught.value.result  # type: ignore[attr-defined]
+    assert_components(result, states[done])
+    assert all(map(math.isfinite, result.scores))
+    assert result.finished is False
+    result.save(tmp_path / "saved")
+    assert torch.equal(
+        apd.Decomposition.load(tmp_path / "saved", runs.tms()).components.flat(), result.components.flat()
+    )
+
+
+def test_the_exception_says_where_the_result_is() -> None:
+    with pytest.raises(RuntimeError, match="broken") as caught:
+        runs.decompose(from_step(12, fails(RuntimeError), only_once=True))
+    if sys.version_info >= (3, 11):
+        notes = caught.value.__notes__
+        assert notes == ["decompose: the result after 12 steps is in this exception's .result"]
+
+
+def test_before_the_first_step_nothing_can_be_lost() -> None:
+    with pytest.raises(RuntimeError, match="broken") as caught:
+        runs.decompose(attribution=fails_at_once)
+    assert not hasattr(caught.value, "result")
+    assert not hasattr(caught.value, "__notes__")
+
+
+def fails_at_once(network: apd.Network, components: apd.Components, x: Tensor) -> Tensor:
+    raise RuntimeError("broken")
+
+
+def test_held_out_inputs_that_fail_after_the_last_step_cost_nothing(states: dict[int, apd.Components]) -> None:
+    with (
+        pytest.warns(RuntimeWarning, match=r"the restarts could not be compared.*RuntimeError\('broken'\)"),
+        pytest.raises(RuntimeError, match="broken") as caught,
+    ):
+        runs.decompose(from_step(runs.STEPS, fails(RuntimeError)))
+    result = caught.value.result  # type: ignore[attr-defined]
+    assert result.finished, "all its steps were made"
+    assert_components(result, states[runs.STEPS])
+    assert all(map(math.isnan, result.scores))
+
+
+def test_ctrl_c_again_while_the_restarts_are_compared(states: dict[int, apd.Components], tmp_path: Path) -> None:
+    with pytest.warns(RuntimeWarning, match="KeyboardInterrupt"):
+        result = runs.decompose(from_step(12, fails(KeyboardInterrupt)))
+    assert_components(result, states[12])
+    assert all(map(math.isnan, result.scores))
+    result.save(tmp_path)
+    assert all(map(math.isnan, apd.Decomposition.load(tmp_path, runs.tms()).scores))
+
+
+def test_an_exception_after_a_step_that_exploded_gives_finite_components() -> None:
+    def watch(step: int, components: apd.Components) -> None:
+        assert not torch.isfinite(components.flat()).all()
+        raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken") as caught:
+        runs.decompose(lr=float("inf"), watch=watch)
+    result = caught.value.result  # type: ignore[attr-defined]
+    assert torch.isfinite(result.restarts.flat()).all()
+    assert all(map(math.isfinite, result.scores))
+
+
+def test_a_loss_that_is_not_finite_and_batches_that_end(states: dict[int, apd.Components]) -> None:
+    calls: list[int] = []
+
+    def divergence(outputs: Tensor, wanted: Tensor) -> Tensor:
+        calls.append(1)
+        return apd.losses.mse(outputs, wanted) * (torch.nan if len(calls) > 12 else 1.0)
+
+    def source(step: int, generator: torch.Generator) -> Tensor:
+        return fails(RuntimeError)(torch.ones(1)) if len(calls) > 12 else runs.batches(step, generator)
+
+    with (
+        pytest.warns(RuntimeWarning, match="the restarts could not be compared"),
+        pytest.raises(apd.NonFiniteLoss, match="step 6: the minimality loss") as caught,
+    ):
+        runs.decompose(source, divergence=divergence)
+    assert_components(caught.value.result, states[5])
+    assert caught.value.result.finished is False
+
+
+# Checkpoints.
 
 
 def test_a_finished_checkpoint_gives_its_result_at_once(tmp_path: Path) -> None:
