@@ -229,7 +229,7 @@ class _Run:
                 )
         if self.logs(self.step):
             self.history["step"].append(self.step)
-            for name in ("faithfulness", "minimality", "simplicity", "hidden", "scrub"):
+            for name in config.schedules:
                 if name in values or name in self.history:
                     none = [None] * config.restarts  # for steps at which this loss is not in force
                     rows = self.history.setdefault(name, [none] * (len(self.history["step"]) - 1))

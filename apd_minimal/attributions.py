@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.func import jvp, vmap
 
 from .components import Components
-from .gates import Network, Site, Use, as_network
+from .gates import Network, as_network
+from .sites import Site, Use
 
 
 def gradient(

@@ -10,10 +10,8 @@ outputs of the layers, and are removed before a call returns.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,53 +20,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from .components import Components
-from .rules import Rule, rule
+from .sites import Site, Use, find_sites, lookup
 
 Gates = Tensor | Mapping[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Site:
-    """One module that uses a decomposed weight.
-
-    Attributes:
-        path: the parameter path under which the weight is decomposed.
-        name: the module's own path in the target.
-        module: the module.
-        rule: how it uses its weight.
-        transposed: it multiplies by the transpose of the matrix named by `path` (tied weights).
-    """
-
-    path: str
-    name: str
-    module: nn.Module
-    rule: Rule
-    transposed: bool
-
-    def factors(self, components: Components) -> tuple[Tensor, Tensor]:
-        """The factors in the order in which this module's rows meet them: [..., C, d, m] and [..., C, m, d']."""
-        a, b = components.A[self.path], components.B[self.path]
-        return (b.transpose(-2, -1), a.transpose(-2, -1)) if self.transposed else (a, b)
-
-    def sum(self, components: Components) -> Tensor:
-        """Sum of the components as this module multiplies by it: [..., d, d']."""
-        total = components.sum(self.path)
-        return total.transpose(-2, -1) if self.transposed else total
-
-
-@dataclass(frozen=True)
-class Use:
-    """One use of a decomposed weight during a run.
-
-    Attributes:
-        site: the module.
-        rows: its input rows [B, *positions, d].
-        shift: zeros that were added to its output rows [B, *positions, d']; their gradient is the output's.
-    """
-
-    site: Site
-    rows: Tensor
-    shift: Tensor
 
 
 class Network:
@@ -104,48 +58,18 @@ class Network:
         parameters = dict(target.named_parameters(remove_duplicate=False))
         seen: dict[int, str] = {}
         for path in weights:
-            parameter = _lookup(parameters, path, "parameter")
+            parameter = lookup(parameters, path, "parameter")
             if id(parameter) in seen:
                 raise ValueError(f"{path} and {seen[id(parameter)]} are the same tensor: name it once")
             seen[id(parameter)] = path
-            self._add(path, parameter)
+            sites = find_sites(target, path, parameter)
+            self.sites += sites
+            # The module named by the path fixes the matrix's orientation.
+            own = next(site.rule for site in sites if not site.transposed)
+            self.weights[path] = own.matrix(parameter.detach())
         modules = dict(target.named_modules())
         for name in hidden:
-            _lookup(modules, name, "module")
-
-    def _add(self, path: str, parameter: nn.Parameter) -> None:
-        """Find every module that uses the parameter; the one named by `path` fixes the matrix's orientation."""
-        owner_name, _, attribute = path.rpartition(".")
-        owner = self.target.get_submodule(owner_name)
-        users = {
-            name: module
-            for name, module in self.target.named_modules()
-            if any(p is parameter for p in module.parameters(recurse=False))
-        }
-        rules: dict[str, Rule] = {}
-        for name, module in users.items():
-            try:
-                rules[name] = rule(module)
-            except TypeError as error:
-                raise TypeError(f"cannot decompose {path}: {error}") from None
-            if attribute != "weight" or module._parameters.get("weight") is not parameter:
-                raise TypeError(
-                    f"cannot decompose {path}: only the `weight` of a module is decomposed; biases stay as they are"
-                )
-        labels = torch.arange(parameter.numel()).reshape(parameter.shape)
-        # Looked up by the module: one that has two names is listed under the first of them only.
-        own = next(rules[name] for name, module in users.items() if module is owner)
-        canonical = own.matrix(labels)
-        self.weights[path] = own.matrix(parameter.detach())
-        for name, module in users.items():
-            seen_as = rules[name].matrix(labels)
-            transposed = not torch.equal(seen_as, canonical)
-            self.sites.append(Site(path, name, module, rules[name], transposed))
-
-    @property
-    def n_entries(self) -> int:
-        """N, the number of decomposed weight entries."""
-        return sum(matrix.numel() for matrix in self.weights.values())
+            lookup(modules, name, "module")
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
@@ -383,11 +307,3 @@ def _stack_gates(gates: Gates | None, components: Components | None, batch: int)
             )
         per_path[path] = g if lead else g[None]
     return per_path
-
-
-def _lookup(known: Mapping[str, Any], path: str, kind: str) -> Any:
-    if path not in known:
-        close = difflib.get_close_matches(path, known, n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else f"it has {', '.join(list(known)[:12])}"
-        raise KeyError(f"the target has no {kind} {path!r}; {hint}")
-    return known[path]

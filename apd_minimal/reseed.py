@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from .components import Components
-from .gates import Network, Use
+from .gates import Network
 from .losses import Divergence
+from .sites import Use
 
 POWER_STEPS = 20
 
