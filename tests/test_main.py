@@ -1,0 +1,66 @@
+"""`python -m apd_minimal`, on a target and a run that are cut short."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.image
+import matplotlib.pyplot as plt
+import pytest
+import torch
+
+import apd_minimal as apd
+from apd_minimal import __main__ as command
+
+
+@pytest.mark.parametrize("arguments", [[], ["--seed", "3", "--out", "mine.png"]])
+def test_it_says_who_owns_what_and_saves_the_picture(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seeds: list[int] = []
+    results: list[apd.Decomposition] = []
+    whole = apd.targets.TMS.fit
+
+    def fit(self: apd.targets.TMS, seed: int = 0) -> apd.targets.TMS:
+        seeds.append(seed)
+        return whole(self, seed, steps=20)
+
+    def decompose(*args: Any, **settings: Any) -> apd.Decomposition:
+        seeds.append(settings["seed"])
+        results.append(apd.decompose(*args, **{**settings, "steps": 15, "progress": False}))
+        return results[-1]
+
+    monkeypatch.setattr(apd.targets.TMS, "fit", fit)
+    monkeypatch.setattr(command, "decompose", decompose)
+    monkeypatch.setattr(sys, "argv", ["apd_minimal", *arguments])
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    command.main()
+    torch.set_num_threads(threads)
+    plt.close("all")
+    seed, name = (3, "mine.png") if arguments else (0, "tms-5-2.png")
+    assert seeds == [seed, seed]
+    target = whole(apd.targets.TMS(), seed, steps=20)
+    printed = capsys.readouterr().out
+    assert str(apd.metrics.ownership(results[0].components, target.mechanisms())) in printed
+    error = (results[0].components.sum("encode.weight") - target.encode.weight.detach().T).square().mean()
+    assert f"mean squared weight error {float(error):.1e}\n" in printed
+    assert printed.endswith(f"picture: {name}\n")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    image = matplotlib.image.imread(tmp_path / name)
+    assert min(image.shape[:2]) > 100
+    assert image.std() > 0.01, "there is something on it"
+
+
+def test_an_unknown_argument_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["apd_minimal", "--sed", "1"])
+    with pytest.raises(SystemExit) as caught:
+        command.main()
+    assert caught.value.code == 2
+    assert "--sed" in capsys.readouterr().err

@@ -1,0 +1,121 @@
+"""New starts: they find what is missing, and leave alone what is there."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracles import case, with_weights
+from torch import Tensor
+from torch.func import grad
+
+import apd_minimal as apd
+from apd_minimal.reseed import missing, reseed
+
+N, D, FREE = 4, 3, 2
+both = pytest.mark.parametrize("rotated", [False, True])
+
+
+def inputs() -> Tensor:
+    """Sparse features; they are the same for a rotated network, which rotates them itself."""
+    return apd.data.SparseFeatures(N, 0.1, batch_size=2000, nonempty=True)(0, torch.Generator().manual_seed(0))
+
+
+def all_but(gone: list[int], rotated: bool) -> tuple[apd.Network, apd.Components, Tensor, Tensor]:
+    """A network, its true mechanisms but for some, free components, which are active, and all mechanisms [J, N]."""
+    target = apd.targets.TMS(N, D, probability=0.1).fit(seed=0, steps=800)
+    if rotated:
+        target.rotate(seed=1)
+    truth = target.mechanisms()["encode.weight"]
+    P = torch.cat([truth, torch.zeros(FREE, N, D)])
+    P[gone] = 0
+    components = apd.Components.from_matrices({"encode.weight": P}).stacked()
+    mask = torch.cat([(inputs() > 0).float(), torch.zeros(2000, FREE)], dim=1)[None]
+    return apd.Network(target, target.weights), components, mask, truth.flatten(1)
+
+
+@both
+@pytest.mark.parametrize("gone", range(N))
+def test_a_new_start_points_at_the_missing_mechanism(gone: int, rotated: bool) -> None:
+    network, components, mask, truth = all_but([gone], rotated)
+    before = components.map(torch.clone)
+    started = reseed(network, components, mask, inputs(), apd.losses.mse, most=1)
+    new = components.flat()[0][started[0]]
+    assert len(new) == 1
+    assert torch.cosine_similarity(new, truth[gone][None]).item() > 0.999
+    assert new.norm().item() == pytest.approx(truth[gone].norm().item(), rel=0.02)
+    for a, b in zip(before.parameters(), components.parameters(), strict=True):
+        assert torch.equal(a[~started], b[~started]), "only the started ones change"
+    assert before.flat()[started].abs().max() == 0, "only free ones start"
+
+
+@both
+def test_two_new_starts_take_two_mechanisms(rotated: bool) -> None:
+    network, components, mask, truth = all_but([1, 3], rotated)
+    started = reseed(network, components, mask, inputs(), apd.losses.mse, most=2)
+    new = components.flat()[0][started[0]]
+    best = torch.cosine_similarity(new[:, None], truth[[1, 3]], dim=2)
+    assert best.shape == (2, 2)
+    assert (best.amax(0) > 0.99).all()
+    assert (best.amax(1) > 0.99).all()
+
+
+def test_restarts_are_apart() -> None:
+    network, first, mask, truth = all_but([0], False)
+    _, second, _, _ = all_but([2], False)
+    _, full, _, _ = all_but([2], False)
+    full.A["encode.weight"][:] += 1e-3  # nothing is free here
+    full.B["encode.weight"][:] += 1e-3
+    three = apd.Components(
+        {path: torch.cat([c.A[path] for c in (first, second, full)]) for path in first.paths},
+        {path: torch.cat([c.B[path] for c in (first, second, full)]) for path in first.paths},
+    )
+    # So few samples that those of one restart say nothing about what another lacks.
+    started = reseed(network, three, mask.expand(3, -1, -1), inputs(), apd.losses.mse, n_worst=20, most=1)
+    assert started.sum(1).tolist() == [1, 1, 0]
+    for r, gone in ((0, 0), (1, 2)):
+        new = three.flat()[r][started[r]]
+        assert torch.cosine_similarity(new, truth[gone][None]).item() > 0.999
+
+
+def test_nothing_starts_when_nothing_lacks() -> None:
+    target = apd.targets.TMS(N, N)
+    with torch.no_grad():
+        target.encode.weight.copy_(torch.eye(N))
+    P = torch.cat([target.mechanisms()["encode.weight"], torch.zeros(FREE, N, N)])
+    components = apd.Components.from_matrices({"encode.weight": P}).stacked()
+    before = components.map(torch.clone)
+    network, mask = apd.Network(target, target.weights), torch.ones(1, 2000, N + FREE)
+    assert torch.equal(network(inputs(), components, mask)[0], network(inputs())), "exactly"
+    assert not reseed(network, components, mask, inputs(), apd.losses.mse).any()
+    for a, b in zip(before.parameters(), components.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_nothing_starts_beside_what_is_there() -> None:
+    """The missing mechanism has a component, which is never active: a second one may not start there."""
+    network, components, mask, _ = all_but([], False)
+    mask[..., 2] = 0
+    before = components.flat().clone()
+    started = reseed(network, components, mask, inputs(), apd.losses.mse, most=1)
+    assert not started.any()
+    assert torch.equal(components.flat(), before)
+    assert reseed(network, components, mask, inputs(), apd.losses.mse, most=1, max_cosine=1.1).sum() == 1
+
+
+@pytest.mark.parametrize("name", ["mlp", "rotated tms", "tied embedding, by its head", "conv2d", "sequence", "twice"])
+def test_what_each_sample_asks_for_is_a_gradient(name: str) -> None:
+    """Sample by sample, by differentiating a plain run with other weights."""
+    one = case(name)
+    x = one.x()
+    lacking = torch.randn(one.network(x).shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    got = missing(one.network, x, lacking)
+    one.target.eval()
+    own = {path: matrix.clone() for path, matrix in one.network.weights.items()}
+    for b in range(len(x)):
+
+        def asked(matrices: dict[str, Tensor], b: int = b) -> Tensor:
+            weights = {path: one.stored[path](matrix) for path, matrix in matrices.items()}
+            return (with_weights(one.target, weights, x[b : b + 1])[0] * lacking[b]).sum()
+
+        gradient = grad(asked)(own)
+        torch.testing.assert_close(got[b], torch.cat([gradient[path].flatten() for path in own]))
