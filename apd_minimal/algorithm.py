@@ -296,7 +296,7 @@ class _Run:
             scores=scores.tolist(),
             chosen=chosen,
             finished=components is None and self.step == self.config.steps,
-            fingerprint=fingerprint(self.network.weights),
+            fingerprint=fingerprint(self.network.target.state_dict()),
             restarts=everything,
         )
 

@@ -35,7 +35,7 @@ def identity(config: Config, network: Network, divergence: Any, attribution: Any
     """
     return {
         "config": asdict(config),
-        "fingerprint": fingerprint(network.weights),
+        "fingerprint": fingerprint(network.target.state_dict()),
         "weights": list(network.weights),
         "hidden modules": network.hidden,
         "output": _name(network.output),

@@ -19,13 +19,13 @@ from .config import Config
 from .gates import Network
 
 
-def fingerprint(weights: Mapping[str, Tensor]) -> str:
-    """Hash of the decomposed weights, by which a stored decomposition knows its target."""
+def fingerprint(state: Mapping[str, Tensor]) -> str:
+    """Hash of a target's `state_dict()`, biases and buffers too, by which a stored decomposition knows it."""
     digest = hashlib.sha256()
-    for path in sorted(weights):
-        matrix = weights[path].detach().cpu().contiguous()
-        digest.update(f"{path} {list(matrix.shape)} {matrix.dtype}".encode())
-        digest.update(matrix.flatten().view(torch.uint8).numpy().tobytes())
+    for path in sorted(state):
+        tensor = state[path].detach().cpu().contiguous()
+        digest.update(f"{path} {list(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -41,7 +41,7 @@ class Decomposition:
             and they could not be computed, and then the first was chosen.
         chosen: index of that restart.
         finished: False if the run was stopped before its last step.
-        fingerprint: hash of the decomposed weights.
+        fingerprint: hash of the target's parameters and buffers.
         restarts: the components of all restarts, stacked; not stored.
     """
 
@@ -96,12 +96,13 @@ class Decomposition:
         tensors, facts = store.read_tensors(file, "decomposition")
         weights = facts["weights"]
         try:
-            own = fingerprint(Network(target, weights).weights)
+            Network(target, weights)
         except (KeyError, TypeError) as error:
             raise store.StoreError(f"{file} decomposes {weights}, which this target does not have: {error}") from None
+        own = fingerprint(target.state_dict())
         if own != facts["fingerprint"]:
             raise store.StoreError(
-                f"{file} decomposes another target: its weights hash to {facts['fingerprint'][:12]}, "
+                f"{file} decomposes another target: its parameters hash to {facts['fingerprint'][:12]}, "
                 f"these to {own[:12]}"
             )
         components = Components(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import pickle
 from pathlib import Path
@@ -43,7 +44,7 @@ def decomposition(target: nn.Module, weights: list[str]) -> apd.Decomposition:
         scores=[0.5, 1 / 3],
         chosen=1,
         finished=False,
-        fingerprint=fingerprint(network.weights),
+        fingerprint=fingerprint(network.target.state_dict()),
     )
 
 
@@ -146,16 +147,18 @@ def test_no_pickle_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_another_target_is_refused(tmp_path: Path) -> None:
     target = apd.targets.TMS()
     decomposition(target, target.weights).save(tmp_path)
-    with pytest.raises(store.StoreError, match="decomposes another target: its weights hash to"):
+    with pytest.raises(store.StoreError, match="decomposes another target: its parameters hash to"):
         apd.Decomposition.load(tmp_path, apd.targets.TMS())
     with pytest.raises(store.StoreError, match="decomposes another target"):
         apd.Decomposition.load(tmp_path, apd.targets.TMS(6, 2))
     with pytest.raises(store.StoreError, match=r"decomposes \['encode.weight'\], which this target does not have"):
         apd.Decomposition.load(tmp_path, nn.Linear(5, 2))
-    with torch.no_grad():
-        target.encode.weight[0, 0] += 1e-6
-    with pytest.raises(store.StoreError, match="decomposes another target"):
-        apd.Decomposition.load(tmp_path, target)
+    for name in ("encode.weight", "bias"):  # the bias is not decomposed, but part of the target
+        other = copy.deepcopy(target)
+        with torch.no_grad():
+            other.get_parameter(name).flatten()[0] += 1e-6
+        with pytest.raises(store.StoreError, match="decomposes another target"):
+            apd.Decomposition.load(tmp_path, other)
     with pytest.raises(FileNotFoundError, match="no file at"):
         apd.Decomposition.load(tmp_path / "nowhere", target)
 
