@@ -156,8 +156,8 @@ def test_exercises_have_executed_solutions(notebook: Notebook) -> None:
 
 def test_code_fits_the_page(notebook: Notebook) -> None:
     for cell in code(notebook)[1:]:
-        long = [line for line in "".join(cell["source"]).splitlines() if len(line) > 100]
-        assert not long, f"wider than 100 columns: {long[0]}"
+        long = [line for line in "".join(cell["source"]).splitlines() if len(line) > 88]
+        assert not long, f"wider than 88 columns: {long[0]}"
 
 
 def test_outputs_left_uncompared_are_asserted(notebook: Notebook) -> None:
