@@ -62,12 +62,14 @@ class TMS(nn.Module):
         """
         always = 0 if self.middle is None else 1  # the identity is active on every sample
         if self.n_features > 5:
+            late = ((0.0, 1.0), (0.7, 1.0), (0.75, 10.0))  # without this it stays just above 1e-5
             return {
                 "batches": self.data(512),
                 "weights": self.weights,
                 "n_components": 3 * self.n_features // 2 + always,
                 "top_k": _then(0.045 * self.n_features + always, 0.1 * self.n_features + always),
                 "rank": None if always else 4,
+                "faithfulness": late if always else 1.0,
                 "steps": 1500,
                 "restarts": 2,  # one in ten ends with features that share a component; the held-out error tells
             }
