@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 
 import build
 import execute
+import picture as front_picture
 import results
 import setup_cell
 from apd_minimal import frames, notebook
@@ -279,3 +280,7 @@ def test_build_check_sees_planted_faults(tmp_path: Path, html: str | None, compl
     nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "x.ipynb")
     found = build.problems(site, [tmp_path / "x.ipynb"])
     assert (not found) if complaint is None else any(complaint in line for line in found), found
+
+
+def test_the_front_picture_is_the_one_of_the_chapter() -> None:
+    assert front_picture.PICTURE.read_text() == front_picture.stored(), "run tools/picture.py"
