@@ -59,6 +59,11 @@ def spoken(seconds: float) -> str:
     return f"about {half_minutes:g} minutes"
 
 
+def _literal(text: str) -> str:
+    """Plain text as MyST that shows it as it is, in a table too: a norm has bars."""
+    return re.sub(r"([\\|*_`$<\[])", r"\\\1", text)
+
+
 def _slug(heading: str) -> str:
     """The anchor that MyST gives a heading."""
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
@@ -103,7 +108,7 @@ class Claims(_FromMarkdown):
                 if record["number"] not in ledger:
                     raise self.error(f"{path.name} settles claim {record['number']}, which claims.yml does not have")
                 link = f"[{_title(notebook)}]({path.name}#{_slug(heading)})"
-                rows.setdefault(record["number"], []).append(f"**{record['verdict']}** | {record['finding']} {link}")
+                rows.setdefault(record["number"], []).append(f"**{record['verdict']}** | {_literal(record['finding'])} {link}")
         lines = ["| | the claim | verdict | what was found, and where |", "|---|---|---|---|"]
         for number, claim in ledger.items():
             for row in rows.get(number, ["not settled yet | no chapter measures it so far"]):
