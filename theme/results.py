@@ -108,7 +108,9 @@ class Claims(_FromMarkdown):
                 if record["number"] not in ledger:
                     raise self.error(f"{path.name} settles claim {record['number']}, which claims.yml does not have")
                 link = f"[{_title(notebook)}]({path.name}#{_slug(heading)})"
-                rows.setdefault(record["number"], []).append(f"**{record['verdict']}** | {_literal(record['finding'])} {link}")
+                rows.setdefault(record["number"], []).append(
+                    f"**{record['verdict']}** | {_literal(record['finding'])} {link}"
+                )
         lines = ["| | the claim | verdict | what was found, and where |", "|---|---|---|---|"]
         for number, claim in ledger.items():
             for row in rows.get(number, ["not settled yet | no chapter measures it so far"]):
