@@ -177,12 +177,23 @@ def test_the_ledger_says_what_the_notebooks_say(site: Path) -> None:
 def test_every_page_reads_offline(chromium: Any, site: Path, server: str, way: str, width: int, scheme: str) -> None:
     wrong = {}
     for name in pages(site):
+        if name == "index.html":
+            continue  # it only sends on: the next test
         page, seen = opened(chromium, (site / name).as_uri() if way == "file" else f"{server}/{name}", width, scheme)
         seen += page.evaluate(LOOK)
         page.close()
         if seen:
             wrong[name] = sorted(set(seen))
     assert not wrong
+
+
+@needs_browser
+def test_the_first_page_sends_on_to_the_introduction(chromium: Any, site: Path) -> None:
+    page = chromium.new_page()
+    page.goto((site / "index.html").as_uri())
+    page.wait_for_url("**/intro.html")
+    assert "step by step" in page.title()
+    page.close()
 
 
 @needs_browser
