@@ -1,5 +1,6 @@
-"""The networks that the book takes apart, with their true mechanisms (chapter 2)."""
+"""The networks that the book takes apart, with what is known of their mechanisms (chapter 2)."""
 
+from .residual_mlp import ResidualMLP
 from .tms import TMS
 
-__all__ = ["TMS"]
+__all__ = ["TMS", "ResidualMLP"]

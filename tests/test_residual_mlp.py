@@ -1,0 +1,73 @@
+"""The residual MLP against its definition, written out, and what it learns against the naive solution."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import apd_minimal as apd
+from apd_minimal.targets import ResidualMLP
+
+
+@pytest.mark.parametrize("neurons", [(4,), (3, 2), (2, 3, 2)])
+def test_closed_form_and_composed(neurons: tuple[int, ...]) -> None:
+    target = ResidualMLP(6, 20, neurons).double()
+    x = torch.randn(30, 6, dtype=torch.float64)
+    E = target.embedding
+    r = x @ E
+    for read, write in zip(target.read, target.write, strict=True):
+        r = r + (r @ read.weight.T).clamp_min(0) @ write.weight.T
+    torch.testing.assert_close(target(x), r @ E.T)
+    torch.testing.assert_close(target.composed(x), target(x))
+    torch.testing.assert_close(E.norm(dim=1), torch.ones(6, dtype=torch.float64))
+
+
+def test_the_embedding_has_its_own_seed_and_is_not_trained() -> None:
+    first, again = ResidualMLP(5, 30, (3,)), ResidualMLP(5, 30, (3,)).fit(seed=3, steps=3, batch_size=64)
+    assert torch.equal(first.embedding, again.embedding)
+    assert not torch.equal(first.embedding, ResidualMLP(5, 30, (3,), seed=1).embedding)
+    assert set(first.weights) == {name for name, _ in first.named_parameters()}
+
+
+def test_fitting_is_reproducible_and_trains_every_layer() -> None:
+    one, two = (ResidualMLP(8, 40, (3, 3)).fit(seed=5, steps=20, batch_size=128) for _ in range(2))
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        assert torch.equal(a, b)
+    other = ResidualMLP(8, 40, (3, 3)).fit(seed=6, steps=20, batch_size=128)
+    assert all(not torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def test_it_learns_to_add_the_relu() -> None:
+    target = ResidualMLP(10, 400, (10,), probability=0.05).fit(steps=1500, batch_size=512)
+    x = target.data(4096)(0, torch.Generator().manual_seed(1))
+    wanted = target.labels(x)
+    with torch.no_grad():
+        learned, untouched = (target(x) - wanted).square().mean(), (x - wanted).square().mean()
+    assert learned < 0.2 * untouched, "as many neurons as features: nearly all can be computed"
+
+
+def test_labels() -> None:
+    x = torch.tensor([[-0.5, 0.0, 0.25]])
+    assert ResidualMLP.labels(x).tolist() == [[-0.5, 0.0, 0.5]]
+
+
+def test_contributions_are_products_of_reading_and_writing() -> None:
+    target = ResidualMLP(4, 12, (3, 2))
+    C = target.contributions()
+    assert C.shape == (4, 5)
+    E = target.embedding
+    reads = target.read[1].weight @ E[2]  # of feature 2, by the neurons of the second layer
+    writes = E[2] @ target.write[1].weight
+    torch.testing.assert_close(C[2, 3:], reads * writes)
+
+
+def test_decompose_reaches_both_weights() -> None:
+    target = ResidualMLP(6, 20, (4,))
+    result = apd.decompose(target, target.data(32), target.weights, 8, 1.0, rank=2, steps=3, progress=False)
+    assert set(result.components.paths) == {"read.0.weight", "write.0.weight"}
+
+
+@pytest.mark.parametrize("sizes", [(0, 5, (2,)), (3, 0, (2,)), (3, 5, (0,)), (3, 5, ())])
+def test_sizes_are_checked(sizes: tuple[int, int, tuple[int, ...]]) -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        ResidualMLP(*sizes)
