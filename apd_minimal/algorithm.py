@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from .attributions import gradient
 from .checkpoint import identity, read_state, write_state
-from .components import Components
+from .components import Components, confine
 from .config import Config, Schedule, at_progress
 from .data import Batches
 from .decomposition import Decomposition, fingerprint
@@ -147,6 +147,8 @@ class _Run:
             self.generator,
             weight.device,
         )
+        if config.per_weight is not None:
+            confine(components, config.per_weight)
         self.components = components.map(lambda t: t.to(weight.dtype).requires_grad_())
         # The fused kernel updates all factors in one call, so that Ctrl-C cannot fall in between.
         self.optimiser = torch.optim.Adam(self.components.parameters(), lr=config.lr, fused=True)

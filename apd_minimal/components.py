@@ -6,7 +6,7 @@ Chapter 3 (parameter space) introduces the flattened view and the factors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -176,3 +176,28 @@ class Components:
     def parameters(self) -> list[Tensor]:
         """All factors in a fixed order, for an optimiser."""
         return [t for path in self.paths for t in (self.A[path], self.B[path])]
+
+
+@torch.no_grad()
+def confine(components: Components, per_weight: Sequence[int]) -> None:
+    """Let each component live in one weight: its factors elsewhere become zero, in place, and stay so in training.
+
+    Args:
+        components: C components.
+        per_weight: how many belong to each weight, in the order of the paths.
+
+    Raises:
+        ValueError: numbers that do not fit the weights or C.
+    """
+    if len(per_weight) != len(components.paths) or sum(per_weight) != components.n_components:
+        raise ValueError(
+            f"per_weight must have a number for each of {components.paths} and add up to {components.n_components}, "
+            f"got {tuple(per_weight)}"
+        )
+    first = 0
+    for path, n in zip(components.paths, per_weight, strict=True):
+        for factor in (components.A[path], components.B[path]):
+            # A zero factor times a zero factor has no gradient, so nothing brings the component back there.
+            factor[..., :first, :, :] = 0
+            factor[..., first + n :, :, :] = 0
+        first += n

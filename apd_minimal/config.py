@@ -20,6 +20,8 @@ class Config:
         n_components: C; more than the mechanisms you expect, since spare ones are cleared away.
         top_k: mean number of active components per sample, 0 < k <= C; may change along the run.
         rank: m, the inner size of the factors; None for full rank.
+        per_weight: how many components live in each decomposed weight alone, in the weights' order, C in all; None
+            lets every component span all weights. It excludes new starts (chapter 7, the identity layer).
         steps: gradient steps.
         lr: Adam's largest learning rate; it warms up linearly and falls along a quarter of a cosine.
         warmup: share of the steps in which it warms up.
@@ -46,6 +48,7 @@ class Config:
     n_components: int
     top_k: Schedule
     rank: int | None = None
+    per_weight: tuple[int, ...] | None = None
     steps: int = 2000
     lr: float = 1e-2
     warmup: float = 0.02
@@ -111,6 +114,11 @@ class Config:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.rank is not None and self.rank < 1:
             raise ValueError(f"rank must be at least 1, or None for full rank, got {self.rank}")
+        if self.per_weight is not None:
+            if sum(self.per_weight) != self.n_components or min(self.per_weight) < 0:
+                raise ValueError(f"per_weight must add up to n_components={self.n_components}, got {self.per_weight}")
+            if self.tidy_every and self.reseed_until > 0:
+                raise ValueError(f"per_weight excludes new starts: set reseed_until to 0, not {self.reseed_until}")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup is a share of the steps, from 0 to below 1; got {self.warmup}")
         for name in self.schedules:

@@ -205,6 +205,9 @@ def test_batches_must_be_batches(given: Any, message: str) -> None:
         ({"restarts": 0}, "restarts must be at least 1, got 0"),
         ({"rank": 0}, "rank must be at least 1"),
         ({"warmup": 1.5}, "warmup is a share of the steps"),
+        ({"per_weight": (2, 3)}, r"per_weight must add up to n_components=6, got \(2, 3\)"),
+        ({"per_weight": (6,), "reseed_until": 0.5, "tidy_every": 0.1}, "per_weight excludes new starts"),
+        ({"per_weight": (2, 4), "reseed_until": 0.0}, r"a number for each of \['encode.weight'\]"),
         ({"per_sample": True, "top_k": 1.5}, "top_k per sample must be a whole number, got 1.5"),
         ({"divergence": "hinge"}, r"divergence must be one of \['mse', 'kl'\] or a function, got 'hinge'"),
         ({"attribution": lambda network, c, x: torch.zeros(3, 3)}, r"attributions must be \[2, 64, 6\], got \[3, 3\]"),
@@ -274,3 +277,19 @@ def test_the_learning_rate_warms_up_and_falls() -> None:
     assert 80 <= rates.index(max(rates)) <= 105
     assert all(a > b for a, b in pairwise(rates[105:]))
     assert rates[-1] < 0.01 * 0.5
+
+
+def test_components_live_in_one_weight_each() -> None:
+    target = apd.targets.TMS(identity=True)
+    settings: dict[str, Any] = {"n_components": 6, "top_k": 2.0, "steps": 40, "restarts": 2, "progress": False}
+    confined: dict[str, Any] = {"per_weight": (4, 2), "reseed_until": 0.0}
+    free = apd.decompose(target, target.data(64), target.weights, **settings, reseed_until=0.0).restarts
+    kept = apd.decompose(target, target.data(64), target.weights, **settings, **confined).restarts
+    assert free is not None
+    assert kept is not None
+    for path, own in (("encode.weight", [True] * 4 + [False] * 2), ("middle.weight", [False] * 4 + [True] * 2)):
+        lengths = kept.matrices(path).flatten(2).norm(dim=-1)  # [R, C]
+        outside = torch.tensor([not o for o in own])
+        assert (lengths[:, outside] == 0).all()
+        assert (lengths[:, ~outside] > 0).any()
+        assert (free.matrices(path).flatten(2).norm(dim=-1) > 0).sum() > (lengths > 0).sum()

@@ -75,11 +75,11 @@ class TMS(nn.Module):
             }
         data = self.data(128, nonempty=True)
         share = data.share_nonempty  # the paper's weights are for batches with their empty samples
-        return {
+        recipe: dict[str, Any] = {
             "batches": data,
             "weights": self.weights,
-            "n_components": 12 + always,
-            "top_k": _then(0.211 / share + always, 0.34 / share + always),
+            "n_components": 12,
+            "top_k": _then(0.211 / share, 0.34 / share),
             "steps": 1600,
             "lr": 3e-2,
             "minimality": share,
@@ -92,6 +92,19 @@ class TMS(nn.Module):
             "reseed_until": 0.65,
             "min_cosine": 0.9,
             "restarts": 4,
+        }
+        if not always:
+            return recipe
+        # Components that may span both weights mix features with the identity, and so do new starts.
+        return recipe | {
+            "n_components": 13,
+            "per_weight": (12, 1),
+            "top_k": 0.211 / share + 1,
+            "simplicity": ((0.0, 1.43 * share), (0.699, 1.43 * share), (0.7, 0.0)),
+            "tidy_until": 0.85,
+            "reseed_until": 0.0,
+            "min_cosine": 0.8,
+            "restarts": 8,
         }
 
     @property
