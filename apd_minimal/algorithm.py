@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from .attributions import gradient
 from .checkpoint import identity, read_state, write_state
-from .components import Components, confine
+from .components import Components, confine, normalise_columns
 from .config import Config, Schedule, at_progress
 from .data import Batches
 from .decomposition import Decomposition, fingerprint
@@ -244,7 +244,7 @@ class _Run:
         self.optimiser.param_groups[0]["lr"] = config.lr_at(t)
         self.optimiser.step()
         if config.unit_norm:
-            self._unit_norm()
+            normalise_columns(self.components)
         self.step += 1
         if self.tidies(self.step):
             self._tidy()
@@ -270,14 +270,6 @@ class _Run:
             state = self.optimiser.state[p]
             state["exp_avg"][changed] = 0
             state["exp_avg_sq"][changed] = state["exp_avg_sq"].mean()
-
-    @torch.no_grad()
-    def _unit_norm(self) -> None:
-        """Keep A's columns at unit length; B takes the length, so that the components stay what they are."""
-        for path, a in self.components.A.items():
-            length = a.norm(dim=-2, keepdim=True).clamp_min(1e-12)
-            a.div_(length)
-            self.components.B[path].mul_(length.transpose(-2, -1))
 
     @torch.no_grad()
     def scores(self, components: Components) -> Tensor:

@@ -189,7 +189,8 @@ def confine(components: Components, per_weight: Sequence[int]) -> None:
     Raises:
         ValueError: numbers that do not fit the weights or C.
     """
-    if len(per_weight) != len(components.paths) or sum(per_weight) != components.n_components:
+    fits = len(per_weight) == len(components.paths) and sum(per_weight) == components.n_components
+    if not fits or min(per_weight) < 0:
         raise ValueError(
             f"per_weight must have a number for each of {components.paths} and add up to {components.n_components}, "
             f"got {tuple(per_weight)}"
@@ -201,3 +202,12 @@ def confine(components: Components, per_weight: Sequence[int]) -> None:
             factor[..., :first, :, :] = 0
             factor[..., first + n :, :, :] = 0
         first += n
+
+
+@torch.no_grad()
+def normalise_columns(components: Components) -> None:
+    """Give A's columns unit length, in place; B takes the lengths, so that the components stay what they are."""
+    for path, a in components.A.items():
+        length = a.norm(dim=-2, keepdim=True).clamp_min(1e-12)
+        a.div_(length)
+        components.B[path].mul_(length.transpose(-2, -1))

@@ -114,11 +114,8 @@ class Config:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.rank is not None and self.rank < 1:
             raise ValueError(f"rank must be at least 1, or None for full rank, got {self.rank}")
-        if self.per_weight is not None:
-            if sum(self.per_weight) != self.n_components or min(self.per_weight) < 0:
-                raise ValueError(f"per_weight must add up to n_components={self.n_components}, got {self.per_weight}")
-            if self.tidy_every and self.reseed_until > 0:
-                raise ValueError(f"per_weight excludes new starts: set reseed_until to 0, not {self.reseed_until}")
+        if self.per_weight is not None and self.tidy_every and self.reseed_until > 0:
+            raise ValueError(f"per_weight excludes new starts: set reseed_until to 0, not {self.reseed_until}")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup is a share of the steps, from 0 to below 1; got {self.warmup}")
         for name in self.schedules:

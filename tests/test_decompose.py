@@ -205,7 +205,7 @@ def test_batches_must_be_batches(given: Any, message: str) -> None:
         ({"restarts": 0}, "restarts must be at least 1, got 0"),
         ({"rank": 0}, "rank must be at least 1"),
         ({"warmup": 1.5}, "warmup is a share of the steps"),
-        ({"per_weight": (2, 3)}, r"per_weight must add up to n_components=6, got \(2, 3\)"),
+        ({"per_weight": (5,), "reseed_until": 0.0}, r"add up to 6, got \(5,\)"),
         ({"per_weight": (6,), "reseed_until": 0.5, "tidy_every": 0.1}, "per_weight excludes new starts"),
         ({"per_weight": (2, 4), "reseed_until": 0.0}, r"a number for each of \['encode.weight'\]"),
         ({"per_sample": True, "top_k": 1.5}, "top_k per sample must be a whole number, got 1.5"),
@@ -283,6 +283,8 @@ def test_components_live_in_one_weight_each() -> None:
     target = apd.targets.TMS(identity=True)
     settings: dict[str, Any] = {"n_components": 6, "top_k": 2.0, "steps": 40, "restarts": 2, "progress": False}
     confined: dict[str, Any] = {"per_weight": (4, 2), "reseed_until": 0.0}
+    with pytest.raises(ValueError, match=r"per_weight must have a number for each .* got \(7, -1\)"):
+        apd.decompose(target, target.data(64), target.weights, **settings, per_weight=(7, -1), reseed_until=0.0)
     free = apd.decompose(target, target.data(64), target.weights, **settings, reseed_until=0.0).restarts
     kept = apd.decompose(target, target.data(64), target.weights, **settings, **confined).restarts
     assert free is not None

@@ -182,7 +182,7 @@ def jobs() -> list[tuple[str, bool, bool, str, int]]:
 
 
 def is_kept(job: tuple[str, bool, bool, str, int], runs: list[dict[str, Any]]) -> bool:
-    """Is this run there already, made with the settings of today?"""
+    """Is this run there already, made with the settings of today? Batches have no name and are not compared."""
     name, identity, _, recipe, seed = job
     wanted = settings_of(apd.targets.TMS(*SIZES[name], identity=identity), recipe)
     config = apd.Config.from_dict({k: v for k, v in wanted.items() if k not in ("batches", "weights")} | {"seed": seed})

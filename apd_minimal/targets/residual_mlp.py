@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data import SparseFeatures
+from .training import train
 
 
 class ResidualMLP(nn.Module):
@@ -87,14 +88,12 @@ class ResidualMLP(nn.Module):
                 nn.init.xavier_normal_(weight, generator=generator)
         optimiser = torch.optim.AdamW(parameters, lr=3e-3, weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
-        for step in range(steps):
+
+        def loss(step: int) -> Tensor:
             x = data(step, generator)
-            loss = (self.composed(x) - self.labels(x)).square().mean()
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            schedule.step()
-        optimiser.zero_grad()
+            return (self.composed(x) - self.labels(x)).square().mean()
+
+        train(optimiser, schedule, steps, loss)
         return self
 
     def composed(self, x: Tensor) -> Tensor:

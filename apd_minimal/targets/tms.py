@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..data import SparseFeatures
 from ..rules import TransposedLinear
+from .training import train
 
 
 class TMS(nn.Module):
@@ -131,14 +132,12 @@ class TMS(nn.Module):
             nn.init.xavier_normal_(self.encode.weight, generator=generator)
         optimiser = torch.optim.AdamW([self.encode.weight, self.bias], lr=5e-3, weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / steps)
-        for step in range(steps):
+
+        def loss(step: int) -> Tensor:
             x = data(step, generator)
-            loss = (self(x) - x).square().mean()
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            schedule.step()
-        optimiser.zero_grad()
+            return (self(x) - x).square().mean()
+
+        train(optimiser, schedule, steps, loss)
         return self
 
     @torch.no_grad()
