@@ -17,7 +17,7 @@ NAMES = {
     "scrubbing",
     "rules": "Rule TransposedLinear rule",
     "store": "FORMAT StoreError read_tensors write write_tensors",
-    "targets": "ResidualMLP TMS",
+    "targets": "GatedFunctions GatedInputs ResidualMLP TMS",
     "topk": "batch_top_k sample_top_k",
 }
 

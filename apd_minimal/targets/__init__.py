@@ -1,6 +1,7 @@
 """The networks that the book takes apart, with what is known of their mechanisms (chapter 2)."""
 
+from .gated import GatedFunctions, GatedInputs
 from .residual_mlp import ResidualMLP
 from .tms import TMS
 
-__all__ = ["TMS", "ResidualMLP"]
+__all__ = ["TMS", "GatedFunctions", "GatedInputs", "ResidualMLP"]

@@ -1,0 +1,155 @@
+"""Hand-coded gated functions: a network written down by hand, so that its mechanisms are known exactly (braun2025)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..data import SparseFeatures
+
+LARGEST_X = 5.0
+GATE = 10.0  # a neuron reads its control bit with this weight, and the bias takes it off again: twice the largest x
+
+
+@dataclass(frozen=True)
+class GatedInputs:
+    """A source of batches [batch_size, 1 + n_functions]: x uniform in [0, 5], then control bits, 0 or 1.
+
+    Args:
+        n_functions: number of control bits.
+        probability: chance that a bit is on, in (0, 1].
+        batch_size: samples in a batch.
+        nonempty: leave out samples in which no bit is on, whose output is 0 whatever x is.
+
+    Raises:
+        ValueError: a probability outside (0, 1], or sizes below 1.
+    """
+
+    n_functions: int
+    probability: float = 0.05
+    batch_size: int = 1024
+    nonempty: bool = False
+
+    def __post_init__(self) -> None:
+        self.bits.__post_init__()  # for its checks
+
+    @property
+    def bits(self) -> SparseFeatures:
+        """The source of the control bits [batch_size, n_functions]."""
+        return SparseFeatures(self.n_functions, self.probability, 1.0, 1.0, self.batch_size, self.nonempty)
+
+    def __call__(self, step: int, generator: torch.Generator) -> Tensor:
+        """A batch [batch_size, 1 + n_functions]; `step` is not needed, the generator's state moves on."""
+        x = LARGEST_X * torch.rand(self.batch_size, 1, generator=generator)
+        return torch.cat([x, self.bits(step, generator)], dim=1)
+
+    @property
+    def share_nonempty(self) -> float:
+        """Probability that a sample has at least one bit on."""
+        return self.bits.share_nonempty
+
+    @property
+    def mean_active(self) -> float:
+        """Mean number of bits that are on in a sample of this source."""
+        return self.bits.mean_active
+
+
+class GatedFunctions(nn.Module):
+    """(x, control bits) [B, 1 + n] -> [B, 1]: the sum of F_i(x) over the bits i that are on.
+
+    F_i(x) = a cos(b x + c) + d sin(e x + f) + g, interpolated linearly between `knots`, points in [0, 5] at equal
+    distances h. The residual stream [B, n + 2] holds x, the bits, and y, to which two MLP layers write. Neuron k of
+    function i computes relu(x - (knot_k - h) + GATE (bit_i - 1)): off unless its bit is on, for every x in [0, 5]. It
+    writes the change of slope at its bend to y. The neurons are spread over the layers at random.
+
+    Args:
+        n_functions: number of functions, and of control bits.
+        neurons: neurons of each function, as many as there are knots.
+        probability: chance that a bit is on, for `data`.
+        seed: of the functions and of the places of the neurons.
+
+    Raises:
+        ValueError: no function, fewer than two neurons each, or a probability outside (0, 1].
+    """
+
+    coefficients: Tensor
+    knots: Tensor
+    owner: Tensor
+
+    def __init__(self, n_functions: int = 4, neurons: int = 10, probability: float = 0.05, seed: int = 0) -> None:
+        super().__init__()
+        if n_functions < 1 or neurons < 2:
+            raise ValueError(f"n_functions must be at least 1 and neurons at least 2, got {n_functions} and {neurons}")
+        GatedInputs(n_functions, probability)  # for its checks
+        self.n_functions, self.neurons, self.probability = n_functions, neurons, probability
+        generator = torch.Generator().manual_seed(seed)
+        low = torch.tensor([-1.0, 0.1, -math.pi, -1.0, 0.1, -math.pi, -1.0], dtype=torch.float64)
+        high = torch.tensor([1.0, 1.0, math.pi, 1.0, 1.0, math.pi, 1.0], dtype=torch.float64)
+        u = torch.rand(n_functions, 7, generator=generator, dtype=torch.float64)
+        self.register_buffer("coefficients", low + (high - low) * u)  # a, b, c, d, e, f, g of each function
+        self.register_buffer("knots", torch.linspace(0, LARGEST_X, neurons, dtype=torch.float64))
+        order = torch.randperm(n_functions * neurons, generator=generator)
+        self.register_buffer("owner", order // neurons)  # the function of every neuron, layer after layer
+        layers, d = order.tensor_split(2), n_functions + 2
+        self.read = nn.ModuleList(nn.Linear(d, len(layer)) for layer in layers)
+        self.relu = nn.ModuleList(nn.ReLU() for _ in layers)  # modules, so that the activations can be matched
+        self.write = nn.ModuleList(nn.Linear(len(layer), d, bias=False) for layer in layers)
+        with torch.no_grad():
+            self._write_down(layers)
+
+    def _write_down(self, layers: tuple[Tensor, ...]) -> None:
+        """Set the weights: neuron `index % neurons` of function `index // neurons`, for each index of each layer."""
+        spacing = LARGEST_X / (self.neurons - 1)
+        values = F.pad(self.functions(self.knots), (0, 0, 2, 0))  # [2 + neurons, n_functions]
+        bends = values.diff(n=2, dim=0) / spacing  # [neurons, n_functions]
+        for (read, write), layer in zip(self.layers, layers, strict=True):
+            function, k = layer // self.neurons, layer % self.neurons
+            rows = torch.arange(len(layer))
+            read.weight.zero_()
+            read.weight[:, 0] = 1.0
+            read.weight[rows, 1 + function] = GATE
+            read.bias.copy_(spacing - self.knots[k] - GATE)
+            write.weight.zero_()
+            write.weight[-1] = bends[k, function].float()
+
+    @property
+    def layers(self) -> list[tuple[nn.Linear, nn.Linear]]:
+        """What reads the stream and what writes to it, layer by layer."""
+        return list(zip(self.read, self.write, strict=True))  # type: ignore[arg-type]
+
+    def functions(self, x: Tensor) -> Tensor:
+        """The functions that it interpolates: x [...] to F [..., n_functions], without gates."""
+        a, b, c, d, e, f, g = self.coefficients.unbind(1)
+        x = x[..., None].to(a)
+        return a * torch.cos(b * x + c) + d * torch.sin(e * x + f) + g
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Inputs [..., 1 + n_functions], x and then the bits, to outputs [..., 1]."""
+        stream = F.pad(x, (0, 1))
+        for read, relu, write in zip(self.read, self.relu, self.write, strict=True):
+            stream = stream + write(relu(read(stream)))
+        return stream[..., -1:]
+
+    def data(self, batch_size: int = 1024, nonempty: bool = False) -> GatedInputs:
+        """Its source of batches [batch_size, 1 + n_functions]."""
+        return GatedInputs(self.n_functions, self.probability, batch_size, nonempty)
+
+    @property
+    def weights(self) -> list[str]:
+        """The parameter paths to decompose; biases are left as they are."""
+        return [f"{part}.{i}.weight" for i in range(2) for part in ("read", "write")]
+
+    def mechanisms(self) -> dict[str, Tensor]:
+        """The true mechanisms, per parameter path [n_functions, d_in, d_out]: each function has its own neurons."""
+        truth = {}
+        functions = torch.arange(self.n_functions, device=self.owner.device)
+        owners = self.owner.split([read.out_features for read, _ in self.layers])
+        for i, ((read, write), owner) in enumerate(zip(self.layers, owners, strict=True)):
+            mine = owner == functions[:, None]  # [n_functions, neurons of the layer]
+            truth[f"read.{i}.weight"] = mine[:, None, :] * read.weight.detach().T
+            truth[f"write.{i}.weight"] = mine[:, :, None] * write.weight.detach().T
+        return truth
