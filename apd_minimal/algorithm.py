@@ -22,6 +22,7 @@ from .gates import Network
 from .losses import DIVERGENCES, Divergence, faithfulness, minimality, simplicity
 from .merge import merge_and_prune
 from .reseed import reseed
+from .sites import Use, busy
 from .topk import batch_top_k, sample_top_k
 
 Attribution = Callable[[Network, Components, Tensor], Tensor]
@@ -46,7 +47,7 @@ def decompose(
     *,
     output: Callable[[Any], Tensor] | None = None,
     divergence: str | Divergence = "mse",
-    hidden: Sequence[str] = (),
+    hidden_modules: Sequence[str] = (),
     attribution: Attribution | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 500,
@@ -64,7 +65,8 @@ def decompose(
         top_k: mean number of active components per sample; a number, or points (progress, value) of a schedule.
         output: picks the outputs that count, [B, ...], from what the target returns.
         divergence: "mse", "kl" (of softmax over the last axis) or (outputs, wanted) -> [..., B].
-        hidden: modules whose outputs the sparse forward pass must match too, weighted by the setting `hidden`.
+        hidden_modules: paths of modules whose outputs the sparse forward pass must match too, weighted by the
+            setting `hidden`.
         attribution: (network, components, x) -> [..., B, C]; None takes exact gradient attributions.
         checkpoint: a file from which an interrupted run of the same settings resumes, bit for bit. It knows
             functions by their names alone, and the batches not at all (`checkpoint.identity`).
@@ -88,8 +90,12 @@ def decompose(
     config.check()
     if isinstance(divergence, str) and divergence not in DIVERGENCES:
         raise ValueError(f"divergence must be one of {list(DIVERGENCES)} or a function, got {divergence!r}")
+    if bool(hidden_modules) != bool(config.hidden):
+        raise ValueError(
+            f"hidden_modules and the weight hidden belong together, got {list(hidden_modules)} and {config.hidden}"
+        )
     run = _Run(
-        Network(target, weights, output, hidden),
+        Network(target, weights, output, hidden_modules),
         batches,
         config,
         DIVERGENCES[divergence] if isinstance(divergence, str) else divergence,
@@ -176,8 +182,8 @@ class _Run:
             batches.append(self.inputs(self.step, generator))
         return torch.cat(batches)
 
-    def mask(self, x: Tensor, components: Components | None = None) -> Tensor:
-        """Which components are active: [R, B, (positions,) C]."""
+    def mask(self, x: Tensor, components: Components | None = None, share: float = 1.0) -> Tensor:
+        """Which components are active: [R, B, (positions,) C]. x is the given share of the batch that k is for."""
         components = components or self.components
         scores = self.attribution(self.network, components.map(Tensor.detach), x)
         config = self.config
@@ -187,7 +193,7 @@ class _Run:
             raise ValueError(f"attributions must be {expected}, got {list(scores.shape)}")
         if config.per_sample:
             return sample_top_k(scores, top_k)
-        return batch_top_k(scores.flatten(1, -2), top_k).reshape(scores.shape)
+        return batch_top_k(scores.flatten(1, -2), min(top_k / share, config.n_components)).reshape(scores.shape)
 
     def logs(self, step: int) -> bool:
         """Is this step logged? About two hundred are, and the last."""
@@ -200,13 +206,18 @@ class _Run:
         wanted_hidden: list[Tensor] = []
         sparse_hidden: list[Tensor] = []
         with torch.no_grad():
-            wanted = self.network(x, activations=wanted_hidden)
-            mask = self.mask(x)
-        outputs = self.network(x, self.components, mask, activations=sparse_hidden)
-        terms = {
-            "faithfulness": faithfulness(self.components, self.network.weights),
-            "minimality": minimality(outputs, wanted, self.divergence),
-        }
+            uses: list[Use] = []
+            wanted = self.network(x, record=uses, activations=wanted_hidden)
+            # What has nothing to say to any component adds nothing to the losses but to their denominators.
+            kept = busy(uses, len(x)).nonzero().flatten()
+            if 0 < len(kept) < len(x):
+                wanted, wanted_hidden = wanted[kept], [h[kept] for h in wanted_hidden]
+                x, share = x[kept], len(kept) / len(x)
+            else:
+                share = 1.0
+            mask = self.mask(x, share=share)
+        outputs = self.network(x, self.components, mask.bool(), activations=sparse_hidden)
+        terms = {"minimality": minimality(outputs, wanted, self.divergence)}
         if weight["simplicity"]:
             terms["simplicity"] = simplicity(self.components, mask, config.p)
         if weight["hidden"]:
@@ -216,7 +227,9 @@ class _Run:
             coin = torch.rand(mask.shape, generator=self.generator).to(mask) < 0.5
             scrubbed = self.network(x, self.components, torch.maximum(mask, coin.to(mask)))
             terms["scrub"] = minimality(scrubbed, wanted, self.divergence)
-        return {name: (weight[name], value) for name, value in terms.items()}
+        terms = {name: share * value for name, value in terms.items()}
+        terms["faithfulness"] = faithfulness(self.components, self.network.weights)
+        return {name: (weight[name], terms[name]) for name in config.schedules if name in terms}
 
     def advance(self) -> dict[str, list[float]]:
         """One step; gives the losses of each restart."""
@@ -275,7 +288,7 @@ class _Run:
     def scores(self, components: Components) -> Tensor:
         """The sparse reconstruction error of each restart on held-out inputs: [R]."""
         x = self.many_inputs(HELD_OUT_SAMPLES, torch.Generator().manual_seed(self.config.seed + 1_000_003))
-        outputs = self.network(x, components, self.mask(x, components))
+        outputs = self.network(x, components, self.mask(x, components).bool())
         return minimality(outputs, self.network(x), self.divergence)
 
     def result(self, components: Components | None = None, scores: Tensor | None = None) -> Decomposition:

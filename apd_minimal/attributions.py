@@ -2,12 +2,18 @@
 
     A_c(x) = sqrt( mean_o ( sum_{l,i,j}  d f_o / d theta_{l,i,j} * P_{c,l,i,j} )^2 )
 
-It is the derivative of the outputs along the component. Backward, one pass per output gives every layer's
-output gradient, which meets the component's output there; forward, one tangent per component is pushed
-through the network. Both are exact; the cheaper one is chosen.
+It is the derivative of the outputs along the component. There are three exact ways to it, and the one with the
+fewest operations is taken:
+
+forward: one tangent per component is pushed through the network.
+backward: one pass per output gives every layer's output gradient, which meets the components' outputs there.
+sample_gradients: the same passes give the gradient of every output on every sample with respect to the weights,
+    which meets the components themselves. Outputs that are off (behind a ReLU, say) drop out.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +22,8 @@ from torch.func import jvp, vmap
 from .components import Components
 from .gates import Network, as_network
 from .sites import Site, Use
+
+MODES = ("forward", "backward", "sample_gradients")
 
 
 def gradient(
@@ -41,7 +49,7 @@ def gradient(
         per_output: give the signed derivatives [B, C, n_out] instead of their root mean square over outputs.
         per_position: one attribution for each position of a sequence or picture, [B, positions, C].
         n_probes: estimate the mean over outputs from this many random sign vectors instead of exactly.
-        mode: "forward" or "backward"; None takes the one with fewer operations.
+        mode: one of `MODES`; None takes the one with the fewest operations.
         internal_batch_size: samples worked on at a time; the result does not depend on it.
         generator: for the probes.
 
@@ -55,37 +63,41 @@ def gradient(
     """
     if at not in ("target", "components"):
         raise ValueError(f"at must be 'target' or 'components', got {at!r}")
-    if mode not in (None, "forward", "backward"):
-        raise ValueError(f"mode must be 'forward', 'backward' or None, got {mode!r}")
+    if mode not in (None, *MODES):
+        raise ValueError(f"mode must be one of {MODES} or None, got {mode!r}")
     if n_probes is not None and (n_probes < 1 or per_output):
         raise ValueError(f"n_probes must be at least 1 and excludes per_output, got {n_probes}")
-    if mode == "forward" and (per_position or n_probes is not None):
-        raise ValueError("positions and probes need the backward mode")
+    if mode not in (None, "backward") and (per_position or n_probes is not None):
+        raise ValueError(f"positions and probes need the backward mode, not {mode!r}")
     if len(x) == 0:
         raise ValueError("an empty batch: the first axis of x has size 0")
     network = as_network(target, components)
     stacked = components.stacked().map(Tensor.detach)
     base = stacked if at == "components" else None
+    chosen = mode or ("backward" if per_position or n_probes else _cheapest(network, stacked, base, x))
     pieces = []
     for part in x.split(internal_batch_size or len(x)):
-        forward = mode == "forward"
-        if mode is None and not per_position and n_probes is None:
-            forward = _forward_is_cheaper(network, stacked, base, part)
-        try:
-            signed = _forward(network, stacked, base, part) if forward else None
-        except NotImplementedError:  # some of torch's kernels, such as fused attention, know no forward mode
-            if mode is not None:
-                raise
-            signed = None
-        if signed is None:
-            signed = _backward(network, stacked, base, part, per_position, n_probes, generator)
-        if components.restarts is None:
-            signed = signed[0]
-        pieces.append(signed if per_output else signed.square().mean(-1).sqrt())
+        if chosen == "forward":
+            try:
+                scores = _finish(_forward(network, stacked, base, part), per_output)
+            except NotImplementedError:  # some of torch's kernels, such as fused attention, know no forward mode
+                if mode is not None:
+                    raise
+                chosen = "backward"
+        if chosen == "backward":
+            captured = _capture(network, base, part, n_probes, generator)
+            scores = _finish(_backward(stacked, captured, per_position), per_output)
+        if chosen == "sample_gradients":
+            scores = _sample_gradients(stacked, _capture(network, base, part), per_output)
+        pieces.append(scores if components.restarts is not None else scores[0])
     return torch.cat(pieces, dim=0 if components.restarts is None else 1)
 
 
-def _by_batch(rows: Tensor, batch: int) -> Tensor:
+def _finish(signed: Tensor, per_output: bool) -> Tensor:
+    return signed if per_output else signed.square().mean(-1).sqrt()
+
+
+def _by_sample(rows: Tensor, batch: int) -> Tensor:
     """Rows of one use of a weight, [copies * B, *positions, d], as [copies, B, T, d]."""
     return rows.detach().reshape(-1, batch, rows[0].numel() // rows.shape[-1], rows.shape[-1])
 
@@ -100,27 +112,12 @@ def _component_outputs(site: Site, rows: Tensor, components: Components) -> Tens
     return (u @ second).unflatten(2, (batch, n_positions)).transpose(1, 2)
 
 
-def _forward_is_cheaper(network: Network, components: Components, base: Components | None, x: Tensor) -> bool:
-    """Count multiplications per sample, up to the terms that both modes share."""
-    record: list[Use] = []
-    with torch.no_grad():
-        n_out = network(x[:1], record=record).numel()
-    n_restarts, n_components = components.A[components.paths[0]].shape[:2]
-    positions = [use.rows[0].numel() // use.rows.shape[-1] for use in record]
-    weights = sum(t * network.weights[use.site.path].numel() for t, use in zip(positions, record, strict=True))
-    outputs = sum(t * use.site.factors(components)[1].shape[-1] for t, use in zip(positions, record, strict=True))
-    forward = n_restarts * n_components * weights
-    backward = n_out * ((1 if base is None else n_restarts) * weights + n_restarts * n_components * outputs)
-    # Forward mode goes over its tangents several times, backward mode over the contraction once.
-    return 2 * forward < backward
-
-
 def _forward(network: Network, components: Components, base: Components | None, x: Tensor) -> Tensor:
     """Push every component's outputs through the network as tangents: [R, B, C, n_out]."""
     record: list[Use] = []
     with torch.no_grad():
         network(x, base, record=record)
-    outputs = [_component_outputs(use.site, _by_batch(use.rows, len(x)), components) for use in record]
+    outputs = [_component_outputs(use.site, _by_sample(use.rows, len(x)), components) for use in record]
     n_restarts, _, n_components = outputs[0].shape[:3]
     # At the target one run serves all restarts, so their components share the axis of tangents.
     order, flat = ((0, 2, 1, 3, 4), (0, 1)) if base is None else ((2, 0, 1, 3, 4), (1, 2))
@@ -136,44 +133,107 @@ def _forward(network: Network, components: Components, base: Components | None, 
     return moved.permute(1, 2, 0, 3)
 
 
-def _backward(
+@dataclass(frozen=True)
+class _Captured:
+    """One use of a weight: its input rows [R or 1, B, T, d], and the outputs' gradients there [R or 1, B, n, T, d']."""
+
+    site: Site
+    rows: Tensor
+    deltas: Tensor
+
+
+def _capture(
     network: Network,
-    components: Components,
     base: Components | None,
     x: Tensor,
-    per_position: bool,
-    n_probes: int | None,
-    generator: torch.Generator | None,
-) -> Tensor:
-    """Meet the components' outputs with the outputs' gradients: [R, B, (T,) C, n_out or n_probes]."""
-    with torch.no_grad():
-        n_out = network(x[:1]).numel()
-    batch, n = len(x), n_probes or n_out
-    if n_probes is None:
-        seeds = torch.eye(n_out).repeat_interleave(batch, 0)
-    else:
-        # Drawn sample by sample, so that the pieces of a batch get the probes that the whole would.
-        signs = torch.randint(0, 2, (batch, n, n_out), generator=generator).transpose(0, 1).flatten(0, 1)
-        seeds = (2 * signs - 1) * n_out**-0.5
-    # One copy of the batch for each output, so that a single backward pass serves all of them.
+    n_probes: int | None = None,
+    generator: torch.Generator | None = None,
+) -> list[_Captured]:
+    """Run once forward, and once backward for each output, or for each of `n_probes` random signs of all outputs."""
     record: list[Use] = []
     with torch.enable_grad():
-        out = network(x.repeat(n, *[1] * (x.ndim - 1)), base, record=record)
-        out = out.reshape(-1, n * batch, n_out)
-    deltas = torch.autograd.grad(out, [use.shift for use in record], seeds.to(out).expand_as(out), allow_unused=True)
-    parts = []
-    for use, delta in zip(record, deltas, strict=True):
-        if delta is None:
-            continue
-        rows = _by_batch(use.rows, n * batch)[:, :batch]
-        y = _component_outputs(use.site, rows, components)  # [R, B, C, T, d']
-        d = _by_batch(delta, batch).unflatten(0, (-1, n)).permute(0, 2, 3, 4, 1)  # [R or 1, B, T, d', n]
-        if per_position:
-            parts.append(y.transpose(2, 3) @ d)  # [R, B, T, C, n]
-        else:
-            parts.append(y.flatten(3) @ d.flatten(2, 3))  # [R, B, C, T d'] @ [R, B, T d', n]
-    if not parts:
+        out = network(x, base, record=record)
+        out = out.reshape(-1, len(x), out[(0,) * (1 if base is None else 2)].numel())  # [R or 1, B, n_out]
+    n_out = out.shape[-1]
+    if n_probes is None:
+        seeds = torch.eye(n_out)[:, None]  # [n, 1, n_out]
+    else:
+        # Drawn sample by sample, so that the pieces of a batch get the probes that the whole would.
+        signs = torch.randint(0, 2, (len(x), n_probes, n_out), generator=generator).transpose(0, 1)
+        seeds = (2 * signs - 1) * n_out**-0.5  # [n, B, n_out]
+    shifts = [use.shift for use in record]
+    # Output by output: in the cache, one pass after the other is faster than all of them in one batch.
+    deltas = [
+        torch.autograd.grad(out, shifts, seed.to(out).expand_as(out), retain_graph=True, allow_unused=True)
+        for seed in seeds
+    ]
+    captured = []
+    for use, own in zip(record, zip(*deltas, strict=True), strict=True):
+        if own[0] is not None:
+            stacked = torch.stack([_by_sample(delta, len(x)) for delta in own], dim=2)
+            captured.append(_Captured(use.site, _by_sample(use.rows, len(x)), stacked))
+    if not captured:
         raise ValueError("no output depends on a decomposed weight")
+    return captured
+
+
+def _backward(components: Components, captured: list[_Captured], per_position: bool) -> Tensor:
+    """Meet the components' outputs with the outputs' gradients: [R, B, (T,) C, n]."""
+    parts = []
+    for use in captured:
+        y = _component_outputs(use.site, use.rows, components)  # [R, B, C, T, d']
+        if per_position:
+            parts.append(y.transpose(2, 3) @ use.deltas.permute(0, 1, 3, 4, 2))  # [R, B, T, C, n]
+        else:
+            parts.append(y.flatten(3) @ use.deltas.flatten(3).mT)  # [R, B, C, T d'] @ [R or 1, B, T d', n]
     if len({part.shape for part in parts}) > 1:
         raise ValueError(f"layers with different numbers of positions: {[part.shape[2] for part in parts]}")
     return torch.stack(parts).sum(0)
+
+
+def _sample_gradients(components: Components, captured: list[_Captured], per_output: bool) -> Tensor:
+    """Meet the components with the gradient of every output on every sample: [R, B, C], or [R, B, C, n] per output."""
+    n_restarts, n_components = components.A[components.paths[0]].shape[:2]
+    alive = torch.stack([use.deltas.flatten(3).any(-1).any(0) for use in captured]).any(0)  # [B, n]
+    samples, outputs = alive.nonzero().unbind(1)
+    pairs: dict[str, list[tuple[Tensor, Tensor]]] = {path: [] for path in components.paths}  # [R or 1, pairs, T, d]
+    for use in captured:
+        before, after = use.rows[:, samples], use.deltas[:, samples, outputs]
+        pairs[use.site.path].append((after, before) if use.site.transposed else (before, after))
+    values = samples.new_zeros(())
+    for path, uses in pairs.items():
+        if not uses:
+            continue
+        left, right = (torch.cat(side, dim=2) for side in zip(*uses, strict=True))
+        gradient = left.mT @ right  # of each output on its sample, [R or 1, pairs, d_in, d_out]
+        flat = components.matrices(path).flatten(2)  # [R, C, N]
+        shared = len(gradient) == 1  # one target for all restarts: a single product serves them
+        values = values + gradient.flatten(2) @ (flat.flatten(0, 1)[None] if shared else flat).mT
+    values = values.unflatten(-1, (-1, n_components)).movedim(1, 0).flatten(1, 2)  # [pairs, R, C]
+    shape = (*alive.shape, n_restarts, n_components)
+    if per_output:
+        return values.new_zeros(shape).index_put((samples, outputs), values).permute(2, 0, 3, 1)
+    squares = values.new_zeros(shape[0], *shape[2:]).index_add(0, samples, values.square())
+    return (squares / shape[1]).sqrt().transpose(0, 1)
+
+
+def _cheapest(network: Network, components: Components, base: Components | None, x: Tensor) -> str:
+    """The mode with the fewest multiplications per sample, up to the terms that all share."""
+    record: list[Use] = []
+    with torch.no_grad():
+        n_out = network(x[:1], record=record).numel()
+    n_restarts, n_components = components.A[components.paths[0]].shape[:2]
+    tangents, copies = n_restarts * n_components, 1 if base is None else n_restarts
+    positions = [use.rows[0].numel() // use.rows.shape[-1] for use in record]
+    through = sum(t * network.weights[use.site.path].numel() for t, use in zip(positions, record, strict=True))
+    outputs = sum(t * use.site.factors(components)[1].shape[-1] for t, use in zip(positions, record, strict=True))
+    entries = sum(weight.numel() for weight in network.weights.values())
+    # Forward mode goes over all its tangents in memory several times; the others are mostly matrix products.
+    counts = {"forward": 4 * tangents * through, "backward": n_out * (copies * through + 2 * tangents * outputs)}
+    for_one_output = copies * through + tangents * entries
+    if n_out * copies * through + for_one_output < min(counts.values()):
+        captured = _capture(network, base, x[:16])
+        alive = torch.stack([use.deltas.flatten(3).any(-1).any(0) for use in captured]).any(0)
+        on = alive.sum(1).float().mean().item()
+        counts["sample_gradients"] = int(n_out * copies * through + on * for_one_output)
+    return min(counts, key=counts.__getitem__)

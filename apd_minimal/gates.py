@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from . import grouped
 from .components import Components
 from .sites import Site, Use, find_sites, lookup
 
@@ -93,7 +94,8 @@ class Network:
             x: inputs [B, ...], the same for every restart.
             components: None runs the target itself.
             gates: per sample [B, C], per position [B, *positions, C], or one such tensor per parameter path,
-                each with a leading axis of restarts if the components have one; None sets all gates to 1.
+                each with a leading axis of restarts if the components have one; None sets all gates to 1. Of
+                boolean gates only the pairs that are on are worked out, if these are few (`grouped`).
             remainder: also add theta* - sum_c P_c.
             shifts: one tensor per use of a decomposed weight, in the order of use, added to that layer's
                 output rows [B, T, d_out], positions flattened.
@@ -277,11 +279,16 @@ def _mixture(
             f"gates per position for {site.path}: expected positions {list(positions)} at module {site.name!r}, got "
             f"gates of shape {list(gates[site.path].shape[1:])}"
         )
-    g = g.to(rows.dtype)  # masks may be boolean
-    if remainder:
-        g = g - 1
     first, second = site.factors(components)
     m = first.shape[-1]
+    if g.dtype == torch.bool and not remainder:
+        groups = grouped.group(g.flatten(1, 2))
+        if groups is not None:
+            y = grouped.apply(groups, flat.unflatten(1, (batch * g.shape[2], -1)), first, second)
+            return y.reshape(*rows.shape[:-1], -1)
+    g = g.to(rows.dtype)
+    if remainder:
+        g = g - 1
     u = flat @ first.transpose(1, 2).flatten(2)  # [R, B P, C m]
     u = u.view(restarts, batch, n_positions, n_components, m) * g[..., None]
     y = u.view(restarts, batch * n_positions, n_components * m) @ second.flatten(1, 2)

@@ -71,7 +71,7 @@ def reseed(
     """
     wanted = network(x)
     with torch.enable_grad():
-        outputs = network(x, components, mask).detach().requires_grad_()
+        outputs = network(x, components, mask.bool()).detach().requires_grad_()
         errors = divergence(outputs, wanted)  # [R, B]
         lacking = -torch.autograd.grad(errors.sum(), outputs)[0]
     theta = torch.cat([weight.flatten() for weight in network.weights.values()])

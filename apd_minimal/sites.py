@@ -6,7 +6,7 @@ A weight may be used by several modules: tied weights, or one module under two n
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +59,14 @@ class Use:
     site: Site
     rows: Tensor
     shift: Tensor
+
+
+def busy(uses: Sequence[Use], batch: int) -> Tensor:
+    """Which samples put anything at all into a decomposed weight: [B].
+
+    For the others every component does nothing: their outputs stay those of the target, their attributions are 0.
+    """
+    return torch.stack([use.rows.reshape(batch, -1).any(1) for use in uses]).any(0)
 
 
 def find_sites(target: nn.Module, path: str, parameter: nn.Parameter) -> list[Site]:

@@ -28,7 +28,8 @@ def batch_top_k(scores: Tensor, k: float) -> Tensor:
     _check(scores, k)
     batch, n_components = scores.shape[-2:]
     flat = scores.reshape(-1, batch * n_components)
-    kept = flat.topk(max(1, int(k * batch)), dim=-1).indices
+    # A little more, so that k = n / batch keeps n in spite of rounding.
+    kept = flat.topk(max(1, int(k * batch + 1e-6)), dim=-1).indices
     return torch.zeros_like(flat).scatter_(-1, kept, 1.0).reshape(scores.shape)
 
 

@@ -13,17 +13,18 @@ from torch.func import jacrev
 import apd_minimal as apd
 from apd_minimal.attributions import gradient
 
-both_modes = pytest.mark.parametrize("mode", ["forward", "backward", None])
+every_mode = (*apd.attributions.MODES, None)
+all_modes = pytest.mark.parametrize("mode", every_mode)
 both_points = pytest.mark.parametrize("at", ["target", "components"])
 
 
 @every_case
 @both_points
-def test_both_modes_are_the_jacobian_met_with_the_components(name: str, at: str) -> None:
+def test_all_modes_are_the_jacobian_met_with_the_components(name: str, at: str) -> None:
     one = case(name)
     x, components = one.x(batch=3), one.components(C=2)
     expected = attributed(one, components, x, at)
-    for mode in ("forward", "backward", None):
+    for mode in every_mode:
         signed = gradient(one.target, components, x, at=at, mode=mode, per_output=True)
         torch.testing.assert_close(signed, expected)
         got = gradient(one.network, components, x, at=at, mode=mode)
@@ -33,7 +34,7 @@ def test_both_modes_are_the_jacobian_met_with_the_components(name: str, at: str)
 
 @pytest.mark.parametrize("name", ["mlp", "tms with identity", "tied embedding", "conv2d", "sequence"])
 @both_points
-@both_modes
+@all_modes
 def test_restarts_are_attributed_as_if_alone(name: str, at: str, mode: str | None) -> None:
     one = case(name)
     x, components = one.x(batch=3), one.components(C=2, restarts=3)
@@ -78,7 +79,7 @@ def test_per_position_is_the_derivative_by_gates_at_that_position(at: str, resta
 
 @pytest.mark.parametrize("size", [1, 2, 3, 100])
 @both_points
-@both_modes
+@all_modes
 def test_the_internal_batch_size_changes_nothing(size: int, at: str, mode: str | None) -> None:
     for name, restarts in [("conv1d", None), ("sequence", 2)]:
         one = case(name)
@@ -220,7 +221,7 @@ def test_the_graph_of_the_caller_and_no_grad_do_not_matter() -> None:
     ("options", "message"),
     [
         ({"at": "origin"}, "at must be 'target' or 'components', got 'origin'"),
-        ({"mode": "sideways"}, "mode must be 'forward', 'backward' or None, got 'sideways'"),
+        ({"mode": "sideways"}, "mode must be one of .*, got 'sideways'"),
         ({"n_probes": 0}, "n_probes must be at least 1"),
         ({"n_probes": 2, "per_output": True}, "excludes per_output"),
         ({"n_probes": 2, "mode": "forward"}, "need the backward mode"),
@@ -245,3 +246,52 @@ def test_inputs_that_make_no_sense() -> None:
     conv = case("conv2d")
     with pytest.raises(ValueError, match="layers with different numbers of positions"):
         gradient(conv.network, conv.components(), conv.x(), per_position=True)
+
+
+@pytest.mark.parametrize("restarts", [None, 2])
+@pytest.mark.parametrize("identity", [False, True])
+@pytest.mark.parametrize("rotated", [False, True])
+def test_what_tms_knows_of_itself(identity: bool, rotated: bool, restarts: int | None) -> None:
+    """The closed form of a target against the generic attributions."""
+    target = apd.targets.TMS(6, 3, identity=identity)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in target.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator))
+        if rotated:
+            target.rotate(1)
+    _same_as_generic(target, restarts)
+
+
+@pytest.mark.parametrize("restarts", [None, 2])
+@pytest.mark.parametrize("neurons", [(6,), (5, 4), (3, 4, 5)])
+def test_what_the_residual_mlp_knows_of_itself(neurons: tuple[int, ...], restarts: int | None) -> None:
+    target = apd.targets.ResidualMLP(8, 20, neurons, probability=0.2)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in target.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator))
+    _same_as_generic(target, restarts)
+
+
+def _same_as_generic(target: apd.targets.TMS | apd.targets.ResidualMLP, restarts: int | None) -> None:
+    network, x = apd.Network(target, target.weights), target.data(300)(0, torch.Generator().manual_seed(0))
+    assert (x == 0).all(1).any(), "an empty sample is among them"
+    generator = torch.Generator().manual_seed(2)
+    components = apd.Components.random(network.shapes, 7, rank=2, restarts=restarts, std=1.0, generator=generator)
+    expected = gradient(network, components, x)
+    torch.testing.assert_close(target.attributions(network, components, x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_mode_follows_the_outputs_that_are_on() -> None:
+    """With few of 40 outputs on, sample gradients are the least work; with all on, tangents are."""
+    target = apd.targets.TMS(40, 10)
+    network, x = apd.Network(target, target.weights), target.data(64)(0, torch.Generator().manual_seed(0))
+    components = apd.Components.random(network.shapes, 50).stacked()
+    chosen = []
+    for bias in (-0.5, 5.0):
+        with torch.no_grad():
+            target.bias.fill_(bias)
+            target.encode.weight.copy_(torch.eye(10, 40) + 0.01)
+        chosen.append(apd.attributions._cheapest(network, components, None, x))
+    assert chosen == ["sample_gradients", "forward"]

@@ -63,7 +63,7 @@ def test_every_supported_network_is_decomposed_and_left_alone(name: str) -> None
     [
         {"per_position": True},
         {"per_sample": True, "top_k": 2},
-        {"hidden": ["norm", "block.up"]},
+        {"hidden_modules": ["norm", "block.up"], "hidden": 1.0},
         {"divergence": "kl", "attribute_at": "components"},
         {"divergence": lambda outputs, wanted: (outputs - wanted).abs().flatten(-2).mean(-1)},
         {"output": lambda y: y[:, -1], "rank": 1},
@@ -77,6 +77,57 @@ def test_options_run(changes: dict[str, Any]) -> None:
     assert all(torch.isfinite(t).all() for t in result.components.parameters())
     if "rank" in changes:
         assert result.components.A["mix.weight"].shape[-1] == 1
+
+
+@pytest.mark.parametrize("changes", [{"hidden_modules": ["norm"]}, {"hidden": 1.0}])
+def test_hidden_modules_and_their_weight_belong_together(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="hidden_modules and the weight hidden belong together, got "):
+        runs.decompose(**changes)
+
+
+def test_the_hidden_loss_by_hand() -> None:
+    """What the encoder gives, sparse against full, at the components with which a run starts."""
+    result = runs.decompose(hidden_modules=["encode"], hidden=2.0, steps=1, restarts=1, scrub=0.0, tidy_every=0.0)
+    generator = torch.Generator().manual_seed(result.config.seed)
+    network = apd.Network(runs.tms(), ["encode.weight"])
+    start = apd.Components.random(network.shapes, 6, restarts=1, generator=generator).restart(0)
+    x = runs.batches(0, generator)
+    scores = apd.attributions.gradient(network, start, x)
+    mask = apd.topk.batch_top_k(scores, result.config.top_k)
+    W = runs.tms().encode.weight.T.detach()
+    sparse = torch.stack([x[b] @ start.subset(mask[b].nonzero().flatten()).sum("encode.weight") for b in range(len(x))])
+    assert result.history["hidden"] == [[pytest.approx((sparse - x @ W).square().mean().item(), rel=1e-4)]]
+
+
+@pytest.mark.parametrize("silent", [0, 3])
+def test_samples_that_say_nothing_are_left_out_of_the_work_and_not_of_the_losses(silent: int) -> None:
+    """All-zero samples among the others: the losses are means over the whole batch, k counts for all of it."""
+    seen: list[int] = []
+
+    def batches(step: int, generator: torch.Generator) -> torch.Tensor:
+        x = runs.batches(step, generator).clone()
+        x[:] = x + 0.1
+        x[::5][:silent] = 0
+        return x
+
+    def attribution(network: apd.Network, components: apd.Components, x: torch.Tensor) -> torch.Tensor:
+        seen.append(len(x))
+        return apd.attributions.gradient(network, components, x)
+
+    settings: dict[str, Any] = {"steps": 1, "restarts": 1, "scrub": 0.0, "tidy_every": 0.0, "simplicity": 1.0}
+    result = apd.decompose(
+        runs.tms(), batches, ["encode.weight"], 6, 1.2, attribution=attribution, progress=False, **settings
+    )
+    generator = torch.Generator().manual_seed(result.config.seed)
+    network = apd.Network(runs.tms(), ["encode.weight"])
+    start = apd.Components.random(network.shapes, 6, restarts=1, generator=generator).restart(0)
+    x = batches(0, generator)
+    assert seen[0] == len(x) - silent
+    mask = apd.topk.batch_top_k(apd.attributions.gradient(network, start, x), 1.2)
+    error = (network(x, start, mask) - network(x)).square().mean().item()
+    assert result.history["minimality"] == [[pytest.approx(error, rel=1e-5)]]
+    penalty = apd.losses.simplicity(start, mask, result.config.p).item()
+    assert result.history["simplicity"] == [[pytest.approx(penalty, rel=1e-5)]]
 
 
 def test_the_columns_are_kept_at_unit_length() -> None:

@@ -45,7 +45,7 @@ def test_arguments() -> None:
     assert (
         parameters(apd.decompose)[:12]
         == (
-            "target batches weights n_components top_k output divergence hidden attribution checkpoint "
+            "target batches weights n_components top_k output divergence hidden_modules attribution checkpoint "
             "checkpoint_every watch"
         ).split()
     )

@@ -336,7 +336,7 @@ def attribution(network: apd.Network, components: apd.Components, x: Tensor, at:
 
 NAMED = {
     "divergence": (partial(apd.losses.kl), r"divergence was 'apd_minimal.losses.mse', given 'apd_minimal.losses.kl'$"),
-    "hidden": (["decode"], r"hidden modules was \[\], given \['decode'\]$"),
+    "hidden_modules": (["decode"], r"hidden modules was \['encode'\], given \['decode'\]$"),
     "output": (first_output, r"output was None, given 'test_resume.first_output'$"),
     "attribution": (partial(attribution, at="target"), r"attribution was None, given 'test_resume.attribution'$"),
 }
@@ -345,14 +345,17 @@ NAMED = {
 @pytest.mark.parametrize("name", NAMED)
 def test_a_checkpoint_belongs_to_its_functions_and_hidden_modules(tmp_path: Path, name: str) -> None:
     value, message = NAMED[name]
-    runs.decompose(checkpoint=tmp_path / "plain", steps=3)
+    plain: dict[str, Any] = {"steps": 3}
+    if name == "hidden_modules":  # which come with a weight, or not at all
+        plain |= {"hidden_modules": ["encode"], "hidden": 1.0}
+    runs.decompose(checkpoint=tmp_path / "plain", **plain)
     with pytest.raises(StoreError, match="plain belongs to a run with other settings: " + message):
-        runs.decompose(checkpoint=tmp_path / "plain", steps=3, **{name: value})
-    made: dict[str, Any] = {"checkpoint": tmp_path / "made", "steps": 3, name: value}
+        runs.decompose(checkpoint=tmp_path / "plain", **{**plain, name: value})
+    made: dict[str, Any] = {"checkpoint": tmp_path / "made", **plain, name: value}
     first = runs.decompose(**made)
     assert runs.fingerprint(runs.decompose(**made)) == runs.fingerprint(first)
-    with pytest.raises(StoreError, match=rf"made belongs to a run with other settings: {name}"):
-        runs.decompose(checkpoint=tmp_path / "made", steps=3)
+    with pytest.raises(StoreError, match=rf"made belongs to a run with other settings: {name.replace('_', ' ')}"):
+        runs.decompose(checkpoint=tmp_path / "made", **plain)
 
 
 def test_a_function_counts_by_its_name(tmp_path: Path) -> None:

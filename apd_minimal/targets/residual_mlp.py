@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
+from ..components import Components
 from ..data import SparseFeatures
+from ..gates import Network
 from .training import train
+
+CHUNK = 128  # samples at a time, so that [C, CHUNK, n_features] stays in the cache
 
 
 class ResidualMLP(nn.Module):
@@ -41,6 +47,7 @@ class ResidualMLP(nn.Module):
         self.register_buffer("embedding", E / E.norm(dim=1, keepdim=True))
         self.read = nn.ModuleList(nn.Linear(d_resid, n, bias=False) for n in neurons)
         self.write = nn.ModuleList(nn.Linear(n, d_resid, bias=False) for n in neurons)
+        self.neurons = nn.ModuleList(nn.ReLU() for _ in neurons)
 
     @property
     def layers(self) -> list[tuple[nn.Linear, nn.Linear]]:
@@ -50,8 +57,8 @@ class ResidualMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Outputs [..., n_features]."""
         r = x @ self.embedding
-        for read, write in self.layers:
-            r = r + write(torch.relu(read(r)))
+        for read, relu, write in zip(self.read, self.neurons, self.write, strict=True):
+            r = r + write(relu(read(r)))
         return r @ self.embedding.T
 
     def data(self, batch_size: int = 2048) -> SparseFeatures:
@@ -122,3 +129,73 @@ class ResidualMLP(nn.Module):
         E = self.embedding
         parts = [(E @ read.weight.T) * (write.weight.T @ E.T).T for read, write in self.layers]
         return torch.cat(parts, dim=1)
+
+    @torch.no_grad()
+    def attributions(self, network: Network, components: Components, x: Tensor) -> Tensor:
+        """Exact gradient attributions at the target, from what is special about it: the embedding is fixed.
+
+        The same values as `apd_minimal.attributions.gradient`, for decompose(attribution=target.attributions). Every
+        component is multiplied once by what can stand in the stream and by what reads it, so that no sample meets the
+        stream's d_resid numbers; samples in which no feature is on have attributions of 0 (there are no biases).
+
+        Args:
+            network: the target, wrapped; not needed, since this is a method of the target.
+            components: C components of all its weights, with or without restarts.
+            x: inputs [B, n_features].
+
+        Returns:
+            Tensor: [B, C], or [restarts, B, C].
+        """
+        stacked = components.stacked()
+        n_restarts, n_components = stacked.A["read.0.weight"].shape[:2]
+        every = _compose(self, stacked.map(lambda t: t.flatten(0, 1)))
+        scores = x.new_zeros(n_restarts * n_components, len(x))
+        for samples in x.any(1).nonzero().flatten().split(CHUNK):
+            scores[:, samples] = self._tangents(every, x[samples]).norm(dim=-1)
+        scores = scores.unflatten(0, (n_restarts, n_components)).transpose(1, 2)
+        scores = scores * self.n_features**-0.5  # the root mean square over outputs
+        return scores if components.restarts is not None else scores[0]
+
+    def _tangents(self, every: list[_Composed], x: Tensor) -> Tensor:
+        """How each component moves the outputs at the target: [C, B, n_features], for samples x [B, n_features]."""
+        values = x  # what stands in the stream, [B, n_features + neurons so far]
+        moved: Tensor | None = None  # what moves in whatever reads the stream from here on, [C, B, ...]
+        for layer in every:
+            n = layer.read.shape[1]
+            before = values @ layer.read
+            d_before = (values @ layer.read_A) @ layer.read_B
+            if moved is not None:
+                d_before, moved = d_before + moved[..., :n], moved[..., n:]
+            h = torch.relu(before)
+            moves = torch.cat([d_before * (before > 0), h @ layer.write_A], dim=-1)
+            written = moves @ torch.cat([layer.write.expand(len(moves), -1, -1), layer.write_B], dim=1)
+            moved = written if moved is None else moved + written
+            values = torch.cat([values, h], dim=1)
+        assert moved is not None
+        return moved
+
+
+@dataclass
+class _Composed:
+    """A layer and its C components, multiplied by the rest of the stream (S things stand in it, T read it later)."""
+
+    read: Tensor  # [S, n]
+    read_A: Tensor  # [C, S, m]
+    read_B: Tensor  # [C, m, n]
+    write: Tensor  # [n, T]
+    write_A: Tensor  # [C, n, m]
+    write_B: Tensor  # [C, m, T]
+
+
+def _compose(target: ResidualMLP, components: Components) -> list[_Composed]:
+    """Every product of fixed matrices and factors, formed once for all samples."""
+    A, B, E = components.A, components.B, target.embedding
+    layers, stands = [], E
+    for i, (read, write) in enumerate(target.layers):
+        readers = torch.cat([*(later.weight.T for later, _ in target.layers[i + 1 :]), E.T], dim=1)
+        r, w = f"read.{i}.weight", f"write.{i}.weight"
+        layers.append(
+            _Composed(stands @ read.weight.T, stands @ A[r], B[r], write.weight.T @ readers, A[w], B[w] @ readers)
+        )
+        stands = torch.cat([stands, write.weight.T])
+    return layers

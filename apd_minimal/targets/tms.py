@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..components import Components
 from ..data import SparseFeatures
+from ..gates import Network
 from ..rules import TransposedLinear
 from .training import train
 
@@ -166,6 +168,43 @@ class TMS(nn.Module):
             "encode.weight": torch.cat([features, torch.zeros(1, self.n_features, d)]),
             "middle.weight": torch.cat([torch.zeros(self.n_features, d, d), torch.eye(d)[None]]),
         }
+
+    @torch.no_grad()
+    def attributions(self, network: Network, components: Components, x: Tensor) -> Tensor:
+        """Exact gradient attributions at the target, from what is special about it: outputs are off or linear.
+
+        The same values as `apd_minimal.attributions.gradient`, for decompose(attribution=target.attributions). An
+        output that is off has no gradient; for one that is on, all components meet its samples in one product.
+
+        Args:
+            network: the target, wrapped; not needed, since this is a method of the target.
+            components: C components of all its weights, with or without restarts.
+            x: inputs [B, n_features].
+
+        Returns:
+            Tensor: [B, C], or [restarts, B, C].
+        """
+        on, Q = self(x) > 0, self.rotation
+        x = x if Q is None else x @ Q
+        W = self.encode.weight.T  # [n_features, d_hidden]
+        P = components.stacked().matrices("encode.weight")  # [R, C, n_features, d_hidden]
+        hidden = x @ W
+        later, parts, moves = W.T, [x, hidden], [P]  # what the components do to the hidden layer, and what meets it
+        if self.middle is not None:
+            M = self.middle.weight.T
+            parts.append(hidden @ M)
+            moves = [P @ M, components.stacked().matrices("middle.weight")]
+        moves = [move @ later for move in moves] + [P.mT]
+        if Q is not None:
+            moves = [move @ Q.T for move in moves]
+        meets = torch.cat(parts, dim=1)
+        every = torch.cat(moves, dim=2).flatten(0, 1)  # [R C, what meets, outputs]
+        squares = x.new_zeros(len(x), len(every))
+        for o in range(self.n_features):
+            samples = on[:, o].nonzero().flatten()
+            squares.index_add_(0, samples, (meets[samples] @ every[:, :, o].T).square())
+        scores = (squares / self.n_features).sqrt().unflatten(1, P.shape[:2]).transpose(0, 1)
+        return scores if components.restarts is not None else scores[0]
 
 
 def _then(k: float, last: float) -> tuple[tuple[float, float], ...]:

@@ -1,0 +1,71 @@
+"""Only the active pairs: a sparse forward pass whose cost does not grow with the number of components.
+
+With a mask of k active components a sample, most of the [B, C] pairs are off. Each component's samples are gathered,
+as a mixture of experts does it, so that a layer costs about k of its components' products for each sample, not C.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The samples of every component, padded to the longest list.
+
+    Attributes:
+        samples: [R, C, L], indices into the R * N rows of samples.
+        on: [R, C, L], 1 where the entry counts and 0 where it pads.
+    """
+
+    samples: Tensor
+    on: Tensor
+
+
+def group(mask: Tensor) -> Groups | None:
+    """List the samples of every component, if that saves at least half of the work.
+
+    Args:
+        mask: boolean, [R, N, C].
+
+    Returns:
+        Groups: or None if the longest list is over half of all samples.
+    """
+    n_restarts, n_samples, n_components = mask.shape
+    by_component = mask.transpose(1, 2).reshape(-1, n_samples)  # [R C, N]
+    counts = by_component.sum(1)
+    longest = max(1, int(counts.max()))
+    if 2 * longest > n_samples:
+        return None
+    lists, samples = by_component.nonzero().unbind(1)
+    place = torch.arange(len(lists), device=mask.device) - (counts.cumsum(0) - counts)[lists]
+    restart = lists // n_components
+    padded = torch.zeros(n_restarts * n_components, longest, dtype=torch.long, device=mask.device)
+    padded[lists, place] = samples + restart * n_samples
+    on = torch.arange(longest, device=mask.device) < counts[:, None]
+    shape = (n_restarts, n_components, longest)
+    return Groups(padded.view(shape), on.view(shape))
+
+
+def apply(groups: Groups, rows: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Sum, for each sample, the outputs of its active components.
+
+    Args:
+        groups: the active pairs of R * N samples.
+        rows: what goes in, [R, N, T, d]; T positions share a gate.
+        first: [R, C, d, m].
+        second: [R, C, m, d'].
+
+    Returns:
+        Tensor: [R, N, T, d'].
+    """
+    n_positions, longest = rows.shape[2], groups.on.shape[2]
+    every = rows.flatten(0, 1)
+    mine = every[groups.samples.flatten()].view(*groups.on.shape, n_positions, -1)  # [R, C, L, T, d]
+    u = mine.flatten(2, 3) @ first * groups.on.to(rows).repeat_interleave(n_positions, 2)[..., None]
+    y = (u @ second).unflatten(2, (longest, n_positions)).flatten(0, 2)  # [R C L, T, d']
+    sums = y.new_zeros(every.shape[0], *y.shape[1:]).index_add(0, groups.samples.flatten(), y)
+    return sums.view(*rows.shape[:-1], -1)
