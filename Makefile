@@ -2,13 +2,14 @@
 # make run     executes the chapters again and stores their outputs
 # make test    everything: module, chapters, pages
 # make data    makes the stored artefacts in data/ again (long)
+# make bench   times a step against the paper's formulation; leave the machine alone meanwhile
 
 PYTHON ?= python3
 BOOK := .venv-book/bin/
 TEST := .venv/bin/
 INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: book run test data clean
+.PHONY: book run test data bench clean
 
 book: .venv-book/installed
 	@$(BOOK)python tools/build.py
@@ -21,6 +22,9 @@ test: .venv/installed
 
 data: .venv/installed
 	$(TEST)python tools/remake_data.py
+
+bench: .venv/installed
+	OMP_NUM_THREADS=1 $(TEST)python benchmarks/run.py
 
 .venv-book/installed: requirements-docs.txt constraints.txt
 	$(PYTHON) -m venv .venv-book

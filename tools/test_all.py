@@ -24,7 +24,7 @@ def parts() -> dict[str, list[str]]:
     Returns:
         dict[str, list[str]]: name to command.
     """
-    own = ["apd_minimal", "tests", "tools", "theme"]
+    own = ["apd_minimal", "benchmarks", "tests", "tools", "theme"]
     chapters = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "chapters").glob("*.ipynb"))
     return {
         "ruff": [sys.executable, "-m", "ruff", "check", "--no-cache", "."],

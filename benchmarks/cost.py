@@ -1,0 +1,225 @@
+"""The cost model: what every part of a step multiplies and moves, in B, C, m, d and n_out (chapter on speed).
+
+    B samples, I instances (or restarts), C components, k of them active, n features and outputs;
+    a weight is [d, e] and has factors [d, m] and [m, e], with m = min(d, e).
+
+Operations are those of matrix products, two for each multiplication, as `torch.utils.flop_counter` counts them; what
+is done entry by entry is counted by the bytes that it has to move: operands read once, results written once, float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cases import Case
+
+FLOAT = 4  # bytes
+FUSED_ADAM = 7  # reads p, g, m, v; writes p, m, v
+UNFUSED_ADAM = 18  # seven passes over the same, one operation each
+
+
+@dataclass(frozen=True)
+class Work:
+    """Operations of matrix products, and bytes moved."""
+
+    flops: float = 0.0
+    bytes: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.flops + other.flops, self.bytes + other.bytes)
+
+    def __mul__(self, times: float) -> Work:
+        return Work(times * self.flops, times * self.bytes)
+
+    def seconds(self, flop_rate: float, bandwidth: float) -> float:
+        """The floor: no machine of these rates is faster."""
+        return max(self.flops / flop_rate, self.bytes / bandwidth)
+
+
+def matmul(copies: float, rows: float, d: float, e: float) -> Work:
+    """`copies` times [rows, d] @ [d, e]."""
+    return Work(2 * copies * rows * d * e, FLOAT * copies * (rows * d + d * e + rows * e))
+
+
+def moved(numbers: float) -> Work:
+    """So many floats read or written."""
+    return Work(0.0, FLOAT * numbers)
+
+
+def used(case: Case) -> list[tuple[int, int, int]]:
+    """(d, m, d') of every use of a weight, in order; a TMS uses its weight twice, once transposed."""
+    shapes = [case.shapes[which][:: -1 if transposed else 1] for which, transposed in case.uses]
+    return [(d, min(d, e), e) for d, e in shapes]
+
+
+def factors(case: Case) -> list[tuple[int, int, int]]:
+    """(d, m, e) of every weight."""
+    return [(d, min(d, e), e) for d, e in case.shapes]
+
+
+def _embed(case: Case, copies: float) -> Work:
+    return matmul(copies, case.batch, case.n_features, case.width) if case.neurons else Work()
+
+
+def _through_target(case: Case, copies: float) -> Work:
+    """One forward pass of the target, of `copies` batches."""
+    layers = [matmul(copies, case.batch, d, e) for d, _, e in used(case)]
+    return sum(layers, _embed(case, 2 * copies))
+
+
+def _back_to_layers(case: Case, copies: float) -> Work:
+    """From the outputs back to the first layer's outputs: every weight but the first, and the unembedding."""
+    return sum((matmul(copies, case.batch, e, d) for d, _, e in used(case)[1:]), _embed(case, copies))
+
+
+def _activations(case: Case, batch: float) -> Work:
+    """Component activations of all layers, [B, I, C, m] and [B, I, C, d']."""
+    copies = case.instances * case.n_components
+    parts = [matmul(copies, batch, d, m) + matmul(copies, batch, m, e) for d, m, e in used(case)]
+    return sum(parts, Work())
+
+
+def faithfulness(case: Case) -> Work:
+    """Sum A_c B_c for each weight, and back to both factors."""
+    inner = case.n_components
+    return sum((matmul(case.instances, d, inner * m, e) for d, m, e in factors(case)), Work()) * 3
+
+
+def _sparse_backward(case: Case, pairs: float) -> Work:
+    """Gradients of both factors and of what goes in; the first layer's inputs need none."""
+    total = Work()
+    for i, (d, m, e) in enumerate(used(case)):
+        total += matmul(pairs, 1, m, e) * 2 + matmul(pairs, 1, d, m) * (2 if i else 1)
+    return total
+
+
+def paper(case: Case) -> dict[str, Work]:
+    """(b) The paper's formulation, part by part."""
+    B, I, C, n = case.batch, case.instances, case.n_components, case.n_features
+    everything = _activations(case, B)
+    contraction = sum((matmul(B * I, C, e, 1) for _, _, e in used(case)), Work()) * n
+    sums = sum((moved(B * I * (C + 1) * e) for _, _, e in used(case)), Work())
+    forward = everything + sums + _embed(case, 2)
+    masked = moved(sum(2 * B * I * C * m for _, m, _ in used(case)))
+    lengths = sum(B * I * C * m for _, m, _ in factors(case))
+    return {
+        "attribution": _through_target(case, I) + everything + _back_to_layers(case, I) * n + contraction,
+        "unused forward": forward,
+        "sparse forward": forward + masked + _sparse_backward(case, B * I * C) + _embed(case, 1),
+        "faithfulness": faithfulness(case),
+        "simplicity": moved(3 * lengths),  # masked, summed; and back
+        "optimiser": moved(UNFUSED_ADAM * case.parameters),
+    }
+
+
+def backward(case: Case, batch: float) -> Work:
+    """Exact attributions at the target: a backward pass for each output, and one contraction a layer."""
+    contraction = sum(
+        (matmul(batch * case.instances, case.n_components, e, case.n_features) for _, _, e in used(case)), Work()
+    )
+    return _captured(case, batch) + _activations(case, batch) + contraction
+
+
+def _captured(case: Case, batch: float) -> Work:
+    """One forward pass, and one backward pass for each output."""
+    return (_through_target(case, 1) + _back_to_layers(case, 1) * case.n_features) * (batch / case.batch)
+
+
+def sample_gradients(case: Case, batch: float, pairs: float) -> Work:
+    """Exact attributions at the target, from the gradient of every output that is not at rest, for each sample.
+
+    Args:
+        case: which experiment.
+        batch: samples.
+        pairs: (sample, output) pairs with a gradient.
+
+    Returns:
+        Work: of them all.
+    """
+    copies = case.instances * case.n_components
+    gradients = sum((matmul(pairs, d, 1, e) for d, _, e in used(case)), Work())
+    met = sum((matmul(copies, d, m, e) + matmul(1, pairs, d * e, copies) for d, m, e in factors(case)), Work())
+    return _captured(case, batch) + gradients + met
+
+
+def forward(case: Case, batch: float) -> Work:
+    """Exact attributions at the target, all components as tangents of one forward pass."""
+    # What carries tangents is run once more by torch, for its value.
+    tangents = _back_to_layers(case, case.instances * case.n_components + 1)
+    return (_through_target(case, 2) + tangents) * (batch / case.batch) + _activations(case, batch)
+
+
+def composed(case: Case, batch: float) -> Work:
+    """Exact attributions of a residual MLP, each component multiplied once by what stands before and behind it."""
+    copies, d, total = case.instances * case.n_components, case.width, Work()
+    for i, neurons in enumerate(case.neurons):
+        before = case.n_features + sum(case.neurons[:i])
+        behind = case.n_features + sum(case.neurons[i + 1 :])
+        m = min(d, neurons)
+        total += matmul(copies, before, d, m) + matmul(copies, m, d, behind)
+        total += matmul(1, before, d, neurons) + matmul(1, neurons, d, behind)
+        total += matmul(1, batch, before, neurons) + matmul(1, batch, before, copies * m)
+        total += matmul(copies, batch, m, neurons) + matmul(1, batch, neurons, copies * m)
+        total += matmul(copies, batch, neurons + m, behind)
+    return total
+
+
+def linear_where_on(case: Case, batch: float, pairs: float) -> Work:
+    """Exact attributions of a TMS: an output that is on is linear in what the components do to it."""
+    copies, n, d = case.instances * case.n_components, case.n_features, case.width
+    once = matmul(copies, n, min(n, d), d) + matmul(copies, n, d, n) + matmul(1, batch, n, d) * 3
+    return once + matmul(1, pairs, n + d, copies)
+
+
+def generic(case: Case, batch: float, pairs: float) -> dict[str, Work]:
+    """The three exact ways to attributions that know nothing about the target."""
+    return {
+        "backward": backward(case, batch),
+        "forward": forward(case, batch),
+        "sample_gradients": sample_gradients(case, batch, pairs),
+    }
+
+
+def ours(case: Case, special: bool = False) -> dict[str, Work]:
+    """(c), (d) The least that our step needs, part by part.
+
+    Samples without a feature have no attributions, outputs at rest no gradient, inactive pairs no forward pass.
+    """
+    x = case.inputs(1)[0][:, 0]
+    on = x.any(1)
+    pairs = int((case.target()(x[on]) != 0).sum())
+    if special:
+        rows = int(on.sum())
+        attribution = composed(case, rows) if case.neurons else linear_where_on(case, rows, pairs)
+    else:
+        ways = generic(case, int(on.sum()), pairs)
+        attribution = min(ways.values(), key=lambda work: work.flops)
+    active = case.instances * int(case.top_k * case.batch)
+    forward_flops = sum(2 * active * (d * m + m * e) for d, m, e in used(case))
+    flops = forward_flops + _sparse_backward(case, active).flops
+    # A component's factors are read once for all its samples, forward, and twice backward.
+    rows = sum(active * (d + m + e) for d, m, e in used(case))
+    sparse = Work(flops, 3 * FLOAT * (rows + case.parameters * len(case.uses) / len(case.shapes)))
+    return {
+        "attribution": attribution,
+        "sparse forward": sparse + _embed(case, 3 * case.instances),
+        "target": _through_target(case, 1),
+        "faithfulness": faithfulness(case),
+        "simplicity": moved(4 * case.parameters),  # column lengths; and back, added to the gradient
+        "optimiser": moved(FUSED_ADAM * case.parameters),
+    }
+
+
+def floor(parts: dict[str, Work], flop_rate: float, bandwidth: float) -> dict[str, float]:
+    """Least seconds of every part, and of them all.
+
+    Args:
+        parts: what each multiplies and moves.
+        flop_rate: of the machine's best matrix product, operations a second.
+        bandwidth: of memory, bytes a second.
+
+    Returns:
+        dict[str, float]: the parts' names, and "all".
+    """
+    seconds = {name: work.seconds(flop_rate, bandwidth) for name, work in parts.items()}
+    return seconds | {"all": sum(seconds.values())}

@@ -1,0 +1,85 @@
+"""What the machine can do, measured in the same run: matrix products and memory, on one thread, in float32."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from cases import Case
+from cost import used
+
+LARGE = (1, 2048, 2048, 2048)
+
+
+def repeated(function: Callable[[], Any], seconds: float = 0.3, least: int = 3) -> list[float]:
+    """Seconds of each call, for about so long; the first call does not count."""
+    function()
+    times: list[float] = []
+    while len(times) < least or sum(times) < seconds:
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def gemm_rate(copies: int, rows: int, d: int, e: int) -> float:
+    """Operations a second of `copies` times [rows, d] @ [d, e], into memory that is there already."""
+    a, b, out = torch.randn(copies, rows, d), torch.randn(copies, d, e), torch.empty(copies, rows, e)
+    if copies == 1:
+        a, b, out = a[0], b[0], out[0]
+    return 2.0 * copies * rows * d * e / median(repeated(lambda: torch.matmul(a, b, out=out)))
+
+
+def bandwidth() -> dict[str, float]:
+    """Bytes a second of a copy and a triad (a = b + 3 c), over 256 MB each."""
+    b, c = torch.randn(2**26), torch.randn(2**26)
+    a = torch.empty_like(b)
+    copy = median(repeated(lambda: a.copy_(b)))
+    triad = median(repeated(lambda: torch.add(b, c, alpha=3.0, out=a)))
+    return {"copy": 2 * a.nbytes / copy, "triad": 3 * a.nbytes / triad}
+
+
+def shapes(cases: Sequence[Case]) -> dict[str, tuple[int, int, int, int]]:
+    """The two products that make component activations, in each case's largest layer: (copies, rows, d, e)."""
+    found = {"large": LARGE}
+    for case in cases:
+        d, m, e = max(used(case), key=lambda use: use[2])
+        copies = case.instances * case.n_components
+        found[f"{case.name}, with A"] = (1, case.batch, d, copies * m)
+        found[f"{case.name}, with B"] = (copies, case.batch, m, e)
+    return found
+
+
+def describe(cases: Sequence[Case]) -> dict[str, Any]:
+    """The machine, and its rates.
+
+    Args:
+        cases: whose shapes of matrix products are measured.
+
+    Returns:
+        dict[str, Any]: for stored.json.
+    """
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    products = [
+        {"name": name, "shape": list(shape), "flops_per_second": gemm_rate(*shape)}
+        for name, shape in shapes(cases).items()
+    ]
+    return {
+        "processor": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "matrix_products": products,
+        "bytes_per_second": bandwidth(),
+    }

@@ -1,0 +1,67 @@
+"""(c), (d) Steps of `apd_minimal.decompose`, timed from outside: a batch is asked for once a step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+import apd_minimal as apd
+from cases import Case
+
+STEPS = 10_000  # of the run that is begun: long enough that logging, every fiftieth step, does not count
+
+
+class _Enough(BaseException):
+    """Ends a run without the scoring that a finished, failed or interrupted one gets."""
+
+
+class _Clock:
+    """A source of batches that notes when it is asked."""
+
+    def __init__(self, batches: Sequence[Tensor], n_steps: int) -> None:
+        self.batches, self.n_steps = batches, n_steps
+        self.times: list[tuple[float, float]] = []
+
+    def __call__(self, step: int, generator: torch.Generator) -> Tensor:
+        self.times.append((time.perf_counter(), time.process_time()))
+        # Asked once before the first step, when the network is checked, and once at the start of each.
+        if len(self.times) == self.n_steps + 2:
+            raise _Enough
+        return self.batches[step % len(self.batches)]
+
+
+def has_special(case: Case) -> bool:
+    """Does the target bring attributions from what is special about it?"""
+    return hasattr(case.target(), "attributions")
+
+
+def times(
+    case: Case, batches: Sequence[Tensor], n_steps: int, special: bool = False, warmup: int = 2
+) -> list[tuple[float, float]]:
+    """Begin a run and time its steps.
+
+    Args:
+        case: which experiment.
+        batches: inputs [B, I, n], used in turn; the restarts share the first instance's samples.
+        n_steps: how many to time.
+        special: take the target's own attributions (d) instead of the generic ones (c).
+        warmup: steps before those.
+
+    Returns:
+        list[tuple[float, float]]: seconds of each, by the clock and of the processor.
+    """
+    target = case.target()
+    clock = _Clock([x[:, 0].contiguous() for x in batches], warmup + n_steps)
+    attribution = getattr(target, "attributions") if special else None  # noqa: B009  (not every target has them)
+    try:
+        apd.decompose(
+            target, clock, target.weights, attribution=attribution, steps=STEPS, progress=False, **case.settings()
+        )
+    except _Enough:
+        pass
+    starts = clock.times[1 + warmup :]
+    return [(b[0] - a[0], b[1] - a[1]) for a, b in pairwise(starts)]

@@ -1,0 +1,192 @@
+"""Times a step of the decomposition in one run on one thread: python benchmarks/run.py
+
+    (a) a plain training step of the target        (b) the paper's formulation
+    (c) ours, for any network                      (d) ours, with what is special about the target
+
+It prints the tables and stores the numbers in stored.json. Leave the machine alone meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+import cost
+import machine
+import ours
+import table
+from apd_minimal.targets import TMS
+from cases import CASES, GROWTH, Case
+from paper import Paper
+from stacked import Plain
+
+HERE = Path(__file__).parent
+KINDS = ("plain", "loaded", "paper", "ours", "special")
+Times = list[tuple[float, float]]  # by the clock, and of the processor
+
+
+def kinds(case: Case) -> list[str]:
+    """What can be timed of a case."""
+    missing = {"special"} if not ours.has_special(case) else set()
+    if not case.neurons:
+        missing |= {"loaded"}
+    return [kind for kind in KINDS if kind not in missing]
+
+
+def clocked(step: Callable[[], Any], n_steps: int) -> Times:
+    """Seconds of each of some steps."""
+    found = []
+    for _ in range(n_steps):
+        start, start_cpu = time.perf_counter(), time.process_time()
+        step()
+        found.append((time.perf_counter() - start, time.process_time() - start_cpu))
+    return found
+
+
+def timer(case: Case, kind: str) -> Callable[[int], Times]:
+    """A function that times so many steps."""
+    batches = case.inputs(4)
+    if kind in ("ours", "special"):
+        return lambda n_steps: ours.times(case, batches, n_steps, special=kind == "special")
+    step = Paper(case, batches).step if kind == "paper" else Plain(case, batches, loaded=kind == "loaded").step
+    step()  # to warm up
+    return lambda n_steps: clocked(step, n_steps)
+
+
+def summary(times: Times) -> dict[str, float]:
+    """Median, smallest and largest; and how much of the time this process had the processor."""
+    wall = [seconds for seconds, _ in times]
+    share = sum(cpu for _, cpu in times) / sum(wall)
+    return {"median": median(wall), "min": min(wall), "max": max(wall), "n": len(wall), "processor_share": share}
+
+
+def timed(case: Case, rounds: int = 5, seconds: float = 1.0) -> dict[str, dict[str, float]]:
+    """Time every kind of step, in rounds, so that a disturbance hits all of them alike.
+
+    Args:
+        case: which experiment.
+        rounds: how many; two where a step of the paper's formulation takes over ten seconds.
+        seconds: that a kind takes in a round, if its step is not longer.
+
+    Returns:
+        dict[str, dict[str, float]]: per kind, its summary.
+    """
+    timers = {kind: timer(case, kind) for kind in kinds(case)}
+    times: dict[str, Times] = {kind: run(1) for kind, run in timers.items()}
+    steps = {kind: min(50, max(1, int(seconds / found[0][0]))) for kind, found in times.items()}
+    for _ in range(1 if times["paper"][0][0] > 10 else rounds - 1):
+        for kind, run in timers.items():
+            times[kind] += run(steps[kind])
+    return {kind: summary(found) for kind, found in times.items()}
+
+
+def high_water() -> float:
+    """Peak memory of this process so far, in megabytes."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return float(line.split()[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # it starts at that of the parent process
+
+
+def peak_memory(case: Case, kind: str) -> dict[str, float]:
+    """What this process, a fresh one, has after its imports and a little training, and what two steps add to it."""
+    TMS().fit(steps=5)
+    case.target()
+    before = high_water()
+    timer(case, kind)(1)
+    return {"before": before, "added": high_water() - before}
+
+
+def measured_memory(case: Case) -> dict[str, dict[str, float]]:
+    """Peak memory of each kind of step, each in a process of its own."""
+    found = {}
+    for kind in KINDS:
+        if kind == "loaded" or (kind == "special" and not ours.has_special(case)):
+            continue
+        command = [sys.executable, str(HERE / "run.py"), "--memory", case.name, kind]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        found[kind] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def drawing(case: Case) -> float:
+    """Seconds that drawing a batch takes: it is not part of the steps."""
+    source, generator = case.target().data(case.batch * case.instances), torch.Generator()
+    return median(machine.repeated(lambda: source(0, generator), seconds=0.1))
+
+
+def result(case: Case, flop_rate: float, bandwidth: float) -> dict[str, Any]:
+    """Everything about one case."""
+    found: dict[str, Any] = {"name": case.name, "steps": timed(case), "memory": measured_memory(case)}
+    work = {"paper": cost.paper(case), "ours": cost.ours(case)}
+    if "special" in found["steps"]:
+        work["special"] = cost.ours(case, special=True)
+    found["work"] = {
+        kind: {name: {"flops": part.flops, "bytes": part.bytes} for name, part in parts.items()}
+        for kind, parts in work.items()
+    }
+    found["floor"] = {kind: cost.floor(parts, flop_rate, bandwidth) for kind, parts in work.items()}
+    return found | {
+        "drawing": drawing(case),
+        "reference": case.reference and dict(zip(("plain", "paper"), case.reference, strict=True)),
+        "goal_b": case.goal_b,
+        "goal_a": case.goal_a,
+    }
+
+
+def growth() -> dict[str, list[dict[str, float]]]:
+    """How a step's time grows with C, n_out and B."""
+    curves: dict[str, list[dict[str, float]]] = {}
+    for name, cases in GROWTH.items():
+        curves[name] = []
+        for case in cases:
+            steps = timed(case, rounds=3, seconds=0.2)
+            value = {"C": case.n_components, "n_out": case.n_features, "B": case.batch}[name]
+            curves[name].append({"value": value, **{kind: found["median"] for kind, found in steps.items()}})
+    return curves
+
+
+def main() -> None:
+    """Measure, print, store."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=HERE / "stored.json", help="where the numbers go")
+    parser.add_argument("--only", nargs="*", default=None, help="names of cases, for a quick look")
+    parser.add_argument("--memory", nargs=2, metavar=("CASE", "KIND"), help="print one peak memory, in megabytes")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.memory:
+        name, kind = arguments.memory
+        print(json.dumps(peak_memory(next(case for case in CASES if case.name == name), kind)))
+        return
+    start, load = time.perf_counter(), os.getloadavg()[0]
+    chosen = [case for case in CASES if arguments.only is None or case.name in arguments.only]
+    stored: dict[str, Any] = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "load_before": load}
+    stored["machine"] = machine.describe(chosen)
+    flop_rate = max(found["flops_per_second"] for found in stored["machine"]["matrix_products"])
+    bandwidth = max(stored["machine"]["bytes_per_second"].values())
+    stored["cases"] = []
+    for case in chosen:
+        stored["cases"].append(result(case, flop_rate, bandwidth))
+        print(f"{time.perf_counter() - start:4.0f} s  {case.name}", file=sys.stderr, flush=True)
+    stored["growth"] = growth() if arguments.only is None else {}
+    stored["seconds"] = time.perf_counter() - start
+    arguments.out.write_text(json.dumps(stored, indent=1) + "\n")
+    print(table.text(stored))
+
+
+if __name__ == "__main__":
+    main()
