@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .attributions import gradient
+from .attributions import Attribution, gradient
 from .checkpoint import identity, read_state, write_state
 from .components import Components, confine, normalise_columns
 from .config import Config, Schedule, at_progress
@@ -25,7 +25,6 @@ from .reseed import reseed
 from .sites import Use, busy
 from .topk import batch_top_k, sample_top_k
 
-Attribution = Callable[[Network, Components, Tensor], Tensor]
 HELD_OUT_SAMPLES = 8192
 TIDY_SAMPLES = 4096
 

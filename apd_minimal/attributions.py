@@ -13,6 +13,7 @@ sample_gradients: the same passes give the gradient of every output on every sam
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,7 @@ from .components import Components
 from .gates import Network, as_network
 from .sites import Site, Use
 
+Attribution = Callable[[Network, Components, Tensor], Tensor]  # (network, components, x) -> [(restarts,) B, C]
 MODES = ("forward", "backward", "sample_gradients")
 
 

@@ -14,7 +14,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from .attributions import gradient
+from .attributions import Attribution, gradient
 from .components import Components
 from .gates import Network, as_network
 from .losses import faithfulness, mse
@@ -186,6 +186,7 @@ def scrubbing(
     top_k: float,
     at: str = "target",
     seed: int = 0,
+    attribution: Attribution | None = None,
 ) -> Scrubbing:
     """Causal scrubbing of parameters (braun2025): what changes when inactive components come and go?
 
@@ -196,6 +197,7 @@ def scrubbing(
         top_k: mean number of active components per sample.
         at: where the gradient attributions are taken, as in `attributions.gradient`.
         seed: for the random halves.
+        attribution: (network, components, x) -> [B, C] in their place, as in `decompose`.
 
     Returns:
         Scrubbing: errors with the active components alone; with a random half of the inactive ones added,
@@ -203,7 +205,8 @@ def scrubbing(
     """
     network = as_network(target, components)
     generator = torch.Generator().manual_seed(seed)
-    active = batch_top_k(gradient(network, components, x, at=at), top_k)
+    scores = gradient(network, components, x, at=at) if attribution is None else attribution(network, components, x)
+    active = batch_top_k(scores, top_k)
     coin = (torch.rand(active.shape, generator=generator) < 0.5).to(active)
     half = (torch.rand(active.shape, generator=generator) < 0.5).to(active)
     with torch.no_grad():

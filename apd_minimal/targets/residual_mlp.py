@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..components import Components
 from ..data import SparseFeatures
 from ..gates import Network
+from ..metrics import Ownership, ownership
 from .training import train
 
 CHUNK = 128  # samples at a time, so that [C, CHUNK, n_features] stays in the cache
@@ -121,14 +122,48 @@ class ResidualMLP(nn.Module):
         return out
 
     @torch.no_grad()
-    def contributions(self) -> Tensor:
+    def contributions(self, components: Components | None = None) -> Tensor:
         """How much every neuron does for every feature: [n_features, neurons of all layers].
 
         Entry (i, n) is how strongly neuron n reads feature i times how strongly it writes to output i.
+
+        Args:
+            components: if given, the contributions of each of them, [C, n_features, neurons].
         """
-        E = self.embedding
-        parts = [(E @ read.weight.T) * (write.weight.T @ E.T).T for read, write in self.layers]
-        return torch.cat(parts, dim=1)
+        E, parts = self.embedding, []
+        for i, (read, write) in enumerate(self.layers):
+            if components is None:
+                reads, writes = E @ read.weight.T, write.weight.T @ E.T
+            else:
+                r, w = f"read.{i}.weight", f"write.{i}.weight"
+                reads = E @ components.A[r] @ components.B[r]
+                writes = components.A[w] @ (components.B[w] @ E.T)
+            parts.append(reads * writes.mT)
+        return torch.cat(parts, dim=-1)
+
+    def ownership(
+        self,
+        components: Components,
+        min_cosine: float = 0.95,
+        length_range: tuple[float, float] = (0.5, 1.5),
+        min_purity: float = 0.95,
+    ) -> Ownership:
+        """Who owns which feature, by contributions: the mechanism of feature i is row i of the target's (chapter 8).
+
+        A contribution is a product of two weights, so that its cosine and purity are those of a weight squared, about;
+        an owner must hold more than half of the length, so that nobody else can.
+
+        Args:
+            components: C components, without restarts.
+            min_cosine: least cosine of all contributions of an owner with those of its feature.
+            length_range: least and largest ratio of lengths.
+            min_purity: least share of the owner's squared contributions on its feature.
+        """
+        rows = self.contributions()
+        truth = torch.zeros(self.n_features, *rows.shape)
+        truth[torch.arange(self.n_features), torch.arange(self.n_features)] = rows
+        own = Components.from_matrices({"contributions": self.contributions(components)})
+        return ownership(own, {"contributions": truth}, min_cosine, length_range, min_purity)
 
     @torch.no_grad()
     def attributions(self, network: Network, components: Components, x: Tensor) -> Tensor:
