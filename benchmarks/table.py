@@ -175,7 +175,8 @@ def text(stored: dict[str, Any]) -> str:
     parts = [
         f"{m['processor']}, {m['instructions']}, {m['threads']} thread, torch {m['torch']}, {stored['date']}, "
         f"{stored['seconds']:.0f} s; {disturbed(stored)}",
-        "Seconds a step, (a) plain training, (b) the paper's formulation, (c) ours, (d) ours with what is special",
+        "Seconds of a processor for a step: (a) plain training, (b) the paper's formulation, (c) ours, (d) ours with "
+        "what is special about the target; medians (smallest to largest)",
         markdown(*steps(stored)),
         "(b) against (a), here and for the reference implementation on such a machine",
         markdown(*against_reference(stored)),
