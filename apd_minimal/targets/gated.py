@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..attributions import gradient
+from ..components import Components
 from ..data import SparseFeatures
+from ..gates import Network
 
 LARGEST_X = 5.0
 GATE = 10.0  # a neuron reads its control bit with this weight, and the bias takes it off again: twice the largest x
+SHOWN_Y = 3.0  # where the neurons are shown, y is one output among many, and counts for more by this factor
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,8 @@ class GatedFunctions(nn.Module):
         neurons: neurons of each function, as many as there are knots.
         probability: chance that a bit is on, for `data`.
         seed: of the functions and of the places of the neurons.
+        show_neurons: give what the neurons do as outputs too, after 3 y: [B, 1 + n * neurons]. The same network with
+            the same weights, but all of this counts in a decomposition.
 
     Raises:
         ValueError: no function, fewer than two neurons each, or a probability outside (0, 1].
@@ -80,12 +87,20 @@ class GatedFunctions(nn.Module):
     knots: Tensor
     owner: Tensor
 
-    def __init__(self, n_functions: int = 4, neurons: int = 10, probability: float = 0.05, seed: int = 0) -> None:
+    def __init__(
+        self,
+        n_functions: int = 4,
+        neurons: int = 10,
+        probability: float = 0.05,
+        seed: int = 0,
+        show_neurons: bool = False,
+    ) -> None:
         super().__init__()
         if n_functions < 1 or neurons < 2:
             raise ValueError(f"n_functions must be at least 1 and neurons at least 2, got {n_functions} and {neurons}")
         GatedInputs(n_functions, probability)  # for its checks
         self.n_functions, self.neurons, self.probability = n_functions, neurons, probability
+        self.show_neurons = show_neurons
         generator = torch.Generator().manual_seed(seed)
         low = torch.tensor([-1.0, 0.1, -math.pi, -1.0, 0.1, -math.pi, -1.0], dtype=torch.float64)
         high = torch.tensor([1.0, 1.0, math.pi, 1.0, 1.0, math.pi, 1.0], dtype=torch.float64)
@@ -96,7 +111,6 @@ class GatedFunctions(nn.Module):
         self.register_buffer("owner", order // neurons)  # the function of every neuron, layer after layer
         layers, d = order.tensor_split(2), n_functions + 2
         self.read = nn.ModuleList(nn.Linear(d, len(layer)) for layer in layers)
-        self.relu = nn.ModuleList(nn.ReLU() for _ in layers)  # modules, so that the activations can be matched
         self.write = nn.ModuleList(nn.Linear(len(layer), d, bias=False) for layer in layers)
         with torch.no_grad():
             self._write_down(layers)
@@ -128,11 +142,13 @@ class GatedFunctions(nn.Module):
         return a * torch.cos(b * x + c) + d * torch.sin(e * x + f) + g
 
     def forward(self, x: Tensor) -> Tensor:
-        """Inputs [..., 1 + n_functions], x and then the bits, to outputs [..., 1]."""
-        stream = F.pad(x, (0, 1))
-        for read, relu, write in zip(self.read, self.relu, self.write, strict=True):
-            stream = stream + write(relu(read(stream)))
-        return stream[..., -1:]
+        """Inputs [..., 1 + n_functions], x and then the bits, to y [..., 1], or to 3 y and the neurons."""
+        stream, active = F.pad(x, (0, 1)), []
+        for read, write in self.layers:
+            active.append(torch.relu(read(stream)))
+            stream = stream + write(active[-1])
+        y = stream[..., -1:]
+        return torch.cat([SHOWN_Y * y, *active], dim=-1) if self.show_neurons else y
 
     def data(self, batch_size: int = 1024, nonempty: bool = False) -> GatedInputs:
         """Its source of batches [batch_size, 1 + n_functions]."""
@@ -142,6 +158,38 @@ class GatedFunctions(nn.Module):
     def weights(self) -> list[str]:
         """The parameter paths to decompose; biases are left as they are."""
         return [f"{part}.{i}.weight" for i in range(2) for part in ("read", "write")]
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """Inputs and settings with which chapter 10 takes it apart, with `show_neurons`: found on seeds from 100 up.
+
+        Raises:
+            ValueError: the neurons are not shown.
+        """
+        if not self.show_neurons:
+            raise ValueError("the recipe is for a target with show_neurons=True")
+        data = self.data(64, nonempty=True)
+        share = data.share_nonempty  # the weights below are for batches with their empty samples
+        return {
+            "batches": data,
+            "weights": self.weights,
+            "n_components": 5 * self.n_functions // 2,
+            "top_k": 0.2217 / share,
+            "rank": 1,
+            "attribution": attribution_shares,
+            "steps": 2500,
+            "lr": 3e-2,
+            "init_std": 0.02,
+            "faithfulness": 3.0,
+            "minimality": 50 * share,
+            "scrub": 50 * share,
+            "simplicity": ((0.0, 10 * share), (0.8, 10 * share), (0.85, 0.0)),
+            "p": 1.0,
+            "tidy_every": 0.1,
+            "tidy_from": 0.2,
+            "reseed_until": 0.0,
+            "restarts": 24,  # about one in twenty finds all four
+        }
 
     def mechanisms(self) -> dict[str, Tensor]:
         """The true mechanisms, per parameter path [n_functions, d_in, d_out]: each function has its own neurons."""
@@ -153,3 +201,12 @@ class GatedFunctions(nn.Module):
             truth[f"read.{i}.weight"] = mine[:, None, :] * read.weight.detach().T
             truth[f"write.{i}.weight"] = mine[:, :, None] * write.weight.detach().T
         return truth
+
+
+def attribution_shares(network: Network, components: Components, x: Tensor) -> Tensor:
+    """Gradient attributions, divided on every sample by their sum over components: [..., B, C].
+
+    Batch top-k compares samples. Here a sample that moves the outputs little has as much to give as any other.
+    """
+    scores = gradient(network, components, x)
+    return scores / scores.sum(-1, keepdim=True).clamp_min(1e-12)
