@@ -6,7 +6,7 @@ result = apd.decompose(target, **target.recipe)
 print(apd.metrics.ownership(result.components, target.mechanisms()))
 """
 
-from . import artefacts, attributions, data, frames, glue, losses, metrics, plots, rules, store, targets, topk
+from . import artefacts, attributions, data, diagnose, frames, glue, losses, metrics, plots, rules, store, targets, topk
 from .algorithm import NonFiniteLoss, decompose
 from .components import Components
 from .config import Config
@@ -23,6 +23,7 @@ __all__ = [
     "attributions",
     "data",
     "decompose",
+    "diagnose",
     "frames",
     "glue",
     "losses",

@@ -8,10 +8,11 @@ import inspect
 import apd_minimal as apd
 
 NAMES = {
-    "": "Components Config Decomposition Network NonFiniteLoss artefacts attributions data decompose frames glue "
+    "": "Components Config Decomposition Network NonFiniteLoss artefacts attributions data decompose diagnose frames glue "
     "losses metrics plots rules store targets topk",
     "attributions": "gradient",
     "data": "SparseFeatures",
+    "diagnose": "Diagnosis diagnose",
     "losses": "DIVERGENCES faithfulness kl minimality mse simplicity simplicity_exact",
     "metrics": "Ownership Scrubbing description_length ml2r mmcs output_error ownership relative_faithfulness "
     "scrubbing",
@@ -56,6 +57,7 @@ def test_arguments() -> None:
     assert parameters(apd.Network) == "target weights output hidden".split()
     assert parameters(apd.Network.__call__)[1:5] == "x components gates remainder".split()
     assert parameters(apd.metrics.ownership) == "components truth min_cosine length_range min_purity".split()
+    assert parameters(apd.diagnose.diagnose) == "target components x top_k divergence at seed thresholds".split()
     assert parameters(apd.Decomposition.load) == ["folder", "target"]
     assert parameters(apd.targets.TMS) == "n_features d_hidden identity probability".split()
 

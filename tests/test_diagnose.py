@@ -1,0 +1,193 @@
+"""Decompositions with one fault that was put there: that suspect is named, and no other."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import apd_minimal as apd
+from apd_minimal.diagnose import Diagnosis, diagnose
+
+PATH = "encode.weight"
+
+
+def target(rotated: bool = False) -> apd.targets.TMS:
+    """Five features around a circle, untrained."""
+    tms = apd.targets.TMS(5, 2)
+    angle = 2 * math.pi * torch.arange(5) / 5
+    with torch.no_grad():
+        tms.encode.weight.copy_(1.1 * torch.stack([angle.cos(), angle.sin()]))
+        tms.bias.fill_(-0.3)
+    return tms.rotate(seed=1) if rotated else tms
+
+
+TARGET = target()
+Z = TARGET.mechanisms()[PATH]
+DATA = TARGET.data(2048, nonempty=True)
+X = DATA(0, torch.Generator().manual_seed(0))
+K = DATA.mean_active
+
+
+def look(matrices: Tensor, top_k: float = K, **thresholds: float) -> Diagnosis:
+    components = apd.Components.from_matrices({PATH: matrices})
+    return diagnose(TARGET, components, X, top_k, **thresholds)
+
+
+def scaled(*factors: float) -> Tensor:
+    return Z * torch.tensor(factors)[:, None, None]
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+def test_the_true_mechanisms_give_no_suspect(rotated: bool) -> None:
+    tms = target(rotated)
+    components = apd.Components.from_matrices(tms.mechanisms())
+    found = diagnose(tms, components, X, K)
+    assert found.suspects == {}
+    torch.testing.assert_close(found.length, torch.full((5,), 1.1))
+    scores = apd.attributions.gradient(tms, components, X)
+    on = scores > scores.flatten().topk(int(K * len(X)) + 1).values[-1]
+    torch.testing.assert_close(found.share, on.sum(0) / on.any(1).sum(), atol=2e-3, rtol=0)
+    assert found.second_singular.abs().max() < 1e-4
+    assert found.other_effects.max() < 0.05
+    assert found.cosine.abs().max() < 1e-5
+    assert (found.factor - 1).abs().max() <= 0.021
+    assert found.remainder < 1e-10
+    assert found.sparse < 0.02 and found.scrubbed < 0.02 < 0.3 < found.anti_scrubbed
+
+
+def test_two_mechanisms_in_one_component() -> None:
+    for second in (1, 2):  # a neighbour on the circle, and one nearly opposite
+        rest = [j for j in range(5) if j not in (0, second)]
+        found = look(torch.cat([Z[[0, second]].sum(0, keepdim=True), Z[rest]]))
+        assert found.suspects == {"doubled": [0]}
+    # On one line two features make a matrix of rank one; the outputs still tell them apart.
+    line = apd.targets.TMS(2, 1)
+    with torch.no_grad():
+        line.encode.weight.copy_(torch.tensor([[1.0, -1.0]]))
+    both = line.mechanisms()[PATH]
+    x = line.data(2048, nonempty=True)(0, torch.Generator().manual_seed(0))
+    found = diagnose(line, apd.Components.from_matrices({PATH: both.sum(0, keepdim=True)}), x, 1.0)
+    assert found.second_singular[0] == 0
+    assert found.suspects == {"lump": [0]}  # it is active on every sample, too
+    assert diagnose(line, apd.Components.from_matrices({PATH: both}), x, 1.05).suspects == {}
+
+
+def test_everything_in_one_component() -> None:
+    found = look(torch.cat([Z.sum(0, keepdim=True), torch.zeros(4, 5, 2)]), top_k=1)
+    assert found.suspects == {"lump": [0]}
+    assert found.empty.tolist() == [False, True, True, True, True]
+    assert found.share[0] == 1 and found.sparse < 1e-9  # nothing is lost: the lump is the network
+
+
+def test_one_mechanism_in_two_components() -> None:
+    halves = torch.cat([0.5 * Z[:1], 0.5 * Z[:1], Z[1:]])
+    found = look(halves, top_k=1.2 * K)  # two of six names for one job
+    assert found.suspects == {"split": [0, 1]}
+    assert found.cosine[0].item() == pytest.approx(1) and found.partner[:2].tolist() == [1, 0]
+    # Two that point different ways, and are needed on the same samples.
+    first, second = Z[:1].clone(), Z[:1].clone()
+    first[:, 0, 1] += 0.4
+    second[:, 0, 1] -= 0.4
+    apart = torch.cat([0.5 * first, 0.5 * second, Z[1:]])
+    found = look(apart, top_k=1.2 * K)
+    assert found.cosine[:2].max() < 0.8
+    assert found.overlap[0] >= 0.6 > 0.4 > found.overlap[2:].max() and found.companion[:2].tolist() == [1, 0]
+    assert found.suspects == {"split": [0, 1]}
+
+
+def test_a_pair_that_cancels() -> None:
+    extra = 0.8 * Z[:1].flip(-1)
+    found = look(torch.cat([Z, extra, -extra]), top_k=1.4 * K)
+    assert found.suspects == {"cancelling": [5, 6]}
+    assert found.cosine[5].item() == pytest.approx(-1) and found.partner[5:].tolist() == [6, 5]
+
+
+def test_what_cancels_and_is_never_active_shows_where_it_is_inactive() -> None:
+    """Three vectors that sum to zero, no two of them opposite, without effect on single features to first order."""
+    across = torch.stack([-Z.sum(1)[:2, 1], Z.sum(1)[:2, 0]], 1)  # at right angles to the first two features
+    turn = 2 * math.pi * torch.arange(3) / 3
+    three = torch.zeros(3, 5, 2)
+    three[:, 0] = 2 * turn.cos()[:, None] * across[0]
+    three[:, 1] = 2 * turn.sin()[:, None] * across[1]
+    alone = apd.targets.TMS(5, 2, probability=1e-3).data(2048, nonempty=True)(0, torch.Generator().manual_seed(0))
+    components = apd.Components.from_matrices({PATH: torch.cat([Z, three])})
+    found = diagnose(TARGET, components, alone, 0.95)
+    assert found.cosine[5:].min() > -0.8 and found.remainder < 1e-10
+    assert found.suspects == {"cancelling": [5, 6, 7], "not independent": []}
+    assert found.stray[5:].min() > 0.1 > 0.02 > found.stray[:5].max()
+
+
+def test_a_mechanism_of_the_wrong_length() -> None:
+    found = look(scaled(0.8, 1, 1, 1, 1))
+    assert found.suspects == {"shrunken": [0]}
+    # Its square and the bias decide: the output's size for feature 0 on alone is 1.21 f^2 x - 0.3 for the factor f.
+    assert found.factor[0].item() == pytest.approx(1 / 0.8, abs=0.03)
+    assert found.remainder == pytest.approx(0.2**2 / 5, rel=1e-4)
+    found = look(scaled(1, 1, 1.3, 1, 1))
+    assert {name: members for name, members in found.suspects.items() if members} == {"stretched": [2]}
+    assert found.factor[2].item() == pytest.approx(1 / 1.3, abs=0.03)
+
+
+def test_all_too_short_is_unfaithful_as_well() -> None:
+    found = look(0.8 * Z)
+    assert found.suspects["shrunken"] == [0, 1, 2, 3, 4]
+    assert "unfaithful" in found.suspects
+    assert found.remainder == pytest.approx(0.04, rel=1e-4)
+
+
+def test_a_component_that_no_input_uses() -> None:
+    dead = 0.05 * Z[:1].flip(-1)
+    found = look(torch.cat([Z, dead]))
+    assert found.suspects == {"dead": [5]}
+    assert found.share[5] < 0.01
+    found = look(torch.cat([Z, 1e-4 * dead, torch.zeros(1, 5, 2)]))  # as good as nothing: a free place
+    assert found.suspects == {}
+    assert found.empty.tolist() == [False] * 5 + [True, True]
+
+
+def test_the_whole() -> None:
+    assert "not minimal" in look(Z, top_k=0.3 * K).suspects
+    assert "unfaithful" in look(Z[:4]).suspects
+    loose = look(Z, scrubbed=-1.0)
+    assert loose.suspects == {"not independent": []}
+
+
+def test_other_divergences_outputs_and_wrapped_networks() -> None:
+    components = apd.Components.from_matrices({PATH: Z})
+    by_mse = diagnose(TARGET, components, X, K)
+    doubled = diagnose(TARGET, components, X, K, divergence=lambda out, wanted: 2 * apd.losses.mse(out, wanted))
+    assert doubled.sparse == pytest.approx(by_mse.sparse)  # errors are relative
+    network = apd.Network(TARGET, [PATH], output=lambda out: out[:, :2])
+    part = diagnose(network, components, X, 0.3 * K)
+    assert part.share[:2].min() > 5 * part.share[2:].max()  # the others hardly touch these outputs
+
+
+def test_the_table() -> None:
+    found = look(torch.cat([Z[:2].sum(0, keepdim=True), Z[2:], torch.zeros(1, 5, 2)]))
+    lines = str(found).splitlines()
+    assert lines[1].endswith("doubled") and lines[1].split()[0] == "0"
+    assert len([line for line in lines if line.endswith("doubled")]) == 1
+    assert "1 of 5 empty" in str(found) and "of the whole: no suspect" in str(found)
+    assert "0.15  doubled" in str(found)
+    assert "0.9  doubled" in str(look(Z, other_effects=0.9))
+    assert look(torch.cat([Z[:2].sum(0, keepdim=True), Z[2:]]), other_effects=0.9).suspects == {}
+
+
+def test_input_that_does_not_fit() -> None:
+    components = apd.Components.from_matrices({PATH: Z})
+    with pytest.raises(ValueError, match="pick one restart first"):
+        diagnose(TARGET, components.stacked(), X, K)
+    with pytest.raises(ValueError, match="all components are zero"):
+        diagnose(TARGET, components.map(torch.zeros_like), X, K)
+    with pytest.raises(ValueError, match="empty batch"):
+        diagnose(TARGET, components, X[:0], K)
+    for k in (0, 6):
+        with pytest.raises(ValueError, match="k must be above 0"):
+            diagnose(TARGET, components, X, k)
+    with pytest.raises(TypeError, match=r"unknown thresholds \['dead'\]; known: \['empty_length'"):
+        diagnose(TARGET, components, X, K, dead=1.0)
+    with pytest.raises(ValueError, match="nothing to explain"):
+        diagnose(TARGET, components, torch.zeros_like(X), K)
