@@ -3,7 +3,9 @@
     (a) a plain training step of the target        (b) the paper's formulation
     (c) ours, for any network                      (d) ours, with what is special about the target
 
-It prints the tables and stores the numbers in stored.json. Leave the machine alone meanwhile.
+For a TMS, (a) and (b) have several targets stacked on one axis, each with its own samples, as in the reference; ours
+has as many restarts on one target, which share their samples. No step draws its batch. It prints the tables and stores
+the numbers in stored.json. Leave the machine alone meanwhile.
 """
 
 from __future__ import annotations
@@ -187,7 +189,7 @@ def main() -> None:
     stored["machine"] = machine.describe(chosen)
     flop_rate = max(found["flops_per_second"] for found in stored["machine"]["matrix_products"])
     bandwidth = max(stored["machine"]["bytes_per_second"].values())
-    stored["cases"] = []
+    stored |= {"flop_rate": flop_rate, "bandwidth": bandwidth, "cases": []}
     for case in chosen:
         stored["cases"].append(result(case, flop_rate, bandwidth))
         print(f"{time.perf_counter() - start:4.0f} s  {case.name}", file=sys.stderr, flush=True)

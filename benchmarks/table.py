@@ -172,6 +172,7 @@ def text(stored: dict[str, Any]) -> str:
     """All tables of a run, in markdown."""
     m = stored["machine"]
     rates = ", ".join(f"{name} {rate / 1e9:.3g} GB/s" for name, rate in m["bytes_per_second"].items())
+    before = stored["cases"][0]["memory"]["plain"]["before"]
     parts = [
         f"{m['processor']}, {m['instructions']}, {m['threads']} thread, torch {m['torch']}, {stored['date']}, "
         f"{stored['seconds']:.0f} s; {disturbed(stored)}",
@@ -182,9 +183,9 @@ def text(stored: dict[str, Any]) -> str:
         markdown(*against_reference(stored)),
         "Ours against both",
         markdown(*ratios(stored)),
-        "Peak memory beyond the imports",
+        f"Peak memory beyond the {before:.0f} MB of a process that has imported everything and trained a little",
         markdown(*memory(stored)),
-        "Floors",
+        f"Floors, at {stored['flop_rate'] / 1e9:.0f} Gflop/s and {stored['bandwidth'] / 1e9:.3g} GB/s",
         markdown(*floors(stored)),
         *(["Growth", markdown(*growth(stored))] if stored["growth"] else []),
         f"Memory: {rates}",
