@@ -11,6 +11,7 @@ from torch import Tensor
 
 import apd_minimal as apd
 from apd_minimal.targets import GatedFunctions, GatedInputs
+from apd_minimal.targets.gated import attribution_shares
 
 seeds = st.integers(0, 2**31)
 
@@ -137,6 +138,44 @@ def test_decompose_reaches_all_four_weights() -> None:
     target = GatedFunctions(2, 4, seed=1)
     result = apd.decompose(target, target.data(32), target.weights, 3, 1.0, steps=2, progress=False)
     assert set(result.components.paths) == {"read.0.weight", "write.0.weight", "read.1.weight", "write.1.weight"}
+
+
+@given(seed=seeds)
+def test_shown_neurons_are_what_its_layers_compute(seed: int) -> None:
+    plain, shown = GatedFunctions(seed=seed), GatedFunctions(seed=seed, show_neurons=True)
+    for name, value in plain.state_dict().items():
+        assert torch.equal(value, shown.state_dict()[name])
+    x = plain.data(30)(0, torch.Generator().manual_seed(seed))
+    x[:5, 1:] = 1
+    stream = torch.cat([x, torch.zeros(30, 1)], 1)
+    neurons = [(stream @ read.weight.T + read.bias).clamp_min(0) for read in plain.read]
+    with torch.no_grad():
+        torch.testing.assert_close(shown(x), torch.cat([3 * plain(x), *neurons], 1))
+
+
+def test_shares_of_attributions_sum_to_one_on_every_sample() -> None:
+    target = GatedFunctions(seed=5).double()
+    network = apd.Network(target, target.weights)
+    mixed = {path: Z + 0.1 * Z.roll(1, 0) for path, Z in target.mechanisms().items()}
+    components = apd.Components.from_matrices(mixed)
+    x = target.data(500)(0, torch.Generator().manual_seed(1)).double()
+    x[0, 1:] = 0
+    shares = attribution_shares(network, components, x)
+    scores = apd.attributions.gradient(network, components, x)
+    on = x[:, 1:].any(1)
+    torch.testing.assert_close(shares.sum(1), on.double())
+    assert shares.isfinite().all()
+    torch.testing.assert_close(shares[on] * scores[on].sum(1, keepdim=True), scores[on])
+
+
+def test_the_recipe_runs_and_is_for_shown_neurons() -> None:
+    target = GatedFunctions(2, 4, seed=1, show_neurons=True)
+    settings = target.recipe | {"steps": 12, "restarts": 2}
+    result = apd.decompose(target, **settings, progress=False)
+    assert result.config.rank == 1 and result.components.n_components == 5
+    assert settings["batches"].nonempty
+    with pytest.raises(ValueError, match="show_neurons"):
+        _ = GatedFunctions().recipe
 
 
 @pytest.mark.parametrize("arguments", [(0, 10), (4, 1)])
