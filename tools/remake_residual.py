@@ -25,6 +25,7 @@ from apd_minimal.targets import ResidualMLP
 DATA = Path(__file__).parent.parent / "data"
 SIZES = {"50": (50,), "25-25": (25, 25), "17-17-16": (17, 17, 16)}
 SEEDS = {"50": range(5), "25-25": range(5), "17-17-16": range(3)}
+NOISE = (0.0, 0.5, 1.0)
 TOP_K = 1.28  # the paper's, for all comparisons with it
 SINGLE_FAILS = 2e-4
 
@@ -102,10 +103,38 @@ def run(job: tuple[str, int]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     }
 
 
+def noisy(noise: float, seed: int) -> ResidualMLP:
+    """A residual MLP whose embedding has W_E W_E^T = 1 + noise (W_E' W_E'^T - 1), W_E' that of the usual target.
+
+    At 1 it computes what the usual target can; at 0 the features are orthogonal.
+    """
+    usual = ResidualMLP(seed=seed).embedding
+    eye = torch.eye(len(usual))
+    target = ResidualMLP(d_resid=len(usual), seed=seed)
+    target.embedding.copy_(torch.linalg.cholesky(eye + noise * (usual @ usual.T - eye)))
+    return target
+
+
+def noise_run(job: tuple[float, int]) -> dict[str, Any]:
+    """Train a target with more or less noise in its stream; compare it with solutions that do not superpose."""
+    noise, seed = job
+    torch.set_num_threads(1)
+    target = noisy(noise, seed).fit(seed=seed)
+    x = target.data(200_000)(0, torch.Generator().manual_seed(99))
+    relu, skip = torch.relu(x), x @ target.embedding @ target.embedding.T
+    half = relu.clone()
+    half[:, target.contributions().shape[1] :] = 0  # a neuron for each of the first 50 features
+    with torch.no_grad():
+        losses = {"trained": target(x), "naive": skip + half, "untouched": skip}
+        facts = {name: (out - target.labels(x)).square().mean().item() for name, out in losses.items()}
+    print(noise, seed, facts, flush=True)
+    return {"noise": noise, "seed": seed, **facts}
+
+
 def main() -> None:
     """Make what is missing, and write the files after each run."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=SIZES, help="the runs of one size")
+    parser.add_argument("--only", choices=[*SIZES, "noise"], help="the runs of one size")
     parser.add_argument("--processes", type=int, default=2, help="runs at a time")
     arguments = parser.parse_args()
     table, arrays = DATA / "residual.json", DATA / "residual.safetensors"
@@ -116,16 +145,25 @@ def main() -> None:
     tensors = {name: t for name, t in tensors.items() if name.rsplit("/", 1)[0] in there}
     todo = [(name, seed) for name in SIZES for seed in SEEDS[name] if f"{name}/{seed}" not in there]
     todo = [job for job in todo if arguments.only in (None, job[0])]
-    print(f"{len(runs)} runs kept, {len(todo)} to make", flush=True)
+    noise = json.loads(table.read_text())["noise"] if table.exists() else []
+    noise_todo = [] if noise or arguments.only not in (None, "noise") else [(s, i) for i in range(3) for s in NOISE]
+    print(f"{len(runs)} runs kept, {len(todo)} to make, {len(noise_todo)} targets with noise", flush=True)
+
+    def write() -> None:
+        runs.sort(key=lambda r: (r["target"], r["seed"]))
+        about = {"torch": torch.__version__, "threads": 1, "processes": arguments.processes}
+        table.write_text(json.dumps({"about": about, "noise": noise, "runs": runs}, indent=1) + "\n")
+        save_file(tensors, arrays)
+        write_manifest()
+
     with multiprocessing.get_context("spawn").Pool(arguments.processes) as pool:
+        if noise_todo:
+            noise = pool.map(noise_run, noise_todo)
+            write()
         for facts, own in pool.imap_unordered(run, todo):
             runs.append(facts)
             tensors.update(own)
-            runs.sort(key=lambda r: (r["target"], r["seed"]))
-            about = {"torch": torch.__version__, "threads": 1, "processes": arguments.processes}
-            table.write_text(json.dumps({"about": about, "runs": runs}, indent=1) + "\n")
-            save_file(tensors, arrays)
-            write_manifest()
+            write()
 
 
 if __name__ == "__main__":
