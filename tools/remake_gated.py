@@ -23,7 +23,7 @@ SEEDS = {"ours": range(10), "plain": range(5)}
 
 
 def settings_of(recipe: str, seed: int) -> tuple[apd.targets.GatedFunctions, dict[str, Any]]:
-    """A target and the arguments of `decompose`; "plain" has the paper's settings (braun2025, appendix), but 5,000
+    """A target and the arguments of `decompose`; "plain" has the paper's settings (braun2025, appendix), but 3,000
     steps of 2,000 samples in place of 200,000 of 10,000, and without their empty samples.
     """
     target = apd.targets.GatedFunctions(seed=seed, show_neurons=recipe == "ours")
@@ -42,7 +42,7 @@ def settings_of(recipe: str, seed: int) -> tuple[apd.targets.GatedFunctions, dic
         "p": 1.0,
         "lr": 3e-3,
         "warmup": 0.004,
-        "steps": 5_000,
+        "steps": 3_000,
         "scrub": 0.0,
         "tidy_every": 0.0,
     }

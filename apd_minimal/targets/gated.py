@@ -174,7 +174,7 @@ class GatedFunctions(nn.Module):
             "batches": data,
             "weights": self.weights,
             "n_components": 5 * self.n_functions // 2,
-            "top_k": 0.2217 / share,
+            "top_k": 0.2217 / 4 * self.n_functions / share,
             "rank": 1,
             "attribution": attribution_shares,
             "steps": 2500,
