@@ -71,3 +71,49 @@ def test_decompose_reaches_both_weights() -> None:
 def test_sizes_are_checked(sizes: tuple[int, int, tuple[int, ...]]) -> None:
     with pytest.raises(ValueError, match="at least 1"):
         ResidualMLP(*sizes)
+
+
+def by_function(target: ResidualMLP) -> apd.Components:
+    """A component for each function: what reads its feature, and what writes to its output; contributions by hand."""
+    E = target.embedding
+    dual = torch.linalg.pinv(E)  # [d_resid, F]: column i meets feature i alone
+    A, B = {}, {}
+    for i, (read, write) in enumerate(target.layers):
+        A[f"read.{i}.weight"], B[f"read.{i}.weight"] = dual.T[:, :, None], (E @ read.weight.T)[:, None, :]
+        A[f"write.{i}.weight"], B[f"write.{i}.weight"] = (write.weight.T @ E.T).T[:, :, None], dual.T[:, None, :]
+    return apd.Components(A, B).map(lambda t: t.detach().contiguous())
+
+
+@pytest.mark.parametrize("neurons", [(9,), (4, 5)])
+def test_contributions_of_components(neurons: tuple[int, ...]) -> None:
+    """Each function's part has its row and nothing else; ownership sees it, and sees what is wrong."""
+    target = ResidualMLP(6, 40, neurons)
+    rows, parts = target.contributions(), by_function(target)
+    expected = torch.zeros(6, 6, sum(neurons))
+    expected[torch.arange(6), torch.arange(6)] = rows
+    torch.testing.assert_close(target.contributions(parts), expected, atol=1e-5, rtol=1e-4)
+    order = torch.tensor([3, 0, 5, 1, 2, 4])
+    own = target.ownership(parts.subset(order), 0.99, (0.9, 1.1), 0.98)
+    assert own.complete
+    assert own.owner.tolist() == order.argsort().tolist()
+
+    short = parts.map(torch.clone)
+    for path in short.paths:  # the contributions are products of two parts
+        short.A[path][2] *= 0.6
+    assert target.ownership(short).owned.tolist() == [True, True, False, True, True, True]
+    assert target.ownership(short).length_ratio[2] == pytest.approx(0.36, rel=1e-3)
+
+    both = apd.Components.from_matrices({path: parts.matrices(path).clone() for path in parts.paths})
+    merged = {path: both.matrices(path) for path in both.paths}
+    for matrices in merged.values():
+        matrices[0] += matrices[1]
+        matrices[1] = 0
+    owned = target.ownership(apd.Components.from_matrices(merged)).owned
+    assert not owned[0] and not owned[1] and owned[2:].all()
+
+
+def test_the_recipe_is_that_of_decompose() -> None:
+    target = ResidualMLP(6, 30, (3, 2), probability=0.2)
+    result = apd.decompose(target, **{**target.recipe, "steps": 2}, progress=False)
+    assert result.components.n_components == 12
+    assert len(result.history["hidden"]) == 2

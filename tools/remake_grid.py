@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import multiprocessing
 import time
 from dataclasses import asdict
@@ -56,7 +55,7 @@ def variants() -> dict[str, dict[str, Any]]:
         draws = (2 * torch.rand(5, generator=generator) - 1).tolist()
         change: dict[str, Any] = {}
         for name, draw in zip((*WEIGHTS, "lr", "top_k"), draws, strict=True):
-            change |= times(name, math.exp2(draw if name == "top_k" else 2 * draw))
+            change |= times(name, 2.0 ** (draw if name == "top_k" else 2 * draw))
         table[f"random {i}"] = change
     table |= {f"p = {p:g}": {"p": p} for p in (0.5, 0.7, 0.8, 1.0)}
     table |= {f"C = {c}": {"n_components": c} for c in (40, 50, 80, 120)}
