@@ -74,6 +74,9 @@ def decompose(
         progress: show a progress bar with the losses.
         **settings: any field of `Config`.
 
+    Under torch.autocast the networks and attributions run in the lower precision; the sum of the components, the
+    losses, merging and the choice among restarts stay in the precision of the weights.
+
     Returns:
         Decomposition: the restart with the smallest held-out sparse reconstruction error. After Ctrl-C, the
         state so far, marked unfinished.
@@ -143,6 +146,7 @@ class _Run:
         self.identity = identity(config, network, divergence, attribution)
         self.generator = torch.Generator().manual_seed(config.seed)
         weight = next(iter(network.weights.values()))
+        self.device = weight.device.type
         components = Components.random(
             network.shapes,
             config.n_components,
@@ -255,6 +259,7 @@ class _Run:
             p.grad = g.contiguous()  # the fused kernel takes the layouts to be the same
         self.optimiser.param_groups[0]["lr"] = config.lr_at(t)
         self.optimiser.step()
+        torch.clear_autocast_cache()  # else the network would go on with rounded copies of the old factors
         if config.unit_norm:
             normalise_columns(self.components)
         self.step += 1
@@ -271,6 +276,10 @@ class _Run:
     @torch.no_grad()
     def _tidy(self) -> None:
         """Merge what points the same way, prune what is not used, and start what is free anew."""
+        with torch.autocast(self.device, enabled=False):
+            self._tidy_exactly()
+
+    def _tidy_exactly(self) -> None:
         x = self.many_inputs(TIDY_SAMPLES, self.generator)
         # Worked out on a copy, so that Ctrl-C does not fall in between.
         tidy = self.components.map(lambda p: p.detach().clone())
@@ -287,8 +296,9 @@ class _Run:
     def scores(self, components: Components) -> Tensor:
         """The sparse reconstruction error of each restart on held-out inputs: [R]."""
         x = self.many_inputs(HELD_OUT_SAMPLES, torch.Generator().manual_seed(self.config.seed + 1_000_003))
-        outputs = self.network(x, components, self.mask(x, components).bool())
-        return minimality(outputs, self.network(x), self.divergence)
+        with torch.autocast(self.device, enabled=False):
+            outputs = self.network(x, components, self.mask(x, components).bool())
+            return minimality(outputs, self.network(x), self.divergence)
 
     def result(self, components: Components | None = None, scores: Tensor | None = None) -> Decomposition:
         """Choose among the restarts by their scores, those of an earlier state if one is given."""

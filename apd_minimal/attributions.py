@@ -5,10 +5,10 @@
 It is the derivative of the outputs along the component. There are three exact ways to it, and the one with the
 fewest operations is taken:
 
-forward: one tangent per component is pushed through the network.
-backward: one pass per output gives every layer's output gradient, which meets the components' outputs there.
-sample_gradients: the same passes give the gradient of every output on every sample with respect to the weights,
-    which meets the components themselves. Outputs that are off (behind a ReLU, say) drop out.
+- forward: one tangent per component is pushed through the network.
+- backward: one pass per output gives every layer's output gradient, which meets the components' outputs there.
+- sample_gradients: the same passes give the gradient of every output on every sample with respect to the weights,
+  which meets the components themselves. Outputs that are off (behind a ReLU, say) drop out.
 """
 
 from __future__ import annotations

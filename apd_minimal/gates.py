@@ -200,7 +200,7 @@ class Network:
         if x.is_floating_point() and not torch.isfinite(x).all():
             raise ValueError("x holds NaN or infinite values")
         used: list[Use] = []
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             before = self(x, record=used)
             if not torch.isfinite(before).all():
                 raise ValueError("the target's outputs hold NaN or infinite values")

@@ -64,7 +64,7 @@ def describe(cases: Sequence[Case]) -> dict[str, Any]:
         cases: whose shapes of matrix products are measured.
 
     Returns:
-        dict[str, Any]: for stored.json.
+        dict[str, Any]: for data/benchmarks.json.
     """
     info = Path("/proc/cpuinfo")
     names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]

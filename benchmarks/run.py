@@ -5,7 +5,7 @@
 
 For a TMS, (a) and (b) have several targets stacked on one axis, each with its own samples, as in the reference; ours
 has as many restarts on one target, which share their samples. No step draws its batch. It prints the tables and stores
-the numbers in stored.json. Leave the machine alone meanwhile.
+the numbers in data/benchmarks.json. Leave the machine alone meanwhile.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from paper import Paper
 from stacked import Plain
 
 HERE = Path(__file__).parent
+STORED = HERE.parent / "data" / "benchmarks.json"
 KINDS = ("plain", "loaded", "paper", "ours", "special")
 Times = list[tuple[float, float]]  # by the clock, and of the processor
 
@@ -174,7 +175,7 @@ def growth() -> dict[str, list[dict[str, float]]]:
 def main() -> None:
     """Measure, print, store."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=HERE / "stored.json", help="where the numbers go")
+    parser.add_argument("--out", type=Path, default=STORED, help="where the numbers go")
     parser.add_argument("--only", nargs="*", default=None, help="names of cases, for a quick look")
     parser.add_argument("--memory", nargs=2, metavar=("CASE", "KIND"), help="print one peak memory, in megabytes")
     arguments = parser.parse_args()

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-STORED = Path(__file__).parent / "stored.json"
+STORED = Path(__file__).parent.parent / "data" / "benchmarks.json"
 LETTERS = {"plain": "a", "paper": "b", "ours": "c", "special": "d"}
 Row = list[str]
 

@@ -346,3 +346,26 @@ def test_components_live_in_one_weight_each() -> None:
         assert (lengths[:, outside] == 0).all()
         assert (lengths[:, ~outside] > 0).any()
         assert (free.matrices(path).flatten(2).norm(dim=-1) > 0).sum() > (lengths > 0).sum()
+
+
+def test_in_bfloat16_the_networks_follow_the_factors() -> None:
+    """Under autocast: torch keeps rounded copies of leaves, which must not outlive a step."""
+    settings: dict[str, Any] = {"faithfulness": 0.0, "simplicity": 0.0, "scrub": 0.0, "tidy_every": 0.0, "steps": 100}
+    settings["top_k"] = 0.4  # few enough pairs for the grouped pass, which multiplies by the factors themselves
+    with torch.autocast("cpu", torch.bfloat16):
+        result = runs.decompose(**settings)
+    first, last = (torch.tensor(result.history["minimality"][step]) for step in (0, -1))
+    assert (last < first / 10).all()
+    assert result.components.A["encode.weight"].dtype == torch.float32
+
+
+def test_in_bfloat16_the_sum_of_components_keeps_its_digits() -> None:
+    generator = torch.Generator().manual_seed(0)
+    A, B = torch.randn(4, 30, 3, generator=generator), torch.randn(4, 3, 20, generator=generator)
+    components = apd.Components({"w": A}, {"w": B})
+    exact = torch.einsum("cim,cmj->ij", A.double(), B.double()).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert apd.losses.faithfulness(components, {"w": exact}) < 1e-9
+        low = torch.nn.functional.linear(torch.ones(2, 4), torch.ones(3, 4))
+        assert low.dtype == torch.bfloat16
+        assert apd.losses.minimality(low * 1.0039, low).dtype == torch.float32

@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracles import case, every_case
 
-import apd_minimal as apd
 from apd_minimal import grouped
 
 
