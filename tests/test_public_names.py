@@ -8,8 +8,8 @@ import inspect
 import apd_minimal as apd
 
 NAMES = {
-    "": "Components Config Decomposition Network NonFiniteLoss artefacts attributions data decompose diagnose frames glue "
-    "losses metrics plots rules store targets topk",
+    "": "Components Config Decomposition Network NonFiniteLoss artefacts attributions data decompose diagnose frames "
+    "glue losses metrics plots rules store targets topk",
     "attributions": "gradient",
     "data": "SparseFeatures",
     "diagnose": "Diagnosis diagnose",
