@@ -23,6 +23,7 @@ test: .venv/installed
 data: .venv/installed
 	$(TEST)python tools/remake_data.py
 	$(TEST)python tools/remake_gated.py
+	$(TEST)python tools/remake_failures.py
 
 bench: .venv/installed
 	OMP_NUM_THREADS=1 $(TEST)python benchmarks/run.py
