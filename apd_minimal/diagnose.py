@@ -122,20 +122,18 @@ class Diagnosis:
         return found | {symptom: [] for symptom, there in whole.items() if there}
 
     def __str__(self) -> str:
-        lines = [
-            "component  length  share  2nd sing.  other eff.  cosine (with)  overlap (with)   stray  factor  suspect"
-        ]
+        lines = [" comp  length  share  other   2nd  cosine       overlap      stray  factor  suspect"]
         named = {c: symptom for symptom, members in self.suspects.items() for c in members}
         for c in (~self.empty).nonzero().flatten().tolist():
             lines.append(
-                f"{c:9d}  {self.length[c]:6.2f}  {self.share[c]:5.2f}  {self.second_singular[c]:9.2f}  "
-                f"{self.other_effects[c]:10.2f}  {self.cosine[c]:6.2f} ({self.partner[c]:4d})  "
-                f"{self.overlap[c]:7.2f} ({self.companion[c]:4d})  {self.stray[c]:6.3f}  {self.factor[c]:6.2f}  "
-                f"{named.get(c, '')}"
+                f"{c:5d}  {self.length[c]:6.2f}  {self.share[c]:5.2f}  {self.other_effects[c]:5.2f}  "
+                f"{self.second_singular[c]:4.2f}  {self.cosine[c]:5.2f} ({self.partner[c]:3d})  "
+                f"{self.overlap[c]:4.2f} ({self.companion[c]:3d})  {self.stray[c]:6.3f}  {self.factor[c]:6.2f}  "
+                f"{named.get(c, '')}".rstrip()
             )
+        lines.append(f"{int(self.empty.sum())} of {self.n_components} empty; remainder {self.remainder:.1e}")
         lines.append(
-            f"{int(self.empty.sum())} of {self.n_components} empty; remainder {self.remainder:.1e}, errors: "
-            f"sparse {self.sparse:.1e}, scrubbed {self.scrubbed:.1e}, anti-scrubbed {self.anti_scrubbed:.1e}"
+            f"errors: sparse {self.sparse:.1e}, scrubbed {self.scrubbed:.1e}, anti-scrubbed {self.anti_scrubbed:.1e}"
         )
         whole = [symptom for symptom, members in self.suspects.items() if not members]
         lines.append("of the whole: " + (", ".join(whole) or "no suspect"))

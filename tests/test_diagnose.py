@@ -58,6 +58,17 @@ def test_the_true_mechanisms_give_no_suspect(rotated: bool) -> None:
     assert found.sparse < 0.02 and found.scrubbed < 0.02 < 0.3 < found.anti_scrubbed
 
 
+def test_attributions_are_taken_where_it_is_said() -> None:
+    components = apd.Components.from_matrices({PATH: 0.5 * Z * torch.arange(1, 6)[:, None, None] / 5})
+    shares = {}
+    for at in ("target", "components"):
+        scores = apd.attributions.gradient(TARGET, components, X, at=at)
+        on = apd.topk.batch_top_k(scores, 0.2).bool()
+        shares[at] = diagnose(TARGET, components, X, 0.2, at=at).share
+        torch.testing.assert_close(shares[at], on.sum(0) / on.any(1).sum(), atol=1e-3, rtol=0)
+    assert (shares["target"] - shares["components"]).abs().max() > 0.05
+
+
 def test_two_mechanisms_in_one_component() -> None:
     for second in (1, 2):  # a neighbour on the circle, and one nearly opposite
         rest = [j for j in range(5) if j not in (0, second)]
@@ -102,6 +113,9 @@ def test_a_pair_that_cancels() -> None:
     extra = 0.8 * Z[:1].flip(-1)
     found = look(torch.cat([Z, extra, -extra]), top_k=1.4 * K)
     assert found.suspects == {"cancelling": [5, 6]}
+    # By either of two signs: opposite directions, or harm where it is inactive.
+    for threshold in ({"stray": 9.0}, {"cancelling_cosine": -2.0}):
+        assert look(torch.cat([Z, extra, -extra]), top_k=1.4 * K, **threshold).suspects == {"cancelling": [5, 6]}
     assert found.cosine[5].item() == pytest.approx(-1) and found.partner[5:].tolist() == [6, 5]
 
 
@@ -143,9 +157,12 @@ def test_a_component_that_no_input_uses() -> None:
     found = look(torch.cat([Z, dead]))
     assert found.suspects == {"dead": [5]}
     assert found.share[5] < 0.01
+    assert look(torch.cat([Z, dead, -dead])).suspects == {"dead": [5, 6]}  # and harmless, though opposite
     found = look(torch.cat([Z, 1e-4 * dead, torch.zeros(1, 5, 2)]))  # as good as nothing: a free place
     assert found.suspects == {}
     assert found.empty.tolist() == [False] * 5 + [True, True]
+    # With more places than attributions above zero, a zero component is not active for that.
+    assert look(torch.cat([Z, torch.zeros(1, 5, 2)]), top_k=5.5).share[5] == 0
 
 
 def test_the_whole() -> None:
@@ -170,6 +187,7 @@ def test_the_table() -> None:
     lines = str(found).splitlines()
     assert lines[1].endswith("doubled") and lines[1].split()[0] == "0"
     assert len([line for line in lines if line.endswith("doubled")]) == 1
+    assert max(map(len, lines)) < 100
     assert "1 of 5 empty" in str(found) and "of the whole: no suspect" in str(found)
     assert "0.15  doubled" in str(found)
     assert "0.9  doubled" in str(look(Z, other_effects=0.9))
