@@ -29,6 +29,13 @@ def test_the_embedding_has_its_own_seed_and_is_not_trained() -> None:
     assert set(first.weights) == {name for name, _ in first.named_parameters()}
 
 
+def test_the_start_knows_nothing_of_the_embedding() -> None:
+    target = ResidualMLP(20, 500, (10,), seed=3).fit(seed=3, steps=1, batch_size=8)
+    reads = target.read[0].weight.detach()
+    cosines = target.embedding @ (reads / reads.norm(dim=1, keepdim=True)).T
+    assert cosines.abs().max() < 0.25  # chance gives 0.04, as standard deviation
+
+
 def test_fitting_is_reproducible_and_trains_every_layer() -> None:
     one, two = (ResidualMLP(8, 40, (3, 3)).fit(seed=5, steps=20, batch_size=128) for _ in range(2))
     for a, b in zip(one.parameters(), two.parameters(), strict=True):

@@ -119,7 +119,8 @@ class ResidualMLP(nn.Module):
         Returns:
             ResidualMLP: itself.
         """
-        data, generator = self.data(batch_size), torch.Generator().manual_seed(seed)
+        # Another stream than the embedding's: with the same one, the first neurons would start as the first features.
+        data, generator = self.data(batch_size), torch.Generator().manual_seed(seed + 1_000_000_007)
         parameters = [layer.weight for pair in self.layers for layer in pair]
         with torch.no_grad():
             for weight in parameters:
