@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from .attributions import Attribution, gradient
 from .checkpoint import identity, read_state, write_state
 from .components import Components, confine, normalise_columns
 from .config import Config, Schedule, at_progress
-from .data import Batches
+from .data import Batches, checked
 from .decomposition import Decomposition, fingerprint
 from .gates import Network
 from .losses import DIVERGENCES, Divergence, faithfulness, minimality, simplicity
@@ -170,12 +171,7 @@ class _Run:
 
     def inputs(self, step: int, generator: torch.Generator) -> Tensor:
         """The inputs of one step, checked."""
-        x = self.batches(step, generator)
-        if not isinstance(x, Tensor) or x.ndim == 0 or len(x) == 0:
-            given = f"{type(x).__name__} of shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"batches(step={step}) must give a tensor [B, ...] with B at least 1, got a {given}")
-        if x.is_floating_point() and not torch.isfinite(x).all():
-            raise ValueError(f"batches(step={step}) gave NaN or infinite inputs")
+        x = checked(self.batches(step, generator), step)
         return x.to(self.components.parameters()[0].device)
 
     def many_inputs(self, n_samples: int, generator: torch.Generator) -> Tensor:
@@ -212,12 +208,10 @@ class _Run:
             uses: list[Use] = []
             wanted = self.network(x, record=uses, activations=wanted_hidden)
             # What has nothing to say to any component adds nothing to the losses but to their denominators.
-            kept = busy(uses, len(x)).nonzero().flatten()
+            kept, share = busy(uses, len(x)).nonzero().flatten(), 1.0
             if 0 < len(kept) < len(x):
                 wanted, wanted_hidden = wanted[kept], [h[kept] for h in wanted_hidden]
                 x, share = x[kept], len(kept) / len(x)
-            else:
-                share = 1.0
             mask = self.mask(x, share=share)
         outputs = self.network(x, self.components, mask.bool(), activations=sparse_hidden)
         terms = {"minimality": minimality(outputs, wanted, self.divergence)}
@@ -240,7 +234,7 @@ class _Run:
         losses = self.losses(self.inputs(self.step, self.generator), t)
         values = {name: value.detach().tolist() for name, (_, value) in losses.items()}
         for name, per_restart in values.items():
-            if not all(map(_is_finite, per_restart)):
+            if not all(map(math.isfinite, per_restart)):
                 raise NonFiniteLoss(
                     f"step {self.step}: the {name} loss is {per_restart}; the last good state is in .result",
                     self.so_far(self.good),
@@ -264,7 +258,8 @@ class _Run:
             normalise_columns(self.components)
         self.step += 1
         if self.tidies(self.step):
-            self._tidy()
+            with torch.autocast(self.device, enabled=False):
+                self._tidy()
         return values
 
     def tidies(self, step: int) -> bool:
@@ -276,10 +271,6 @@ class _Run:
     @torch.no_grad()
     def _tidy(self) -> None:
         """Merge what points the same way, prune what is not used, and start what is free anew."""
-        with torch.autocast(self.device, enabled=False):
-            self._tidy_exactly()
-
-    def _tidy_exactly(self) -> None:
         x = self.many_inputs(TIDY_SAMPLES, self.generator)
         # Worked out on a copy, so that Ctrl-C does not fall in between.
         tidy = self.components.map(lambda p: p.detach().clone())
@@ -337,7 +328,3 @@ class _Run:
         factors = self.components.parameters()
         self.step, self.history = read_state(path, self.identity, self.generator, factors, self.optimiser)
         self.good = self.components.map(lambda t: t.detach().clone())
-
-
-def _is_finite(value: float) -> bool:
-    return abs(value) < float("inf")

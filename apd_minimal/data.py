@@ -4,11 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 Batches = Callable[[int, torch.Generator], Tensor]
+
+
+def checked(x: Any, step: int) -> Tensor:
+    """What a source of batches gave for a step, or a ValueError that says what is wrong with it."""
+    if not isinstance(x, Tensor) or x.ndim == 0 or len(x) == 0:
+        given = f"{type(x).__name__} of shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"batches(step={step}) must give a tensor [B, ...] with B at least 1, got a {given}")
+    if x.is_floating_point() and not torch.isfinite(x).all():
+        raise ValueError(f"batches(step={step}) gave NaN or infinite inputs")
+    return x
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ NAMES = {
     "": "Components Config Decomposition Network NonFiniteLoss artefacts attributions data decompose diagnose frames "
     "glue losses metrics plots rules store targets topk",
     "attributions": "gradient",
-    "data": "SparseFeatures",
+    "data": "SparseFeatures checked",
     "diagnose": "Diagnosis diagnose",
     "losses": "DIVERGENCES faithfulness kl minimality mse simplicity simplicity_exact",
     "metrics": "Ownership Scrubbing description_length ml2r mmcs output_error ownership relative_faithfulness "
