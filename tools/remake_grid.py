@@ -4,7 +4,8 @@ python tools/remake_grid.py [--only tms-40-10 | residual] [--processes N]     (a
 
 Two targets: TMS 40-10, and the residual MLP of one layer, for which the recipe is cut to 1,000 steps. Each of the
 three weights and the learning rate is scaled by 1/4, 1/2, 2, 4, k by 1/2 to 2, one at a time and jointly at random;
-then the other weights, p, C, m, the batch and the number of steps. Runs that are there with the settings of today are kept.
+then the other weights, p, C, m, the batch and the number of steps. Runs that are there with the settings of today
+are kept.
 The seeds are of targets that no recipe was made on.
 """
 
