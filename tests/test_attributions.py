@@ -264,21 +264,27 @@ def test_what_tms_knows_of_itself(identity: bool, rotated: bool, restarts: int |
 
 
 @pytest.mark.parametrize("restarts", [None, 2])
+@pytest.mark.parametrize("rank", [1, 2, None])
 @pytest.mark.parametrize("neurons", [(6,), (5, 4), (3, 4, 5)])
-def test_what_the_residual_mlp_knows_of_itself(neurons: tuple[int, ...], restarts: int | None) -> None:
+def test_what_the_residual_mlp_knows_of_itself(
+    neurons: tuple[int, ...], rank: int | None, restarts: int | None
+) -> None:
+    """Of low rank the factors are met one after the other, of full rank their product is; both are right."""
     target = apd.targets.ResidualMLP(8, 20, neurons, probability=0.2)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in target.parameters():
             p.copy_(torch.randn(p.shape, generator=generator))
-    _same_as_generic(target, restarts)
+    _same_as_generic(target, restarts, rank)
 
 
-def _same_as_generic(target: apd.targets.TMS | apd.targets.ResidualMLP, restarts: int | None) -> None:
+def _same_as_generic(
+    target: apd.targets.TMS | apd.targets.ResidualMLP, restarts: int | None, rank: int | None = 2
+) -> None:
     network, x = apd.Network(target, target.weights), target.data(300)(0, torch.Generator().manual_seed(0))
     assert (x == 0).all(1).any(), "an empty sample is among them"
     generator = torch.Generator().manual_seed(2)
-    components = apd.Components.random(network.shapes, 7, rank=2, restarts=restarts, std=1.0, generator=generator)
+    components = apd.Components.random(network.shapes, 7, rank, restarts, std=1.0, generator=generator)
     expected = gradient(network, components, x)
     torch.testing.assert_close(target.attributions(network, components, x), expected, rtol=1e-5, atol=1e-5)
 
