@@ -64,7 +64,7 @@ def apply(groups: Groups, rows: Tensor, first: Tensor, second: Tensor) -> Tensor
     """
     n_positions, longest = rows.shape[2], groups.on.shape[2]
     every = rows.flatten(0, 1)
-    mine = every[groups.samples.flatten()].view(*groups.on.shape, n_positions, -1)  # [R, C, L, T, d]
+    mine = every.index_select(0, groups.samples.flatten()).view(*groups.on.shape, n_positions, -1)  # [R, C, L, T, d]
     u = mine.flatten(2, 3) @ first * groups.on.to(rows).repeat_interleave(n_positions, 2)[..., None]
     y = (u @ second).unflatten(2, (longest, n_positions)).flatten(0, 2)  # [R C L, T, d']
     sums = y.new_zeros(every.shape[0], *y.shape[1:]).index_add(0, groups.samples.flatten(), y)
