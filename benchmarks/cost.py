@@ -118,10 +118,15 @@ def paper(case: Case) -> dict[str, Work]:
 
 def backward(case: Case, batch: float) -> Work:
     """Exact attributions at the target: a backward pass for each output, and one contraction a layer."""
-    contraction = sum(
-        (matmul(batch * case.instances, case.n_components, e, case.n_features) for _, _, e in used(case)), Work()
-    )
-    return _captured(case, batch) + _activations(case, batch) + contraction
+    copies, n, uses = case.instances * case.n_components, case.n_features, used(case)
+    total = _captured(case, batch)
+    for i, (d, m, e) in enumerate(uses):
+        total += matmul(copies, batch, d, m)
+        if case.neurons and i == len(uses) - 1:  # linear from here on: the gradients are the same for all samples
+            total += matmul(copies, m, e, n) + matmul(copies, batch, m, n)
+        else:
+            total += matmul(copies, batch, m, e) + matmul(batch * case.instances, case.n_components, e, n)
+    return total
 
 
 def _captured(case: Case, batch: float) -> Work:
