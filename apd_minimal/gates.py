@@ -270,7 +270,7 @@ def _mixture(
     gates: dict[str, Tensor] | None,
     remainder: bool,
     batch: int,
-    group: Callable[[Tensor], grouped.Groups | None],
+    group: Callable[[Tensor, int], grouped.Groups | None],
 ) -> Tensor:
     """Output rows of the gated sum of components, less the ungated one where the target's own stays."""
     restarts, n_components = components.A[site.path].shape[:2]
@@ -289,7 +289,7 @@ def _mixture(
     first, second = site.factors(components)
     m = first.shape[-1]
     if g.dtype == torch.bool and not remainder:
-        groups = group(gates[site.path])
+        groups = group(gates[site.path], m)
         if groups is not None:
             y = grouped.apply(groups, flat.unflatten(1, (batch * g.shape[2], -1)), first, second)
             return y.reshape(*rows.shape[:-1], -1)
@@ -302,9 +302,9 @@ def _mixture(
     return y.reshape(*rows.shape[:-1], -1)
 
 
-def _group(gates: Tensor) -> grouped.Groups | None:
+def _group(gates: Tensor, rank: int) -> grouped.Groups | None:
     """The active pairs of gates [R, B, (positions,) C]."""
-    return grouped.group(gates.flatten(1, -2))
+    return grouped.group(gates.flatten(1, -2), rank)
 
 
 def _stack_gates(gates: Gates | None, components: Components | None, batch: int) -> dict[str, Tensor] | None:
