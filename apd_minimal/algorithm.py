@@ -25,6 +25,7 @@ from .merge import merge_and_prune
 from .reseed import reseed
 from .sites import Use, busy
 from .topk import batch_top_k, sample_top_k
+from .totals import Totals
 
 HELD_OUT_SAMPLES = 8192
 TIDY_SAMPLES = 4096
@@ -198,7 +199,7 @@ class _Run:
         """Is this step logged? About two hundred are, and the last."""
         return step % max(1, self.config.steps // 200) == 0 or step == self.config.steps - 1
 
-    def losses(self, x: Tensor, t: float) -> dict[str, tuple[float, Tensor]]:
+    def losses(self, x: Tensor, t: float, totals: Totals) -> dict[str, tuple[float, Tensor]]:
         """Each loss that is in force at progress t, with its weight: name -> (weight, [R])."""
         config = self.config
         weight = {name: at_progress(getattr(config, name), t) for name in config.schedules}
@@ -216,7 +217,7 @@ class _Run:
         outputs = self.network(x, self.components, mask.bool(), activations=sparse_hidden)
         terms = {"minimality": minimality(outputs, wanted, self.divergence)}
         if weight["simplicity"]:
-            terms["simplicity"] = simplicity(self.components, mask, config.p)
+            terms["simplicity"] = simplicity(totals, mask, config.p)
         if weight["hidden"]:
             pairs = zip(sparse_hidden, wanted_hidden, strict=True)
             terms["hidden"] = torch.stack([minimality(sparse, full) for sparse, full in pairs]).sum(0)
@@ -225,13 +226,14 @@ class _Run:
             scrubbed = self.network(x, self.components, torch.maximum(mask, coin.to(mask)))
             terms["scrub"] = minimality(scrubbed, wanted, self.divergence)
         terms = {name: share * value for name, value in terms.items()}
-        terms["faithfulness"] = faithfulness(self.components, self.network.weights)
+        terms["faithfulness"] = faithfulness(totals, self.network.weights)
         return {name: (weight[name], terms[name]) for name in config.schedules if name in terms}
 
     def advance(self) -> dict[str, list[float]]:
         """One step; gives the losses of each restart."""
         config, t = self.config, self.step / self.config.steps
-        losses = self.losses(self.inputs(self.step, self.generator), t)
+        totals = Totals(self.components)
+        losses = self.losses(self.inputs(self.step, self.generator), t, totals)
         values = {name: value.detach().tolist() for name, (_, value) in losses.items()}
         for name, per_restart in values.items():
             if not all(map(math.isfinite, per_restart)):
@@ -248,9 +250,7 @@ class _Run:
                     rows.append(values.get(name, none))
             self.good = self.components.map(lambda p: p.detach().clone())
         total = torch.stack([weight * value.sum() for weight, value in losses.values()]).sum()
-        parameters = self.components.parameters()
-        for p, g in zip(parameters, torch.autograd.grad(total, parameters), strict=True):
-            p.grad = g.contiguous()  # the fused kernel takes the layouts to be the same
+        totals.backward(total)
         self.optimiser.param_groups[0]["lr"] = config.lr_at(t)
         self.optimiser.step()
         torch.clear_autocast_cache()  # else the network would go on with rounded copies of the old factors

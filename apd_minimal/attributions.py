@@ -172,17 +172,41 @@ def _capture(
     captured = []
     for use, own in zip(record, zip(*deltas, strict=True), strict=True):
         if own[0] is not None:
-            stacked = torch.stack([_by_sample(delta, len(x)) for delta in own], dim=2)
-            captured.append(_Captured(use.site, _by_sample(use.rows, len(x)), stacked))
+            rows = _by_sample(use.rows, len(x))
+            captured.append(_Captured(use.site, rows, _stack([_by_sample(delta, len(x)) for delta in own])))
     if not captured:
         raise ValueError("no output depends on a decomposed weight")
     return captured
+
+
+def _stack(deltas: list[Tensor]) -> Tensor:
+    """Gradients of one output after the other [R or 1, B, T, d'], together: [R or 1, B, n, T, d'].
+
+    Where all samples have the same, as before outputs that are linear, one is kept, with a stride of 0.
+    """
+    batch = deltas[0].shape[1]
+    if all(torch.equal(delta, delta[:, :1].expand_as(delta)) for delta in deltas):
+        deltas = [delta[:, :1] for delta in deltas]
+    return torch.stack(deltas, dim=2).expand(-1, batch, -1, -1, -1)
+
+
+def _meet_once(use: _Captured, components: Components) -> Tensor:
+    """Where all samples have the same gradients, these meet the components first: [R, B, C, n]."""
+    first, second = use.site.factors(components)
+    n_restarts, n_components, d_in, m = first.shape
+    met = second[:, :, None] @ use.deltas[:, 0].permute(0, 2, 3, 1)[:, None]  # [R, C, T, m, n]
+    u = use.rows @ first.transpose(1, 2).reshape(n_restarts, 1, d_in, -1)  # [R, B, T, C m]
+    u = u.unflatten(-1, (n_components, m)).permute(0, 3, 1, 2, 4)  # [R, C, B, T, m]
+    return (u.flatten(3) @ met.flatten(2, 3)).transpose(1, 2)
 
 
 def _backward(components: Components, captured: list[_Captured], per_position: bool) -> Tensor:
     """Meet the components' outputs with the outputs' gradients: [R, B, (T,) C, n]."""
     parts = []
     for use in captured:
+        if use.deltas.stride(1) == 0 and not per_position:
+            parts.append(_meet_once(use, components))
+            continue
         y = _component_outputs(use.site, use.rows, components)  # [R, B, C, T, d']
         if per_position:
             parts.append(y.transpose(2, 3) @ use.deltas.permute(0, 1, 3, 4, 2))  # [R, B, T, C, n]
@@ -232,10 +256,17 @@ def _cheapest(network: Network, components: Components, base: Components | None,
     entries = sum(weight.numel() for weight in network.weights.values())
     # Forward mode goes over all its tangents in memory several times; the others are mostly matrix products.
     counts = {"forward": 4 * tangents * through, "backward": n_out * (copies * through + 2 * tangents * outputs)}
-    for_one_output = copies * through + tangents * entries
-    if n_out * copies * through + for_one_output < min(counts.values()):
+    passes, for_one_output = n_out * copies * through, copies * through + tangents * entries
+    some_off = passes + for_one_output < min(counts.values())
+    some_shared = passes + tangents * outputs < counts["forward"] < counts["backward"]
+    if some_off or some_shared:  # then only the gradients themselves can tell
         captured = _capture(network, base, x[:16])
         alive = torch.stack([use.deltas.flatten(3).any(-1).any(0) for use in captured]).any(0)
         on = alive.sum(1).float().mean().item()
-        counts["sample_gradients"] = int(n_out * copies * through + on * for_one_output)
+        counts["sample_gradients"] = int(passes + on * for_one_output)
+        for use in captured:
+            if use.deltas.stride(1) == 0:  # of its outputs' numbers only as many as the rank are left to meet
+                _, second = use.site.factors(components)
+                saved = use.deltas.shape[3] * (2 * second.shape[-1] - second.shape[-2])
+                counts["backward"] -= n_out * tangents * saved
     return min(counts, key=counts.__getitem__)

@@ -129,6 +129,11 @@ class Components:
         a, b = self.A[path], self.B[path]
         return a.transpose(-3, -2).flatten(-2) @ b.flatten(-3, -2)
 
+    def squared_lengths(self, path: str) -> Tensor:
+        """Squared length of each rank-one term A_:,r B_r,: of one weight: [..., C, m]."""
+        a, b = self.A[path], self.B[path]
+        return (a * a).sum(-2) * (b * b).sum(-1)  # half the time of square(), whose gradient is a power
+
     def flat(self) -> Tensor:
         """The components as vectors in parameter space: [..., C, N] (chapter 3)."""
         return torch.cat([self.matrices(path).flatten(-2) for path in self.paths], dim=-1)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -113,6 +113,7 @@ class Network:
         batch = len(x)
         full_gates = _stack_gates(gates, components, batch)
         calls = iter(shifts) if shifts is not None else None
+        group = cache(_group)  # most often all weights share their gates
 
         def edit(site: Site, value: Tensor, out: Tensor) -> Tensor:
             # With every gate at 1 the remainder completes the sum to the target's own weight.
@@ -124,7 +125,7 @@ class Network:
             new = None
             if uses:
                 assert stacked is not None
-                new = _mixture(site, rows, stacked, full_gates, remainder, batch)
+                new = _mixture(site, rows, stacked, full_gates, remainder, batch, group)
                 bias = getattr(site.module, "bias", None)  # an embedding has no such attribute
                 if not remainder and bias is not None:
                     new = new + bias
@@ -263,7 +264,13 @@ def as_network(target: nn.Module | Network, components: Components) -> Network:
 
 
 def _mixture(
-    site: Site, rows: Tensor, components: Components, gates: dict[str, Tensor] | None, remainder: bool, batch: int
+    site: Site,
+    rows: Tensor,
+    components: Components,
+    gates: dict[str, Tensor] | None,
+    remainder: bool,
+    batch: int,
+    group: Callable[[Tensor, int], grouped.Groups | None],
 ) -> Tensor:
     """Output rows of the gated sum of components, less the ungated one where the target's own stays."""
     restarts, n_components = components.A[site.path].shape[:2]
@@ -282,7 +289,7 @@ def _mixture(
     first, second = site.factors(components)
     m = first.shape[-1]
     if g.dtype == torch.bool and not remainder:
-        groups = grouped.group(g.flatten(1, 2))
+        groups = group(gates[site.path], m)
         if groups is not None:
             y = grouped.apply(groups, flat.unflatten(1, (batch * g.shape[2], -1)), first, second)
             return y.reshape(*rows.shape[:-1], -1)
@@ -293,6 +300,11 @@ def _mixture(
     u = u.view(restarts, batch, n_positions, n_components, m) * g[..., None]
     y = u.view(restarts, batch * n_positions, n_components * m) @ second.flatten(1, 2)
     return y.reshape(*rows.shape[:-1], -1)
+
+
+def _group(gates: Tensor, rank: int) -> grouped.Groups | None:
+    """The active pairs of gates [R, B, (positions,) C]."""
+    return grouped.group(gates.flatten(1, -2), rank)
 
 
 def _stack_gates(gates: Gates | None, components: Components | None, batch: int) -> dict[str, Tensor] | None:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+MOVING = 22  # to gather and scatter a number takes as long as so many multiplications in a large product (measured)
+
 
 @dataclass(frozen=True)
 class Groups:
@@ -25,20 +27,21 @@ class Groups:
     on: Tensor
 
 
-def group(mask: Tensor) -> Groups | None:
-    """List the samples of every component, if that saves at least half of the work.
+def group(mask: Tensor, rank: int) -> Groups | None:
+    """List the samples of every component, if that saves work.
 
     Args:
         mask: boolean, [R, N, C].
+        rank: m, of the components.
 
     Returns:
-        Groups: or None if the longest list is over half of all samples.
+        Groups: or None if the longest list is over half of all samples, or over m / (m + MOVING) of them.
     """
     n_restarts, n_samples, n_components = mask.shape
     by_component = mask.transpose(1, 2).reshape(-1, n_samples)  # [R C, N]
     counts = by_component.sum(1)
     longest = max(1, int(counts.max()))
-    if 2 * longest > n_samples:
+    if longest * max(2.0, 1 + MOVING / rank) > n_samples:
         return None
     lists, samples = by_component.nonzero().unbind(1)
     place = torch.arange(len(lists), device=mask.device) - (counts.cumsum(0) - counts)[lists]
@@ -64,7 +67,7 @@ def apply(groups: Groups, rows: Tensor, first: Tensor, second: Tensor) -> Tensor
     """
     n_positions, longest = rows.shape[2], groups.on.shape[2]
     every = rows.flatten(0, 1)
-    mine = every[groups.samples.flatten()].view(*groups.on.shape, n_positions, -1)  # [R, C, L, T, d]
+    mine = every.index_select(0, groups.samples.flatten()).view(*groups.on.shape, n_positions, -1)  # [R, C, L, T, d]
     u = mine.flatten(2, 3) @ first * groups.on.to(rows).repeat_interleave(n_positions, 2)[..., None]
     y = (u @ second).unflatten(2, (longest, n_positions)).flatten(0, 2)  # [R C L, T, d']
     sums = y.new_zeros(every.shape[0], *y.shape[1:]).index_add(0, groups.samples.flatten(), y)

@@ -99,7 +99,7 @@ def simplicity(components: Components, mask: Tensor, p: float = 1.0, epsilon: fl
     Raises:
         ValueError: p is not above 0.
     """
-    powers = [_column_lengths(components, path).add(epsilon).pow(p / 2).sum(-1) for path in components.paths]
+    powers = [components.squared_lengths(path).add(epsilon).pow(p / 2).sum(-1) for path in components.paths]
     return _weigh(components, mask, powers, p)
 
 
@@ -107,12 +107,6 @@ def simplicity_exact(components: Components, mask: Tensor, p: float = 1.0) -> Te
     """The same penalty with the true singular values of every component (slow; the surrogate's oracle)."""
     powers = [components.singular_values(path).pow(p).sum(-1) for path in components.paths]
     return _weigh(components, mask, powers, p)
-
-
-def _column_lengths(components: Components, path: str) -> Tensor:
-    """Squared lengths of each rank-one term A_:,r B_r,:, [..., C, m]."""
-    a, b = components.A[path], components.B[path]
-    return (a * a).sum(-2) * (b * b).sum(-1)  # half the time of square(), whose gradient is a power
 
 
 def _weigh(components: Components, mask: Tensor, powers: list[Tensor], p: float) -> Tensor:

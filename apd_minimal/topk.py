@@ -29,7 +29,7 @@ def batch_top_k(scores: Tensor, k: float) -> Tensor:
     batch, n_components = scores.shape[-2:]
     flat = scores.reshape(-1, batch * n_components)
     # A little more, so that k = n / batch keeps n in spite of rounding.
-    kept = flat.topk(max(1, int(k * batch + 1e-6)), dim=-1).indices
+    kept = flat.topk(max(1, int(k * batch + 1e-6)), dim=-1, sorted=False).indices
     return torch.zeros_like(flat).scatter_(-1, kept, 1.0).reshape(scores.shape)
 
 
@@ -49,5 +49,5 @@ def sample_top_k(scores: Tensor, k: float) -> Tensor:
     _check(scores, k)
     if k != int(k):
         raise ValueError(f"k per sample must be a whole number, got {k}")
-    kept = scores.topk(int(k), dim=-1).indices
+    kept = scores.topk(int(k), dim=-1, sorted=False).indices
     return torch.zeros_like(scores).scatter_(-1, kept, 1.0)

@@ -9,8 +9,12 @@ is done entry by entry is counted by the bytes that it has to move: operands rea
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
+from apd_minimal.gates import Network
 from cases import Case
 
 FLOAT = 4  # bytes
@@ -114,10 +118,15 @@ def paper(case: Case) -> dict[str, Work]:
 
 def backward(case: Case, batch: float) -> Work:
     """Exact attributions at the target: a backward pass for each output, and one contraction a layer."""
-    contraction = sum(
-        (matmul(batch * case.instances, case.n_components, e, case.n_features) for _, _, e in used(case)), Work()
-    )
-    return _captured(case, batch) + _activations(case, batch) + contraction
+    copies, n, uses = case.instances * case.n_components, case.n_features, used(case)
+    total = _captured(case, batch)
+    for i, (d, m, e) in enumerate(uses):
+        total += matmul(copies, batch, d, m)
+        if case.neurons and i == len(uses) - 1:  # linear from here on: the gradients are the same for all samples
+            total += matmul(copies, m, e, n) + matmul(copies, batch, m, n)
+        else:
+            total += matmul(copies, batch, m, e) + matmul(batch * case.instances, case.n_components, e, n)
+    return total
 
 
 def _captured(case: Case, batch: float) -> Work:
@@ -149,19 +158,41 @@ def forward(case: Case, batch: float) -> Work:
     return (_through_target(case, 2) + tangents) * (batch / case.batch) + _activations(case, batch)
 
 
-def composed(case: Case, batch: float) -> Work:
-    """Exact attributions of a residual MLP, each component multiplied once by what stands before and behind it."""
+def composed(case: Case, batch: float, entries: Sequence[float]) -> Work:
+    """Exact attributions of a residual MLP, each component multiplied once by what stands before and behind it.
+
+    Args:
+        case: which experiment.
+        batch: samples, those that point the same way counted once.
+        entries: for each layer, how many numbers are not 0 in all that these samples have standing in the stream.
+
+    Returns:
+        Work: of them all.
+    """
     copies, d, total = case.instances * case.n_components, case.width, Work()
     for i, neurons in enumerate(case.neurons):
         before = case.n_features + sum(case.neurons[:i])
         behind = case.n_features + sum(case.neurons[i + 1 :])
         m = min(d, neurons)
         total += matmul(copies, before, d, m) + matmul(copies, m, d, behind)
+        total += matmul(copies, before, m, neurons) + matmul(copies, neurons, m, behind)
         total += matmul(1, before, d, neurons) + matmul(1, neurons, d, behind)
-        total += matmul(1, batch, before, neurons) + matmul(1, batch, before, copies * m)
-        total += matmul(copies, batch, m, neurons) + matmul(1, batch, neurons, copies * m)
-        total += matmul(copies, batch, neurons + m, behind)
+        total += matmul(1, batch, before, neurons) + matmul(1, batch * copies, neurons, behind)
+        total += matmul(1, batch, neurons, copies * behind)
+        # Rows are added up, so that this is no matrix product.
+        total += Work(2 * entries[i] * copies * neurons, FLOAT * (before + batch) * copies * neurons)
     return total
+
+
+def standing(case: Case, x: Tensor) -> tuple[int, list[int]]:
+    """Of inputs [B, n], how many point different ways; and for each layer, how many numbers in the stream are not 0."""
+    directions = (x / x.abs().amax(1, keepdim=True)).unique(dim=0)
+    hidden: list[Tensor] = []
+    target = case.target()
+    modules = [f"neurons.{i}" for i in range(len(case.neurons))]
+    Network(target, target.weights, hidden=modules)(directions, activations=hidden)
+    stands = [directions, *hidden[:-1]]
+    return len(directions), [sum(int(t.count_nonzero()) for t in stands[: i + 1]) for i in range(len(stands))]
 
 
 def linear_where_on(case: Case, batch: float, pairs: float) -> Work:
@@ -190,7 +221,7 @@ def ours(case: Case, special: bool = False) -> dict[str, Work]:
     pairs = int((case.target()(x[on]) != 0).sum())
     if special:
         rows = int(on.sum())
-        attribution = composed(case, rows) if case.neurons else linear_where_on(case, rows, pairs)
+        attribution = composed(case, *standing(case, x[on])) if case.neurons else linear_where_on(case, rows, pairs)
     else:
         ways = generic(case, int(on.sum()), pairs)
         attribution = min(ways.values(), key=lambda work: work.flops)

@@ -264,27 +264,53 @@ def test_what_tms_knows_of_itself(identity: bool, rotated: bool, restarts: int |
 
 
 @pytest.mark.parametrize("restarts", [None, 2])
+@pytest.mark.parametrize("rank", [1, 2, None])
 @pytest.mark.parametrize("neurons", [(6,), (5, 4), (3, 4, 5)])
-def test_what_the_residual_mlp_knows_of_itself(neurons: tuple[int, ...], restarts: int | None) -> None:
+def test_what_the_residual_mlp_knows_of_itself(
+    neurons: tuple[int, ...], rank: int | None, restarts: int | None
+) -> None:
+    """Of low rank the factors are met one after the other, of full rank their product is; both are right."""
     target = apd.targets.ResidualMLP(8, 20, neurons, probability=0.2)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in target.parameters():
             p.copy_(torch.randn(p.shape, generator=generator))
-    _same_as_generic(target, restarts)
+    _same_as_generic(target, restarts, rank)
 
 
-def _same_as_generic(target: apd.targets.TMS | apd.targets.ResidualMLP, restarts: int | None) -> None:
+def _same_as_generic(
+    target: apd.targets.TMS | apd.targets.ResidualMLP, restarts: int | None, rank: int | None = 2
+) -> None:
     network, x = apd.Network(target, target.weights), target.data(300)(0, torch.Generator().manual_seed(0))
     assert (x == 0).all(1).any(), "an empty sample is among them"
     generator = torch.Generator().manual_seed(2)
-    components = apd.Components.random(network.shapes, 7, rank=2, restarts=restarts, std=1.0, generator=generator)
+    components = apd.Components.random(network.shapes, 7, rank, restarts, std=1.0, generator=generator)
     expected = gradient(network, components, x)
     torch.testing.assert_close(target.attributions(network, components, x), expected, rtol=1e-5, atol=1e-5)
 
 
+class Half(nn.Module):
+    """The inputs as they are, and squashed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, x.tanh()], dim=1)
+
+
+@pytest.mark.parametrize(("tail", "shared"), [(nn.Identity(), True), (Half(), False), (nn.Tanh(), False)])
+def test_gradients_that_all_samples_share_meet_the_components_once(tail: nn.Module, shared: bool) -> None:
+    """Only where every output is linear; the attributions are right in any case."""
+    target = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2), tail)
+    one = Case(target, {"0.weight": linear, "2.weight": linear}, lambda b, g: torch.randn(b, 3, generator=g).double())
+    x, components = one.x(5), one.components(C=3)
+    captured = apd.attributions._capture(one.network, None, x)
+    assert [use.deltas.stride(1) == 0 for use in captured] == [False, shared]
+    assert {use.deltas.shape[1] for use in captured} == {5}
+    signed = gradient(one.network, components, x, mode="backward", per_output=True)
+    torch.testing.assert_close(signed, attributed(one, components, x, "target"))
+
+
 def test_the_mode_follows_the_outputs_that_are_on() -> None:
-    """With few of 40 outputs on, sample gradients are the least work; with all on, tangents are."""
+    """With few of 40 outputs on, sample gradients are least work; with all on, all samples share their gradients."""
     target = apd.targets.TMS(40, 10)
     network, x = apd.Network(target, target.weights), target.data(64)(0, torch.Generator().manual_seed(0))
     components = apd.Components.random(network.shapes, 50).stacked()
@@ -294,4 +320,13 @@ def test_the_mode_follows_the_outputs_that_are_on() -> None:
             target.bias.fill_(bias)
             target.encode.weight.copy_(torch.eye(10, 40) + 0.01)
         chosen.append(apd.attributions._cheapest(network, components, None, x))
-    assert chosen == ["sample_gradients", "forward"]
+    assert chosen == ["sample_gradients", "backward"]
+
+
+@pytest.mark.parametrize(("tail", "mode"), [(nn.Identity(), "backward"), (nn.Tanh(), "forward")])
+def test_the_mode_follows_the_gradients_that_are_shared(tail: nn.Module, mode: str) -> None:
+    """With many outputs tangents are less work than a pass for each, but not if these are linear."""
+    target = nn.Sequential(nn.Linear(10, 10), nn.Tanh(), nn.Linear(10, 40), tail)
+    network = apd.Network(target, ["0.weight", "2.weight"])
+    components = apd.Components.random(network.shapes, 50).stacked()
+    assert apd.attributions._cheapest(network, components, None, torch.randn(20, 10)) == mode

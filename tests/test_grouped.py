@@ -10,6 +10,8 @@ from oracles import case, every_case
 
 from apd_minimal import grouped
 
+FULL = 1000  # a rank at which lists of up to half of all samples are grouped
+
 
 @given(
     st.integers(1, 3), st.integers(1, 12), st.integers(1, 6), st.integers(1, 3), st.floats(0, 0.6), st.integers(0, 99)
@@ -19,7 +21,7 @@ def test_the_active_pairs_are_the_masked_sum(R: int, N: int, C: int, T: int, sha
     mask = torch.rand(R, N, C, generator=g) < share
     rows = torch.randn(R, N, T, 5, generator=g)
     first, second = torch.randn(R, C, 5, 2, generator=g), torch.randn(R, C, 2, 4, generator=g)
-    groups = grouped.group(mask)
+    groups = grouped.group(mask, FULL)
     if groups is None:
         assert 2 * max(1, int(mask.sum(1).max())) > N
         return
@@ -33,8 +35,11 @@ def test_the_active_pairs_are_the_masked_sum(R: int, N: int, C: int, T: int, sha
 
 @every_case
 @pytest.mark.parametrize("restarts", [None, 2])
-def test_a_network_gives_the_same_for_boolean_gates(name: str, restarts: int | None) -> None:
+def test_a_network_gives_the_same_for_boolean_gates(
+    monkeypatch: pytest.MonkeyPatch, name: str, restarts: int | None
+) -> None:
     """Outputs and gradients, per sample and per position."""
+    monkeypatch.setattr(grouped, "MOVING", 0)
     one = case(name)
     x = one.x(batch=6)
     dtype = next(one.target.parameters()).dtype
@@ -45,7 +50,7 @@ def test_a_network_gives_the_same_for_boolean_gates(name: str, restarts: int | N
     for c in range(4):
         gates = torch.zeros(*lead, 6, 4, dtype=dtype)
         gates[..., c, c] = gates[..., 5, 3 - c] = 1
-        assert grouped.group(gates.bool().reshape(-1, 6, 4)) is not None, "else nothing is tested"
+        assert grouped.group(gates.bool().reshape(-1, 6, 4), FULL) is not None, "else nothing is tested"
         results = []
         for g in (gates, gates.bool()):
             out = one.network(x, components, g)
@@ -63,6 +68,16 @@ def test_a_network_gives_the_same_for_boolean_gates(name: str, restarts: int | N
 def test_dense_masks_are_not_grouped() -> None:
     mask = torch.zeros(1, 10, 3, dtype=torch.bool)
     mask[0, :6, 1] = True
-    assert grouped.group(mask) is None
+    assert grouped.group(mask, FULL) is None
     mask[0, 5, 1] = False
-    assert grouped.group(mask) is not None
+    assert grouped.group(mask, FULL) is not None
+
+
+@pytest.mark.parametrize(("rank", "share"), [(1, 23), (2, 12), (22, 2), (1000, 2)])
+def test_of_low_rank_only_short_lists_are_grouped(rank: int, share: int) -> None:
+    """Where the longest list is one in `share` samples, or less."""
+    mask = torch.zeros(2, 60, 3, dtype=torch.bool)
+    mask[1, : 60 // share, 2] = True
+    assert grouped.group(mask, rank) is not None
+    mask[1, 60 // share, 2] = True
+    assert grouped.group(mask, rank) is None

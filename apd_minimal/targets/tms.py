@@ -198,11 +198,11 @@ class TMS(nn.Module):
         if Q is not None:
             moves = [move @ Q.T for move in moves]
         meets = torch.cat(parts, dim=1)
-        every = torch.cat(moves, dim=2).flatten(0, 1)  # [R C, what meets, outputs]
-        squares = x.new_zeros(len(x), len(every))
-        for o in range(self.n_features):
-            samples = on[:, o].nonzero().flatten()
-            squares.index_add_(0, samples, (meets[samples] @ every[:, :, o].T).square())
+        every = torch.cat(moves, dim=2).permute(3, 2, 0, 1).flatten(2)  # [outputs, what meets, R C]
+        samples = on.T.nonzero()[:, 1]  # output by output
+        rows = meets[samples].split(on.sum(0).tolist())
+        moved = torch.cat([mine @ own for mine, own in zip(rows, every, strict=True)])
+        squares = x.new_zeros(len(x), moved.shape[1]).index_add_(0, samples, moved.square_())
         scores = (squares / self.n_features).sqrt().unflatten(1, P.shape[:2]).transpose(0, 1)
         return scores if components.restarts is not None else scores[0]
 
