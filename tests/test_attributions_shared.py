@@ -125,8 +125,9 @@ def test_outputs_of_a_sequence_that_count(name: str) -> None:
 
 
 @each
-def test_nothing_of_the_caller_changes(name: str) -> None:
-    one = case("sequence")
+@pytest.mark.parametrize("network", ["sequence", "mlp"])
+def test_nothing_of_the_caller_changes(name: str, network: str) -> None:
+    one = case(network)
     one.target.train()
     x, components = one.x(), one.components().map(lambda t: t.requires_grad_())
     before = state(one.target)

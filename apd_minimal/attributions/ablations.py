@@ -1,4 +1,4 @@
-"""Ablation: what the outputs lose when one component goes, or gain when one comes (chapter on their use)."""
+"""Ablation: what the outputs lose when one component goes, or gain when one comes (part III)."""
 
 from __future__ import annotations
 

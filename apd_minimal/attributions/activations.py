@@ -20,10 +20,11 @@ def activation(
     remainder: bool = True,
     internal_batch_size: int | None = None,
 ) -> Tensor:
-    """The length of what every component adds to the layers' outputs: sqrt( sum_l |x_l P_{c,l}|^2 ).
+    """The length of what every component adds to the layers' outputs: the root of sum_l (x_l P_{c,l})^2.
 
-    The sum goes over all uses of the decomposed weights and over all positions. There are no outputs in it: a
-    component whose effect is lost on the way counts all the same.
+    The sum goes over all uses of the decomposed weights, over all positions and over the layer's outputs (braun2025
+    has the square of it). The network's own outputs are not in it: a component whose effect is lost on the way counts
+    all the same.
 
     Args:
         target: the network, plain or wrapped.

@@ -1,4 +1,4 @@
-"""Integrated gradients: slopes averaged on the way from no gate to all (sundararajan2017, chapter on their use).
+"""Integrated gradients: slopes averaged on the way from no gate to all (sundararajan2017; part III).
 
 The path sets all gates to alpha, and alpha goes from 0 to 1. Per signed output, the values sum over components to
 what the outputs gain on the way (completeness).
