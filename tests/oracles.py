@@ -265,3 +265,32 @@ def assert_same_state(before: dict[str, object], after: dict[str, object]) -> No
         assert torch.equal(tensors[1][name][1], t), f"{name} changed"
     for key in before.keys() - {"tensors"}:
         assert before[key] == after[key], f"{key} changed"
+
+
+def worth(one: Case, components: apd.Components, x: Tensor, gates: Tensor, remainder: bool) -> Tensor:
+    """The outputs of every sample at each of the gates [K, C], all weights and samples alike: [K, B, n_out]."""
+    shared = [{path: g.expand(len(x), -1) for path in one.stored} for g in gates]
+    return torch.stack([gated(one, components, each, x, remainder).flatten(1).detach() for each in shared])
+
+
+def slopes(one: Case, components: apd.Components, x: Tensor, gates: Tensor, remainder: bool) -> Tensor:
+    """Derivatives of the outputs by gates that the samples share, at gates [C]: [B, C, n_out]."""
+
+    def run(g: Tensor) -> Tensor:
+        return gated(one, components, {path: g.expand(len(x), -1) for path in one.stored}, x, remainder).flatten(1)
+
+    return jacrev(run)(gates).transpose(1, 2)
+
+
+def shapley(game: Callable[[Tensor], Tensor], C: int) -> Tensor:
+    """Shapley values of a game on gates [K, C] that gives [K, ...], from all orders, one by one: [C, ...]."""
+    total: list[Tensor] = [torch.zeros(())] * C
+    orders = list(permutations(range(C)))
+    for order in orders:
+        gates = torch.zeros(C + 1, C, dtype=torch.float64)
+        for k, c in enumerate(order):
+            gates[k + 1 :, c] = 1
+        values = game(gates)
+        for k, c in enumerate(order):
+            total[c] = total[c] + (values[k + 1] - values[k]) / len(orders)
+    return torch.stack(total)

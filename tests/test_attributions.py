@@ -12,6 +12,7 @@ from torch.func import jacrev
 
 import apd_minimal as apd
 from apd_minimal.attributions import gradient
+from apd_minimal.attributions.gradients import _capture, _cheapest
 
 every_mode = (*apd.attributions.MODES, None)
 all_modes = pytest.mark.parametrize("mode", every_mode)
@@ -302,7 +303,7 @@ def test_gradients_that_all_samples_share_meet_the_components_once(tail: nn.Modu
     target = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2), tail)
     one = Case(target, {"0.weight": linear, "2.weight": linear}, lambda b, g: torch.randn(b, 3, generator=g).double())
     x, components = one.x(5), one.components(C=3)
-    captured = apd.attributions._capture(one.network, None, x)
+    captured = _capture(one.network, None, x)
     assert [use.deltas.stride(1) == 0 for use in captured] == [False, shared]
     assert {use.deltas.shape[1] for use in captured} == {5}
     signed = gradient(one.network, components, x, mode="backward", per_output=True)
@@ -319,7 +320,7 @@ def test_the_mode_follows_the_outputs_that_are_on() -> None:
         with torch.no_grad():
             target.bias.fill_(bias)
             target.encode.weight.copy_(torch.eye(10, 40) + 0.01)
-        chosen.append(apd.attributions._cheapest(network, components, None, x))
+        chosen.append(_cheapest(network, components, None, x))
     assert chosen == ["sample_gradients", "backward"]
 
 
@@ -329,4 +330,4 @@ def test_the_mode_follows_the_gradients_that_are_shared(tail: nn.Module, mode: s
     target = nn.Sequential(nn.Linear(10, 10), nn.Tanh(), nn.Linear(10, 40), tail)
     network = apd.Network(target, ["0.weight", "2.weight"])
     components = apd.Components.random(network.shapes, 50).stacked()
-    assert apd.attributions._cheapest(network, components, None, torch.randn(20, 10)) == mode
+    assert _cheapest(network, components, None, torch.randn(20, 10)) == mode

@@ -10,7 +10,7 @@ import apd_minimal as apd
 NAMES = {
     "": "Components Config Decomposition Network NonFiniteLoss artefacts attributions data decompose diagnose frames "
     "glue losses metrics plots rules store targets topk",
-    "attributions": "gradient",
+    "attributions": "ablation activation gradient integrated_gradients path_shapley shapley",
     "data": "SparseFeatures checked",
     "diagnose": "Diagnosis diagnose",
     "losses": "DIVERGENCES faithfulness kl minimality mse simplicity simplicity_exact",

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import jvp, vmap
 
-from .components import Components
-from .gates import Network, as_network
-from .sites import Site, Use
+from ..components import Components
+from ..gates import Network, as_network
+from ..sites import Site, Use
 
 Attribution = Callable[[Network, Components, Tensor], Tensor]  # (network, components, x) -> [(restarts,) B, C]
 MODES = ("forward", "backward", "sample_gradients")
