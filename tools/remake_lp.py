@@ -238,8 +238,8 @@ def report_large(tensors: dict[str, Tensor]) -> list[dict[str, Any]]:
     s = USUAL | LARGE_TARGET
     for seed in REPORTED_LARGE:
         target, begun = stored_target(seed, (40, 10), tensors), time.process_time()
-        weights = (torch.tensor([s[name]]) for name in ("minimality", "simplicity"))
-        found = train(*stacked([target]), s, *weights, seed=1)
+        one = torch.ones(1)
+        found = train(*stacked([target]), s, s["minimality"] * one, s["simplicity"] * one, seed=1)
         seconds = round(time.process_time() - begun, 1)
         row = measure(target, found[0, 0], data.mean_active)
         runs.append({"name": "TMS 40-10", "seed": seed, "settings": s, "seconds": seconds, "restarts": [row]})
