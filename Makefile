@@ -25,6 +25,7 @@ data: .venv/installed
 	$(TEST)python tools/remake_gated.py
 	$(TEST)python tools/remake_failures.py
 	$(TEST)python tools/remake_residual.py
+	$(TEST)python tools/remake_grid.py
 	$(TEST)python tools/remake_lp.py
 
 bench: .venv/installed
