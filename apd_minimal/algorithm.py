@@ -113,7 +113,7 @@ def decompose(
             while run.step < config.steps:
                 losses = run.advance()
                 bar.update()
-                if run.logs(run.step - 1):
+                if run.config.logs(run.step - 1):
                     bar.set_postfix({name: f"{min(values):.1e}" for name, values in losses.items()})
                     if watch is not None:
                         watch(run.step - 1, run.components.map(Tensor.detach))
@@ -195,10 +195,6 @@ class _Run:
             return sample_top_k(scores, top_k)
         return batch_top_k(scores.flatten(1, -2), min(top_k / share, config.n_components)).reshape(scores.shape)
 
-    def logs(self, step: int) -> bool:
-        """Is this step logged? About two hundred are, and the last."""
-        return step % max(1, self.config.steps // 200) == 0 or step == self.config.steps - 1
-
     def losses(self, x: Tensor, t: float, totals: Totals) -> dict[str, tuple[float, Tensor]]:
         """Each loss that is in force at progress t, with its weight: name -> (weight, [R])."""
         config = self.config
@@ -241,7 +237,7 @@ class _Run:
                     f"step {self.step}: the {name} loss is {per_restart}; the last good state is in .result",
                     self.so_far(self.good),
                 )
-        if self.logs(self.step):
+        if config.logs(self.step):
             self.history["step"].append(self.step)
             for name in config.schedules:
                 if name in values or name in self.history:
@@ -257,16 +253,10 @@ class _Run:
         if config.unit_norm:
             normalise_columns(self.components)
         self.step += 1
-        if self.tidies(self.step):
+        if config.tidies(self.step):
             with torch.autocast(self.device, enabled=False):
                 self._tidy()
         return values
-
-    def tidies(self, step: int) -> bool:
-        """Is it time to merge and prune?"""
-        config = self.config
-        every = round(config.tidy_every * config.steps)
-        return every > 0 and step % every == 0 and config.tidy_from <= step / config.steps < config.tidy_until
 
     @torch.no_grad()
     def _tidy(self) -> None:

@@ -81,6 +81,15 @@ class Config:
         warm = min(1.0, (t + 1 / self.steps) / self.warmup) if self.warmup else 1.0
         return self.lr * warm * math.cos(math.pi / 2 * t)
 
+    def logs(self, step: int) -> bool:
+        """Is this step logged? About two hundred are, and the last."""
+        return step % max(1, self.steps // 200) == 0 or step == self.steps - 1
+
+    def tidies(self, step: int) -> bool:
+        """Is it time to merge and prune, after so many steps?"""
+        every = round(self.tidy_every * self.steps)
+        return every > 0 and step % every == 0 and self.tidy_from <= step / self.steps < self.tidy_until
+
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> Config:
         """A configuration from names and values, as stored in JSON.
