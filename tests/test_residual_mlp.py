@@ -36,6 +36,17 @@ def test_the_start_knows_nothing_of_the_embedding() -> None:
     assert cosines.abs().max() < 0.25  # chance gives 0.04, as standard deviation
 
 
+def test_components_do_not_start_along_the_embedding() -> None:
+    """With rank one a start from the embedding's own stream is the embedding, row by row."""
+    target = ResidualMLP(20, 500, (10,), seed=3)
+    result = apd.decompose(
+        target, target.data(8), target.weights, 30, 1.0, rank=1, steps=1, lr=1e-12, seed=3, progress=False
+    )
+    starts = result.components.A["read.0.weight"].squeeze(-1)
+    cosines = target.embedding @ (starts / starts.norm(dim=1, keepdim=True)).T
+    assert cosines.abs().max() < 0.25
+
+
 def test_fitting_is_reproducible_and_trains_every_layer() -> None:
     one, two = (ResidualMLP(8, 40, (3, 3)).fit(seed=5, steps=20, batch_size=128) for _ in range(2))
     for a, b in zip(one.parameters(), two.parameters(), strict=True):

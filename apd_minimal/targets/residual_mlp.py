@@ -45,7 +45,9 @@ class ResidualMLP(nn.Module):
         if min(n_features, d_resid, *neurons) < 1 or not neurons:
             raise ValueError(f"sizes must be at least 1, got {n_features}, {d_resid} and neurons {neurons}")
         self.n_features, self.d_resid, self.probability = n_features, d_resid, probability
-        E = torch.randn(n_features, d_resid, generator=torch.Generator().manual_seed(seed))
+        # Another stream than that of decompose(seed=seed), whose rank-one components would start along these rows.
+        generator = torch.Generator().manual_seed(seed + 2_000_000_011)
+        E = torch.randn(n_features, d_resid, generator=generator)
         self.register_buffer("embedding", E / E.norm(dim=1, keepdim=True))
         self.read = nn.ModuleList(nn.Linear(d_resid, n, bias=False) for n in neurons)
         self.write = nn.ModuleList(nn.Linear(n, d_resid, bias=False) for n in neurons)
