@@ -42,8 +42,8 @@ class Config:
         attribute_at: "target" or "components", where gradient attributions are taken.
         unit_norm: keep the columns of A at unit length.
         restarts: independent runs on one tensor axis.
-        seed: of all randomness. Take another than that of the network, if its weights are Gaussian: components of rank one
-            could start along their rows.
+        seed: of all randomness. Take another than that of the network, if its weights are Gaussian: components of
+            rank one could start along their rows.
     """
 
     n_components: int

@@ -39,19 +39,22 @@ def _check_truth(components: Components, truth: Truth) -> list[str]:
     return components.paths
 
 
-def _restricted(components: Components, truth: Truth) -> Tensor:
-    """Every component seen only through the inputs of each mechanism: [J, C, N].
+def _inputs(matrices: Tensor) -> Tensor:
+    """Orthonormal bases of the column spaces of matrices [J, d_in, d_out]: [J, d_in, r], columns of zeros to fill up.
 
-    A mechanism's inputs are the column space of its matrix; for a TMS feature that is one input direction,
-    so that the restriction is the component's column of that feature, in whatever basis the inputs come.
+    A mechanism's inputs are the column space of its matrix; for a TMS feature that is one input direction, so that
+    what a component does on them is its column of that feature, in whatever basis the inputs come.
     """
+    U, S, _ = torch.linalg.svd(matrices, full_matrices=False)
+    return U * (S > 1e-4 * S.amax().clamp_min(1e-12))[:, None, :]
+
+
+def _restricted(components: Components, truth: Truth) -> Tensor:
+    """Every component seen only through the inputs of each mechanism: [J, C, N]."""
     parts = []
     for path in components.paths:
-        U, S, _ = torch.linalg.svd(truth[path], full_matrices=False)
-        largest = S.amax().clamp_min(1e-12)
-        U = U * (S > 1e-4 * largest)[:, None, :]
-        P = components.matrices(path)
-        parts.append((U[:, None] @ (U.transpose(1, 2)[:, None] @ P[None])).flatten(2))
+        U = _inputs(truth[path])[:, None]
+        parts.append((U @ (U.mT @ components.matrices(path)[None])).flatten(2))
     return torch.cat(parts, dim=2)
 
 
@@ -151,7 +154,9 @@ def ownership(
     # A mechanism without a component scores 0 everywhere.
     cosine = cosines[j, owner] * held
     ratio = P[owner].norm(dim=1) / Z.norm(dim=1) * held
-    inside = _restricted(components, truth).detach()[j, owner].square().sum(1)
+    inside = torch.zeros_like(ratio)
+    for path in paths:
+        inside += (_inputs(truth[path]).mT @ components.matrices(path).detach()[owner]).square().sum((1, 2))
     purity = inside / P[owner].square().sum(1).clamp_min(1e-24) * held
     owned = (cosine >= min_cosine) & (ratio >= length_range[0]) & (ratio <= length_range[1]) & (purity >= min_purity)
     return Ownership(owner, cosine, ratio, purity, owned)
