@@ -70,7 +70,8 @@ def decompose(
             setting `hidden`.
         attribution: (network, components, x) -> [..., B, C]; None takes exact gradient attributions.
         checkpoint: a file from which an interrupted run of the same settings resumes, bit for bit. It knows
-            functions by their names alone, and the batches not at all (`checkpoint.identity`).
+            functions by their names alone, and the batches not at all (`checkpoint.identity`); a generator that
+            an attribution draws from is not in it.
         checkpoint_every: steps between checkpoints.
         watch: called as watch(step, components) at every logged step.
         progress: show a progress bar with the losses.
