@@ -27,6 +27,7 @@ data: .venv/installed
 	$(TEST)python tools/remake_residual.py
 	$(TEST)python tools/remake_grid.py
 	$(TEST)python tools/remake_lp.py
+	$(TEST)python tools/remake_attributions.py
 
 bench: .venv/installed
 	OMP_NUM_THREADS=1 $(TEST)python benchmarks/run.py
