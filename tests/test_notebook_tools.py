@@ -194,17 +194,18 @@ def chapter(**changes: Any) -> nbformat.NotebookNode:
     return nbformat.v4.new_notebook(cells=cells, metadata={"widgets": {"state": 1}, **changes})
 
 
-def test_execution_gives_the_same_bytes_twice(tmp_path: Path) -> None:
+def test_execution_gives_the_same_notebook_twice(tmp_path: Path) -> None:
     path = tmp_path / "x.ipynb"
     nbformat.write(chapter(), path)
     execute.execute(path)
-    first = path.read_bytes()
+    first = path.read_text()
     execute.execute(path)
-    assert path.read_bytes() == first
-    made = json.loads(first)
+    made, again = json.loads(first), json.loads(path.read_text())
+    again["metadata"]["measured"] = made["metadata"]["measured"]  # a busy machine may need twice as long
+    assert json.dumps(again) == json.dumps(made)
     assert [cell["execution_count"] for cell in made["cells"] if cell["cell_type"] == "code"] == [1, 2, 3]
     assert made["cells"][1]["metadata"]["tags"] == setup_cell.TAGS
-    assert "image/svg+xml" in first.decode(), "notebook.setup() makes figures SVG"
+    assert "image/svg+xml" in first, "notebook.setup() makes figures SVG"
     assert "('1', '1')" in json.dumps(made["cells"][-1]["outputs"])
     assert "widgets" not in made["metadata"]
 
