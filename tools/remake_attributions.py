@@ -37,9 +37,8 @@ TARGETS = ("tms-5-2", "tms-40-10", "residual-20-10")
 SEEDS = range(60, 65)
 SEARCH_SEEDS = {"tms-5-2": (100, 102), "tms-40-10": (100,), "residual-20-10": (100,)}  # 101 lacks a feature in 5-2
 FACTORS = (0.5, 0.65, 0.8, 1.0)  # of k
-BUDGETS = ("steps", "compute")
 ALSO_AT_EQUAL_STEPS = ("integrated gradients", "ablation")
-OPTIONS: dict[str, dict[str, Any]] = {  # as few samples as an estimator can do with
+OPTIONS: dict[str, dict[str, Any]] = {  # few samples, since they are taken at every step
     "gradient": {},
     "integrated gradients": {"n_steps": 4},
     "ablation": {},
