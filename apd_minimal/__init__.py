@@ -7,11 +7,12 @@ print(apd.metrics.ownership(result.components, target.mechanisms()))
 """
 
 from . import artefacts, attributions, data, diagnose, frames, glue, losses, metrics, plots, rules, store, targets, topk
-from .algorithm import NonFiniteLoss, decompose
+from .algorithm import decompose
 from .components import Components
 from .config import Config
 from .decomposition import Decomposition
 from .gates import Network
+from .run import NonFiniteLoss
 
 __all__ = [
     "Components",

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 from . import grouped
 from .components import Components
@@ -35,6 +36,7 @@ class Network:
         output: picks the outputs that count from what the target returns, giving a tensor [B, ...];
             None takes the target's output as it is.
         hidden: paths of modules whose outputs are recorded for the hidden-activation loss.
+        recompute: let autograd work out what the components do in a layer again instead of keeping it.
 
     Raises:
         KeyError: a path that is not a parameter or a module of the target.
@@ -48,12 +50,14 @@ class Network:
         weights: Sequence[str],
         output: Callable[[Any], Tensor] | None = None,
         hidden: Sequence[str] = (),
+        recompute: bool = False,
     ) -> None:
         if isinstance(weights, str) or not weights:
             raise ValueError(f"weights must be a list of at least one parameter path, got {weights!r}")
         self.target = target
         self.output = output
         self.hidden = list(hidden)
+        self.recompute = recompute
         self.sites: list[Site] = []
         self.weights: dict[str, Tensor] = {}
         parameters = dict(target.named_parameters(remove_duplicate=False))
@@ -125,7 +129,8 @@ class Network:
             new = None
             if uses:
                 assert stacked is not None
-                new = _mixture(site, rows, stacked, full_gates, remainder, batch, group)
+                mix = partial(checkpoint, _mixture, use_reentrant=False) if self.recompute else _mixture
+                new = self.leave(mix(site, self.enter(rows), stacked, full_gates, remainder, batch, group))
                 bias = getattr(site.module, "bias", None)  # an embedding has no such attribute
                 if not remainder and bias is not None:
                     new = new + bias
@@ -148,6 +153,14 @@ class Network:
         if activations is not None:
             activations[:] = [a.unflatten(0, (copies, batch)) for a in activations]
         return result.unflatten(0, (copies, batch))
+
+    def enter(self, rows: Tensor) -> Tensor:
+        """What the components of a layer get, of its input rows; `parallel` has them on several processes."""
+        return rows
+
+    def leave(self, outputs: Tensor) -> Tensor:
+        """What a layer gets from the components, of the output rows of those that are here."""
+        return outputs
 
     def _fit(self, components: Components) -> Components:
         for path in components.paths:

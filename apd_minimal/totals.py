@@ -52,12 +52,13 @@ class Totals(Components):
         return self._small[path][1] * self._small[path][2]
 
     def backward(self, loss: Tensor) -> None:
-        """Set the gradients of the factors."""
+        """Add to the gradients of the factors."""
         factors = self.parameters()
         small = [t for path in self.paths for t in self._small[path]]
         found = torch.autograd.grad(loss, [*factors, *small], materialize_grads=True)
         for factor, gradient in zip(factors, found, strict=False):
-            factor.grad = gradient.contiguous()  # the fused optimiser takes the layouts to be the same
+            # Contiguous, since the fused optimiser takes the layouts to be the same.
+            factor.grad = gradient.contiguous() if factor.grad is None else factor.grad + gradient
         rest = iter(found[len(factors) :])
         with torch.no_grad(), torch.autocast(loss.device.type, enabled=False):
             for path in self.paths:

@@ -1,0 +1,311 @@
+"""One run of the algorithm: its state, a step, merging and new starts, checkpoints, the result (chapter 6)."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .attributions import Attribution, gradient
+from .checkpoint import identity, read_state, write_state
+from .components import Components, confine, normalise_columns
+from .config import Config, at_progress
+from .data import Batches, checked
+from .decomposition import Decomposition, fingerprint
+from .gates import Network
+from .losses import Divergence, faithfulness, minimality, simplicity
+from .merge import merge_and_prune
+from .reseed import reseed
+from .sites import Use, busy
+from .topk import batch_top_k, sample_top_k
+from .totals import Totals
+
+HELD_OUT_SAMPLES = 8192
+TIDY_SAMPLES = 4096
+
+
+class NonFiniteLoss(ArithmeticError):
+    """A loss became NaN or infinite. Its `result` is the last good state, marked unfinished."""
+
+    def __init__(self, message: str, result: Decomposition) -> None:
+        super().__init__(message)
+        self.result = result
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the sparse losses of a step need.
+
+    Attributes:
+        x: inputs [B, ...], those that say nothing to any component left out.
+        wanted: the target's outputs [B, ...].
+        hidden: the target's hidden activations that count, each [B, ...].
+        mask: which components are active [R, B, (positions,) C].
+        scrubbed: the same with a random half of the others; empty if there is no scrub loss.
+        share: of the step's samples, how many are in here.
+    """
+
+    x: Tensor
+    wanted: Tensor
+    hidden: list[Tensor]
+    mask: Tensor
+    scrubbed: Tensor | None
+    share: float
+
+    def pieces(self, size: int | None) -> list[Batch]:
+        """The same in pieces of so many samples."""
+        n = len(self.x)
+        return [
+            Batch(
+                self.x[part],
+                self.wanted[part],
+                [h[part] for h in self.hidden],
+                self.mask[:, part],
+                None if self.scrubbed is None else self.scrubbed[:, part],
+                self.share * len(self.x[part]) / n,
+            )
+            for part in (slice(i, i + (size or n)) for i in range(0, n, size or n))
+        ]
+
+
+class Run:
+    """The state of a run: components, optimiser, generator, history.
+
+    Args:
+        network: the target with the weights that are decomposed.
+        batches: batches(step, generator) gives the inputs of a step.
+        config: the settings.
+        divergence: (outputs, wanted) -> [..., B].
+        attribution: None for gradients.
+        micro_batch: samples worked on at a time; None for all.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        batches: Batches,
+        config: Config,
+        divergence: Divergence,
+        attribution: Attribution | None,
+        micro_batch: int | None = None,
+    ) -> None:
+        self.micro_batch = micro_batch
+        self.network, self.batches, self.config, self.divergence = network, batches, config, divergence
+        self.attribution = attribution or self._gradient
+        self.identity = identity(config, network, divergence, attribution)
+        self.generator = torch.Generator().manual_seed(config.seed)
+        weight = next(iter(network.weights.values()))
+        self.device = weight.device.type
+        components = Components.random(
+            network.shapes,
+            config.n_components,
+            config.rank,
+            config.restarts,
+            config.init_std,
+            self.generator,
+            weight.device,
+        )
+        if config.per_weight is not None:
+            confine(components, config.per_weight)
+        self.components = components.map(lambda t: t.to(weight.dtype).requires_grad_())
+        # The fused kernel updates all factors in one call, so that Ctrl-C cannot fall in between.
+        self.optimiser = torch.optim.Adam(self.components.parameters(), lr=config.lr, fused=True)
+        self.step = 0
+        self.history: dict[str, list[Any]] = {"step": []}
+        self.good = self.components.map(lambda t: t.detach().clone())
+
+    def _gradient(self, network: Network, components: Components, x: Tensor) -> Tensor:
+        return gradient(network, components, x, at=self.config.attribute_at, per_position=self.config.per_position)
+
+    def inputs(self, step: int, generator: torch.Generator) -> Tensor:
+        """The inputs of one step, checked."""
+        x = checked(self.batches(step, generator), step)
+        return x.to(self.components.parameters()[0].device)
+
+    def many_inputs(self, n_samples: int, generator: torch.Generator) -> Tensor:
+        """At least so many inputs, from as many batches as it takes."""
+        batches = [self.inputs(self.step, generator)]
+        while sum(map(len, batches)) < n_samples:
+            batches.append(self.inputs(self.step, generator))
+        return torch.cat(batches)
+
+    def mask(self, x: Tensor, components: Components | None = None, share: float = 1.0) -> Tensor:
+        """Which components are active: [R, B, (positions,) C]. x is the given share of the batch that k is for."""
+        scores = self.attributions(x, self.components if components is None else components)
+        config = self.config
+        top_k = at_progress(config.top_k, self.step / config.steps)
+        if config.per_sample:
+            return sample_top_k(scores, top_k)
+        return batch_top_k(scores.flatten(1, -2), min(top_k / share, config.n_components)).reshape(scores.shape)
+
+    def attributions(self, x: Tensor, components: Components) -> Tensor:
+        """By which the components are chosen: [R, B, (positions,) C]."""
+        found = []
+        for part in x.split(self.micro_batch or len(x)):
+            scores = self.attribution(self.network, components.map(Tensor.detach), part)
+            expected = [self.config.restarts, len(part), components.n_components]
+            if [*scores.shape[:2], scores.shape[-1]] != expected:
+                raise ValueError(f"attributions must be {expected}, got {list(scores.shape)}")
+            found.append(scores)
+        return torch.cat(found, dim=1)
+
+    def coin(self, mask: Tensor) -> Tensor:
+        """A random half of what can be active, for the scrub loss; of the mask's shape and type."""
+        return (torch.rand(mask.shape, generator=self.generator).to(mask) < 0.5).to(mask)
+
+    @torch.no_grad()
+    def prepared(self, x: Tensor, scrubs: bool) -> Batch:
+        """What the target does with the inputs, and who is to be active on them."""
+        uses: list[Use] = []
+        hidden: list[Tensor] = []
+        wanted = self.network(x, record=uses, activations=hidden)
+        # What has nothing to say to any component adds nothing to the losses but to their denominators.
+        kept, share = busy(uses, len(x)).nonzero().flatten(), 1.0
+        if 0 < len(kept) < len(x):
+            wanted, hidden = wanted[kept], [h[kept] for h in hidden]
+            x, share = x[kept], len(kept) / len(x)
+        mask = self.mask(x, share=share)
+        return Batch(x, wanted, hidden, mask, torch.maximum(mask, self.coin(mask)) if scrubs else None, share)
+
+    def sparse_losses(self, batch: Batch, weight: dict[str, float]) -> dict[str, Tensor]:
+        """The losses of the sparse forward passes, each [R]."""
+        hidden: list[Tensor] = []
+        outputs = self.network(batch.x, self.components, batch.mask.bool(), activations=hidden)
+        terms = {"minimality": minimality(outputs, batch.wanted, self.divergence)}
+        if weight["hidden"]:
+            pairs = zip(hidden, batch.hidden, strict=True)
+            terms["hidden"] = torch.stack([minimality(sparse, full) for sparse, full in pairs]).sum(0)
+        if batch.scrubbed is not None:
+            outputs = self.network(batch.x, self.components, batch.scrubbed)
+            terms["scrub"] = minimality(outputs, batch.wanted, self.divergence)
+        return {name: batch.share * value for name, value in terms.items()}
+
+    def advance(self) -> dict[str, list[float]]:
+        """One step; gives the losses of each restart."""
+        config, t = self.config, self.step / self.config.steps
+        weight = {name: at_progress(getattr(config, name), t) for name in config.schedules}
+        totals = self.totals()
+        batch = self.prepared(self.inputs(self.step, self.generator), bool(weight["scrub"]))
+        terms = {"faithfulness": faithfulness(totals, self.network.weights)}
+        if weight["simplicity"]:
+            terms["simplicity"] = batch.share * simplicity(totals, batch.mask, config.p)
+        found = {name: value.detach() for name, value in terms.items()}
+        self.optimiser.zero_grad()
+        pieces = batch.pieces(self.micro_batch)
+        for i, piece in enumerate(pieces):
+            sparse = self.sparse_losses(piece, weight)
+            for name, value in sparse.items():
+                found[name] = found.get(name, 0) + value.detach()
+            # What the factors say through their sums and lengths comes but once, with the last piece.
+            last = i == len(pieces) - 1
+            parts = sparse | terms if last else sparse
+            loss = torch.stack([weight[name] * value.sum() for name, value in parts.items()]).sum()
+            if last:
+                totals.backward(loss)
+            else:
+                torch.autograd.backward(loss, inputs=self.components.parameters())
+        values = self.checked(found)
+        self.optimiser.param_groups[0]["lr"] = config.lr_at(t)
+        self.optimiser.step()
+        torch.clear_autocast_cache()  # else the network would go on with rounded copies of the old factors
+        if config.unit_norm:
+            normalise_columns(self.components)
+        self.step += 1
+        if config.tidies(self.step):
+            with torch.autocast(self.device, enabled=False):
+                self.tidy()
+        return values
+
+    def totals(self) -> Totals:
+        """What the losses see of the factors."""
+        return Totals(self.components)
+
+    def checked(self, found: dict[str, Tensor]) -> dict[str, list[float]]:
+        """The step's losses, each [R], as numbers in the order of the settings; they must be finite. Logs them."""
+        config = self.config
+        values = {name: found[name].tolist() for name in config.schedules if name in found}
+        for name, per_restart in values.items():
+            if not all(map(math.isfinite, per_restart)):
+                raise NonFiniteLoss(
+                    f"step {self.step}: the {name} loss is {per_restart}; the last good state is in .result",
+                    self.so_far(self.good),
+                )
+        if config.logs(self.step):
+            self.history["step"].append(self.step)
+            for name in config.schedules:
+                if name in values or name in self.history:
+                    none = [None] * config.restarts  # for steps at which this loss is not in force
+                    rows = self.history.setdefault(name, [none] * (len(self.history["step"]) - 1))
+                    rows.append(values.get(name, none))
+            self.good = self.components.map(lambda p: p.detach().clone())
+        return values
+
+    @torch.no_grad()
+    def tidy(self) -> None:
+        """Merge what points the same way, prune what is not used, and start what is free anew."""
+        x = self.many_inputs(TIDY_SAMPLES, self.generator)
+        # Worked out on a copy, so that Ctrl-C does not fall in between.
+        tidy = self.components.map(lambda p: p.detach().clone())
+        changed = merge_and_prune(tidy, self.mask(x), self.config.min_cosine)
+        if self.step < self.config.reseed_until * self.config.steps:
+            changed |= reseed(self.network, tidy, self.mask(x, tidy), x, self.divergence)
+        for p, new in zip(self.components.parameters(), tidy.parameters(), strict=True):
+            p.copy_(new)
+            state = self.optimiser.state[p]
+            state["exp_avg"][changed] = 0
+            state["exp_avg_sq"][changed] = state["exp_avg_sq"].mean()
+
+    @torch.no_grad()
+    def scores(self, components: Components) -> Tensor:
+        """The sparse reconstruction error of each restart on held-out inputs: [R]."""
+        x = self.many_inputs(HELD_OUT_SAMPLES, torch.Generator().manual_seed(self.config.seed + 1_000_003))
+        with torch.autocast(self.device, enabled=False):
+            mask, size = self.mask(x, components).bool(), self.micro_batch or len(x)
+            errors = [
+                minimality(self.network(part, components, gates), self.network(part), self.divergence) * len(part)
+                for part, gates in zip(x.split(size), mask.split(size, dim=1), strict=True)
+            ]
+            return torch.stack(errors).sum(0) / len(x)
+
+    def result(self, components: Components | None = None, scores: Tensor | None = None) -> Decomposition:
+        """Choose among the restarts by their scores, those of an earlier state if one is given."""
+        everything = (components or self.components).map(lambda t: t.detach().clone())
+        scores = self.scores(everything) if scores is None else scores
+        chosen = int(scores.nan_to_num(torch.inf).argmin())
+        return Decomposition(
+            components=everything.restart(chosen),
+            config=self.config,
+            history=self.history,
+            scores=scores.tolist(),
+            chosen=chosen,
+            finished=components is None and self.step == self.config.steps,
+            fingerprint=fingerprint(self.network.target.state_dict()),
+            restarts=everything,
+        )
+
+    def so_far(self, components: Components | None = None) -> Decomposition:
+        """The result in any case: of the last good state, and with NaN for scores where scoring fails too."""
+        if components is None and not all(bool(torch.isfinite(p).all()) for p in self.components.parameters()):
+            components = self.good
+        try:
+            return self.result(components)
+        except (Exception, KeyboardInterrupt) as error:
+            message = f"the restarts could not be compared, so that the first was chosen: {error!r}"
+            warnings.warn(message, RuntimeWarning, stacklevel=3)
+            return self.result(components, torch.full((self.config.restarts,), torch.nan))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a checkpoint."""
+        factors = self.components.parameters()
+        write_state(path, self.identity, self.step, self.history, self.generator, factors, self.optimiser)
+
+    def resume(self, path: str | os.PathLike[str]) -> None:
+        """Take up the state of a checkpoint."""
+        factors = self.components.parameters()
+        self.step, self.history = read_state(path, self.identity, self.generator, factors, self.optimiser)
+        self.good = self.components.map(lambda t: t.detach().clone())
