@@ -82,15 +82,10 @@ def decompose(
         Exception: whatever a function given here raises. After the first step, it carries the state so far as its
             attribute `result`; if the restarts cannot be scored then, there is a warning, and the scores are NaN.
     """
-    run = begin(
-        Run,
-        Network(target, weights, output, hidden_modules, recompute),
-        batches,
-        Config.from_dict({"n_components": n_components, "top_k": top_k, **settings}),
-        divergence,
-        attribution,
-        micro_batch,
-    )
+    config = Config.from_dict({"n_components": n_components, "top_k": top_k, **settings})
+    check(config, divergence, hidden_modules, micro_batch)
+    network = Network(target, weights, output, hidden_modules, recompute)
+    run = begin(Run, network, batches, config, divergence, attribution, micro_batch)
     if checkpoint is not None and Path(checkpoint).exists():
         run.resume(checkpoint)
     try:
@@ -108,6 +103,19 @@ def decompose(
         raise
 
 
+def check(config: Config, divergence: str | Divergence, hidden_modules: Sequence[str], micro_batch: int | None) -> None:
+    """Raise a ValueError that names what does not fit."""
+    config.check()
+    if isinstance(divergence, str) and divergence not in DIVERGENCES:
+        raise ValueError(f"divergence must be one of {list(DIVERGENCES)} or a function, got {divergence!r}")
+    if bool(hidden_modules) != bool(config.hidden):
+        raise ValueError(
+            f"hidden_modules and the weight hidden belong together, got {list(hidden_modules)} and {config.hidden}"
+        )
+    if micro_batch is not None and micro_batch < 1:
+        raise ValueError(f"micro_batch must be at least 1, or None for the whole batch, got {micro_batch}")
+
+
 def begin(
     make: Callable[..., RunType],
     network: Network,
@@ -117,16 +125,7 @@ def begin(
     attribution: Attribution | None,
     micro_batch: int | None,
 ) -> RunType:
-    """A run before its first step, its input checked."""
-    config.check()
-    if isinstance(divergence, str) and divergence not in DIVERGENCES:
-        raise ValueError(f"divergence must be one of {list(DIVERGENCES)} or a function, got {divergence!r}")
-    if bool(network.hidden) != bool(config.hidden):
-        raise ValueError(
-            f"hidden_modules and the weight hidden belong together, got {network.hidden} and {config.hidden}"
-        )
-    if micro_batch is not None and micro_batch < 1:
-        raise ValueError(f"micro_batch must be at least 1, or None for the whole batch, got {micro_batch}")
+    """A run before its first step; the network is checked on inputs of that step."""
     function = DIVERGENCES[divergence] if isinstance(divergence, str) else divergence
     run = make(network, batches, config, function, attribution, micro_batch)
     network.check(run.inputs(0, torch.Generator().manual_seed(config.seed)))

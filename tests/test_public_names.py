@@ -47,7 +47,7 @@ def test_arguments() -> None:
         parameters(apd.decompose)[:12]
         == (
             "target batches weights n_components top_k output divergence hidden_modules attribution checkpoint "
-            "checkpoint_every watch"
+            "checkpoint_every micro_batch recompute watch"
         ).split()
     )
     assert (
