@@ -44,7 +44,7 @@ def parameters(function: object) -> list[str]:
 
 def test_arguments() -> None:
     assert (
-        parameters(apd.decompose)[:12]
+        parameters(apd.decompose)[:14]
         == (
             "target batches weights n_components top_k output divergence hidden_modules attribution checkpoint "
             "checkpoint_every micro_batch recompute watch"
@@ -54,7 +54,7 @@ def test_arguments() -> None:
         parameters(apd.attributions.gradient)
         == ("target components x at per_output per_position n_probes mode internal_batch_size generator").split()
     )
-    assert parameters(apd.Network) == "target weights output hidden".split()
+    assert parameters(apd.Network) == "target weights output hidden recompute".split()
     assert parameters(apd.Network.__call__)[1:5] == "x components gates remainder".split()
     assert parameters(apd.metrics.ownership) == "components truth min_cosine length_range min_purity".split()
     assert parameters(apd.diagnose.diagnose) == "target components x top_k divergence at seed thresholds".split()
