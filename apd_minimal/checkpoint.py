@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -60,7 +60,7 @@ def write_state(
     history: dict[str, list[Any]],
     generator: torch.Generator,
     factors: Sequence[Tensor],
-    optimiser: torch.optim.Optimizer,
+    moments: Sequence[Mapping[str, Tensor]],
 ) -> None:
     """Write a checkpoint.
 
@@ -71,27 +71,36 @@ def write_state(
         history: what was logged.
         generator: of the run's randomness.
         factors: the components' factors, in the order of `Components.parameters`.
-        optimiser: of these factors.
+        moments: what the optimiser knows about each of them.
     """
     tensors = {"generator": generator.get_state()}
-    for i, p in enumerate(factors):
-        tensors[f"factor.{i}"] = p.detach()
-        for name, value in optimiser.state[p].items():
+    for i, (factor, known) in enumerate(zip(factors, moments, strict=True)):
+        tensors[f"factor.{i}"] = factor.detach()
+        for name, value in known.items():
             tensors[f"adam.{i}.{name}"] = value
     store.write_tensors(path, "checkpoint", tensors, {"step": step, "history": history, **run})
 
 
-def read_state(
-    path: str | os.PathLike[str],
-    run: dict[str, Any],
-    generator: torch.Generator,
-    factors: Sequence[Tensor],
-    optimiser: torch.optim.Optimizer,
-) -> tuple[int, dict[str, list[Any]]]:
-    """Read a checkpoint into the generator, the factors and the optimiser; arguments as for `write_state`.
+@dataclass(frozen=True)
+class State:
+    """What a checkpoint holds; see `write_state`."""
+
+    step: int
+    history: dict[str, list[Any]]
+    generator: Tensor
+    factors: list[Tensor]
+    moments: list[dict[str, Tensor]]
+
+
+def read_state(path: str | os.PathLike[str], run: dict[str, Any]) -> State:
+    """Read a checkpoint.
+
+    Args:
+        path: the file.
+        run: the `identity` of the run that wants it.
 
     Returns:
-        tuple[int, dict[str, list[Any]]]: the step and the history.
+        State: what was written.
 
     Raises:
         StoreError: a damaged file, or a checkpoint of another run; the message says what differs.
@@ -106,9 +115,9 @@ def read_state(
     if other:
         differ = "; ".join(f"{name} was {stored[name]!r}, given {own[name]!r}" for name in other)
         raise store.StoreError(f"{path} belongs to a run with other settings: {differ}")
-    generator.set_state(tensors["generator"])
-    for i, p in enumerate(factors):
-        p.data.copy_(tensors[f"factor.{i}"])
-        names = [key.rpartition(".")[2] for key in tensors if key.startswith(f"adam.{i}.")]
-        optimiser.state[p] = {name: tensors[f"adam.{i}.{name}"].to(p.device) for name in names}
-    return facts["step"], facts["history"]
+    factors = [tensors[f"factor.{i}"] for i in range(sum(name.startswith("factor.") for name in tensors))]
+    moments = [
+        {name.rpartition(".")[2]: t for name, t in tensors.items() if name.startswith(f"adam.{i}.")}
+        for i in range(len(factors))
+    ]
+    return State(facts["step"], facts["history"], tensors["generator"], factors, moments)

@@ -246,19 +246,36 @@ class Run:
         return values
 
     @torch.no_grad()
-    def tidy(self) -> None:
-        """Merge what points the same way, prune what is not used, and start what is free anew."""
+    def tidied(self, components: Components) -> Tensor:
+        """Merge what points the same way, prune what is not used, start what is free anew, in place: changed [R, C]."""
         x = self.many_inputs(TIDY_SAMPLES, self.generator)
-        # Worked out on a copy, so that Ctrl-C does not fall in between.
-        tidy = self.components.map(lambda p: p.detach().clone())
-        changed = merge_and_prune(tidy, self.mask(x), self.config.min_cosine)
+        changed = merge_and_prune(components, self.mask(x, components), self.config.min_cosine)
         if self.step < self.config.reseed_until * self.config.steps:
-            changed |= reseed(self.network, tidy, self.mask(x, tidy), x, self.divergence)
-        for p, new in zip(self.components.parameters(), tidy.parameters(), strict=True):
+            changed |= reseed(self.network, components, self.mask(x, components), x, self.divergence)
+        return changed
+
+    def tidy(self) -> None:
+        """Tidy a copy, so that Ctrl-C does not fall in between, and put it in place."""
+        tidy = self.whole(self.components)
+        changed = self.tidied(tidy)
+        self.replace(tidy, changed)
+
+    @torch.no_grad()
+    def replace(self, components: Components, changed: Tensor) -> None:
+        """Put in place what became of the components; the optimiser forgets those that changed [R, C]."""
+        for p, new in zip(self.components.parameters(), components.parameters(), strict=True):
             p.copy_(new)
             state = self.optimiser.state[p]
             state["exp_avg"][changed] = 0
-            state["exp_avg_sq"][changed] = state["exp_avg_sq"].mean()
+            state["exp_avg_sq"][changed] = self.mean(state["exp_avg_sq"])
+
+    def mean(self, moments: Tensor) -> Tensor:
+        """Over all components of a factor."""
+        return moments.mean()
+
+    def whole(self, components: Components) -> Components:
+        """A copy of all components; `parallel` has them on several processes."""
+        return components.map(lambda p: p.detach().clone())
 
     @torch.no_grad()
     def scores(self, components: Components) -> Tensor:
@@ -274,8 +291,8 @@ class Run:
 
     def result(self, components: Components | None = None, scores: Tensor | None = None) -> Decomposition:
         """Choose among the restarts by their scores, those of an earlier state if one is given."""
-        everything = (components or self.components).map(lambda t: t.detach().clone())
-        scores = self.scores(everything) if scores is None else scores
+        everything = self.whole(components or self.components)
+        scores = self.scores(components or self.components) if scores is None else scores
         chosen = int(scores.nan_to_num(torch.inf).argmin())
         return Decomposition(
             components=everything.restart(chosen),
@@ -302,10 +319,22 @@ class Run:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a checkpoint."""
         factors = self.components.parameters()
-        write_state(path, self.identity, self.step, self.history, self.generator, factors, self.optimiser)
+        write_state(path, self.identity, self.step, self.history, self.generator, factors, self.moments())
+
+    def moments(self) -> list[dict[str, Tensor]]:
+        """What the optimiser knows about each factor."""
+        return [dict(self.optimiser.state[p]) for p in self.components.parameters()]
 
     def resume(self, path: str | os.PathLike[str]) -> None:
         """Take up the state of a checkpoint."""
-        factors = self.components.parameters()
-        self.step, self.history = read_state(path, self.identity, self.generator, factors, self.optimiser)
+        state = read_state(path, self.identity)
+        self.step, self.history = state.step, state.history
+        self.generator.set_state(state.generator)
+        for p, factor, moments in zip(self.components.parameters(), state.factors, state.moments, strict=True):
+            p.data.copy_(self.own(factor))
+            self.optimiser.state[p] = {name: self.own(t).to(p.device) for name, t in moments.items()}
         self.good = self.components.map(lambda t: t.detach().clone())
+
+    def own(self, factor: Tensor) -> Tensor:
+        """Of something about all components [R, C, ...], what is about those of this process."""
+        return factor
