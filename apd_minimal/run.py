@@ -122,16 +122,20 @@ class Run:
     def _gradient(self, network: Network, components: Components, x: Tensor) -> Tensor:
         return gradient(network, components, x, at=self.config.attribute_at, per_position=self.config.per_position)
 
-    def inputs(self, step: int, generator: torch.Generator) -> Tensor:
+    def drawn(self, step: int, generator: torch.Generator) -> Tensor:
         """The inputs of one step, checked."""
         x = checked(self.batches(step, generator), step)
         return x.to(self.components.parameters()[0].device)
 
+    def inputs(self, step: int, generator: torch.Generator) -> Tensor:
+        """Of one step's inputs, those that this process works on: all."""
+        return self.drawn(step, generator)
+
     def many_inputs(self, n_samples: int, generator: torch.Generator) -> Tensor:
         """At least so many inputs, from as many batches as it takes."""
-        batches = [self.inputs(self.step, generator)]
+        batches = [self.drawn(self.step, generator)]
         while sum(map(len, batches)) < n_samples:
-            batches.append(self.inputs(self.step, generator))
+            batches.append(self.drawn(self.step, generator))
         return torch.cat(batches)
 
     def mask(self, x: Tensor, components: Components | None = None, share: float = 1.0) -> Tensor:
@@ -282,12 +286,16 @@ class Run:
         """The sparse reconstruction error of each restart on held-out inputs: [R]."""
         x = self.many_inputs(HELD_OUT_SAMPLES, torch.Generator().manual_seed(self.config.seed + 1_000_003))
         with torch.autocast(self.device, enabled=False):
-            mask, size = self.mask(x, components).bool(), self.micro_batch or len(x)
-            errors = [
-                minimality(self.network(part, components, gates), self.network(part), self.divergence) * len(part)
-                for part, gates in zip(x.split(size), mask.split(size, dim=1), strict=True)
-            ]
-            return torch.stack(errors).sum(0) / len(x)
+            return self.errors(x, components)
+
+    def errors(self, x: Tensor, components: Components) -> Tensor:
+        """The mean error of the sparse outputs: [R]."""
+        mask, size = self.mask(x, components).bool(), self.micro_batch or len(x)
+        sums = [
+            minimality(self.network(part, components, gates), self.network(part), self.divergence) * len(part)
+            for part, gates in zip(x.split(size), mask.split(size, dim=1), strict=True)
+        ]
+        return torch.stack(sums).sum(0) / len(x)
 
     def result(self, components: Components | None = None, scores: Tensor | None = None) -> Decomposition:
         """Choose among the restarts by their scores, those of an earlier state if one is given."""

@@ -1,0 +1,135 @@
+"""What the ranks of a test do; as a script, started once for every rank."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import runs
+import torch
+import torch.distributed as dist
+from oracles import case
+from torch import Tensor
+
+import apd_minimal as apd
+from apd_minimal import parallel, store
+
+STEPS = 15
+Decompose = Callable[..., apd.Decomposition]
+
+
+def sparse(step: int, generator: torch.Generator) -> Tensor:
+    """65 samples, most of them with nothing in them: no number of ranks has equal shares."""
+    return apd.data.SparseFeatures(5, 0.1, batch_size=65)(step, generator).double()
+
+
+def tms(decompose: Decompose, **changes: Any) -> apd.Decomposition:
+    """Tied weights, restarts, merging and new starts, all losses."""
+    settings: dict[str, Any] = {"steps": STEPS, "restarts": 2, "tidy_every": 0.2, "lr": 0.05, "progress": False}
+    target = runs.tms().double()
+    source = changes.pop("source", sparse)
+    return decompose(target, source, ["encode.weight"], **{"n_components": 7, "top_k": 1.2, **settings, **changes})
+
+
+def sequence(decompose: Decompose, **changes: Any) -> apd.Decomposition:
+    """Positions, two layers, a loss on hidden activations, pieces of batches."""
+    one = case("sequence")
+    settings: dict[str, Any] = {
+        "steps": STEPS, "per_position": True, "tidy_every": 0.0, "micro_batch": 2, "recompute": True,
+        "hidden_modules": ["norm"], "hidden": 1.0, "lr": 0.03, "progress": False,
+    }  # fmt: skip
+    with patch("apd_minimal.run.HELD_OUT_SAMPLES", 50):
+        return decompose(one.target, lambda step, g: one.inputs(10, g), list(one.stored), 5, 1.5, **settings, **changes)
+
+
+CASES: dict[str, Callable[[Decompose], apd.Decomposition]] = {
+    "tms": tms,
+    "tms from the component model": lambda d: tms(
+        d, attribute_at="components", unit_norm=True, per_sample=True, top_k=1, tidy_every=0.0
+    ),
+    "sequence": sequence,
+}
+
+
+def write(path: Path, result: apd.Decomposition) -> None:
+    """All restarts, the history and the scores of a result."""
+    assert result.restarts is not None
+    tensors = {str(i): t for i, t in enumerate(result.restarts.parameters())}
+    store.write_tensors(path, "test", tensors, {"history": result.history, "scores": result.scores})
+
+
+def equal(folder: Path) -> None:
+    """Every case on every mesh of these ranks, the same on all of them; rank 0 writes what came out."""
+    for components in (1, 2, 4):
+        if dist.get_world_size() % components:
+            continue
+        mesh = parallel.mesh(components)
+        for name, run in CASES.items():
+            result = run(lambda *given, mesh=mesh, **rest: parallel.decompose(*given, mesh=mesh, **rest))
+            assert result.restarts is not None
+            for t in result.restarts.parameters():
+                first = t.clone()
+                dist.broadcast(first, src=0)
+                torch.testing.assert_close(t, first)
+            if dist.get_rank() == 0:
+                write(folder / f"{name}-{components}", result)
+
+
+def checkpointed(folder: Path, how: str) -> None:
+    """A run that goes on from what is there, and is killed on the last rank at step 8, if that is asked for."""
+
+    def source(step: int, generator: torch.Generator) -> Tensor:
+        if how == "kill" and step == 8 and dist.get_rank() == dist.get_world_size() - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return sparse(step, generator)
+
+    mesh = parallel.mesh(min(2, dist.get_world_size()))
+    result = tms(
+        lambda *given, **rest: parallel.decompose(*given, mesh=mesh, **rest),
+        source=source, checkpoint=folder / "run.safetensors", checkpoint_every=3,
+    )  # fmt: skip
+    if dist.get_rank() == 0:
+        write(folder / "result", result)
+
+
+def refused(folder: Path) -> None:
+    """Wrong input: what each rank says."""
+    found = {}
+
+    def says(**changes: Any) -> str:
+        try:
+            tms(lambda *given, **rest: parallel.decompose(*given, **rest), **{"mesh": parallel.mesh(2), **changes})
+        except ValueError as error:
+            return str(error)
+        return "nothing"
+
+    def few(step: int, generator: torch.Generator) -> Tensor:
+        return torch.rand(1, 5, generator=generator, dtype=torch.float64)
+
+    def zeros(network: apd.Network, components: apd.Components, x: Tensor) -> Tensor:
+        return torch.zeros(2, len(x), 7)
+
+    found["attribution"] = says(attribution=zeros)
+    found["few samples"] = says(source=few, mesh=parallel.mesh(1))
+    found["few components"] = says(n_components=1, top_k=1)
+    found["other settings"] = says(lr=0.01 * (1 + dist.get_rank()))
+    found["no such mesh"] = says(mesh=dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),)))
+    try:
+        parallel.mesh(3)
+    except ValueError as error:
+        found["mesh"] = str(error)
+    (folder / f"refused-{dist.get_rank()}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    what, where = sys.argv[1], Path(sys.argv[2])
+    parallel.mesh(1)  # joins the others
+    {"equal": equal, "refused": refused}.get(what, lambda folder: checkpointed(folder, what))(where)
+    dist.destroy_process_group()
