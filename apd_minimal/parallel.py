@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from .algorithm import begin, check, follow
 from .attributions import Attribution, gradient
+from .batch import Batch
 from .checkpoint import write_state
 from .components import Components
 from .config import Config, Schedule
@@ -33,7 +34,7 @@ from .data import Batches
 from .decomposition import Decomposition
 from .gates import Network
 from .losses import Divergence
-from .run import Batch, Run
+from .run import Run
 from .totals import Totals
 
 

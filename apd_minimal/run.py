@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .attributions import Attribution, gradient
+from .batch import Batch
 from .checkpoint import identity, read_state, write_state
 from .components import Components, confine, normalise_columns
 from .config import Config, at_progress
@@ -35,42 +35,6 @@ class NonFiniteLoss(ArithmeticError):
     def __init__(self, message: str, result: Decomposition) -> None:
         super().__init__(message)
         self.result = result
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What the sparse losses of a step need.
-
-    Attributes:
-        x: inputs [B, ...], those that say nothing to any component left out.
-        wanted: the target's outputs [B, ...].
-        hidden: the target's hidden activations that count, each [B, ...].
-        mask: which components are active [R, B, (positions,) C].
-        scrubbed: the same with a random half of the others; empty if there is no scrub loss.
-        share: of the step's samples, how many are in here.
-    """
-
-    x: Tensor
-    wanted: Tensor
-    hidden: list[Tensor]
-    mask: Tensor
-    scrubbed: Tensor | None
-    share: float
-
-    def pieces(self, size: int | None) -> list[Batch]:
-        """The same in pieces of so many samples."""
-        n = len(self.x)
-        return [
-            Batch(
-                self.x[part],
-                self.wanted[part],
-                [h[part] for h in self.hidden],
-                self.mask[:, part],
-                None if self.scrubbed is None else self.scrubbed[:, part],
-                self.share * len(self.x[part]) / n,
-            )
-            for part in (slice(i, i + (size or n)) for i in range(0, n, size or n))
-        ]
 
 
 class Run:

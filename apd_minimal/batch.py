@@ -1,0 +1,43 @@
+"""What the sparse losses of a step need, and the same in pieces (chapter 19)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the sparse losses of a step need.
+
+    Attributes:
+        x: inputs [B, ...], those that say nothing to any component left out.
+        wanted: the target's outputs [B, ...].
+        hidden: the target's hidden activations that count, each [B, ...].
+        mask: which components are active [R, B, (positions,) C].
+        scrubbed: the same with a random half of the others; empty if there is no scrub loss.
+        share: of the step's samples, how many are in here.
+    """
+
+    x: Tensor
+    wanted: Tensor
+    hidden: list[Tensor]
+    mask: Tensor
+    scrubbed: Tensor | None
+    share: float
+
+    def pieces(self, size: int | None) -> list[Batch]:
+        """The same in pieces of so many samples."""
+        n = len(self.x)
+        return [
+            Batch(
+                self.x[part],
+                self.wanted[part],
+                [h[part] for h in self.hidden],
+                self.mask[:, part],
+                None if self.scrubbed is None else self.scrubbed[:, part],
+                self.share * len(self.x[part]) / n,
+            )
+            for part in (slice(i, i + (size or n)) for i in range(0, n, size or n))
+        ]
