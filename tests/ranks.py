@@ -45,7 +45,7 @@ def sequence(decompose: Decompose, **changes: Any) -> apd.Decomposition:
         "hidden_modules": ["norm"], "hidden": 1.0, "lr": 0.03, "progress": False,
     }  # fmt: skip
     with patch("apd_minimal.run.HELD_OUT_SAMPLES", 50):
-        return decompose(one.target, lambda step, g: one.inputs(10, g), list(one.stored), 5, 1.5, **settings, **changes)
+        return decompose(one.target, lambda step, g: one.inputs(11, g), list(one.stored), 5, 1.5, **settings, **changes)
 
 
 CASES: dict[str, Callable[[Decompose], apd.Decomposition]] = {
