@@ -16,8 +16,8 @@ class Batch:
         wanted: the target's outputs [B, ...].
         hidden: the target's hidden activations that count, each [B, ...].
         mask: which components are active [R, B, (positions,) C].
-        scrubbed: the same with a random half of the others; empty if there is no scrub loss.
-        share: of the step's samples, how many are in here.
+        scrubbed: the same with a random half of the others; None if there is no scrub loss.
+        share: what the losses of these samples count for: how many of the step's samples they are.
     """
 
     x: Tensor

@@ -47,15 +47,17 @@ def mesh(components: int = 1, device: str = "cpu") -> DeviceMesh:
 
     Args:
         components: over how many ranks the components are spread; the rest of the ranks' number is for the data.
-        device: "cpu" (gloo) or "cuda" (NCCL).
+        device: "cpu" (gloo) or "cuda" (NCCL; call this before anything else uses a GPU, and move the target there).
 
     Returns:
         DeviceMesh: [ranks / components, components].
 
     Raises:
-        ValueError: a number of ranks that is no multiple of `components`.
+        ValueError: not started by torchrun, or a number of ranks that is no multiple of `components`.
     """
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if "WORLD_SIZE" not in os.environ:
+        raise ValueError("the ranks are started by torchrun, for example torchrun --nproc-per-node 2 script.py")
+    ranks = int(os.environ["WORLD_SIZE"])
     if components < 1 or ranks % components:
         raise ValueError(f"{ranks} ranks cannot be laid out with {components} along components")
     return init_device_mesh(device, (ranks // components, components), mesh_dim_names=("data", "components"))
@@ -83,12 +85,13 @@ def decompose(
 ) -> Decomposition:
     """As `apd_minimal.decompose`, on all ranks of a mesh; each calls it with the same arguments.
 
-    Every rank draws the whole batch, with the run's generator, and takes its own samples of it. At the moments of
-    merging and at the end every rank holds all components for a while.
+    Every rank draws the whole batch, with the run's generator, and takes its own samples of it. Every rank holds all
+    components for a while at the start, when they are merged, and at the end. After Ctrl-C, or an exception that
+    carries no result, what is left of a run is its checkpoint.
 
     Args:
         target: the same network on every rank.
-        batches: gives the inputs of the whole batch, at least a sample for each rank.
+        batches: gives the inputs of the whole batch, the same on every rank, at least a sample for each along "data".
         weights: as there.
         n_components: at least one for each rank along "components".
         top_k: over the whole batch and all components, whatever the mesh.
@@ -110,9 +113,10 @@ def decompose(
         Decomposition: the same on every rank, with all components.
 
     Raises:
-        RankLost: another rank died or did not answer; the message says what can be gone on from.
-        KeyError, TypeError, ValueError, NonFiniteLoss, StoreError: as there, and ranks that were given different
-            targets or settings. An exception on one rank ends the others with RankLost.
+        RankLost: another rank died, or did not answer in time, and the backend said so (gloo does; NCCL may end the
+            process instead); the message says what can be gone on from.
+        KeyError, TypeError, ValueError, NonFiniteLoss, StoreError: as there. ValueError also where ranks were given
+            different targets, settings, checkpoints or batches. If a rank ends by an exception, the others lose it.
     """
     config = Config.from_dict({"n_components": n_components, "top_k": top_k, **settings})
     check(config, divergence, hidden_modules, micro_batch)
@@ -121,21 +125,23 @@ def decompose(
     if attribution is not None and mesh["components"].size() > 1:
         raise ValueError("attribution must be None where the components are spread over ranks: gradients are exact")
     network = Network(target, weights, output, hidden_modules, recompute)
-    last = "there is no checkpoint"
     try:
         run = begin(partial(ShardedRun, mesh), network, batches, config, divergence, attribution, micro_batch)
+        run.agree("checkpoints", [checkpoint is not None, checkpoint_every])
         if checkpoint is not None and Path(checkpoint).exists():
             run.resume(checkpoint)
-        last = f"no checkpoint was written since step {run.step}" if checkpoint else last
+        run.agree("checkpoints", run.step)
         follow(run, checkpoint, checkpoint_every, watch, progress and dist.get_rank() == 0)
         return run.result()
     except RuntimeError as error:
         # gloo has no class of its own for a partner that is gone.
         if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
             raise
-        if checkpoint is not None and Path(checkpoint).exists():
-            last = f"start again, with any number of ranks, to go on from {checkpoint}"
-        raise RankLost(f"rank {dist.get_rank()} lost another rank of {mesh.size()}; {last}") from error
+        there = checkpoint is not None and Path(checkpoint).exists()
+        left = (
+            f"start again, with any number of ranks, to go on from {checkpoint}" if there else "no checkpoint is left"
+        )
+        raise RankLost(f"rank {dist.get_rank()} lost another rank of {mesh.size()}; {left}") from error
 
 
 class Ranks:
@@ -175,15 +181,13 @@ class Ranks:
         """What this rank has of it: parts along `dim` whose sizes differ by one at most."""
         return whole.tensor_split(self.size, dim)[self.index]
 
-    def join(self, part: Tensor, dim: int) -> Tensor:
-        """What the ranks have, one after the other along `dim`; the sizes may differ."""
+    def join(self, part: Tensor, dim: int, sizes: list[int]) -> Tensor:
+        """What the ranks have, one after the other along `dim`, of these sizes."""
         if self.mesh is None:
             return part
-        sizes = self.gather(torch.tensor([part.shape[dim]], device=part.device), 0).tolist()
         missing = list(part.shape)
         missing[dim] = max(sizes) - missing[dim]
-        padded = self.gather(torch.cat([part, part.new_zeros(missing)], dim), dim)
-        blocks = padded.split(max(sizes), dim)
+        blocks = self.gather(torch.cat([part, part.new_zeros(missing)], dim), dim).split(max(sizes), dim)
         return torch.cat([block.narrow(dim, 0, size) for block, size in zip(blocks, sizes, strict=True)], dim)
 
 
@@ -217,7 +221,8 @@ class ShardedTotals(Totals):
         super().backward(loss)
         for factor in self.parameters():
             assert factor.grad is not None
-            factor.grad = self._data.sum(factor.grad) / self._data.size
+            if self._data.size > 1:
+                factor.grad = self._data.sum(factor.grad) / self._data.size
 
 
 class ShardedRun(Run):
@@ -225,36 +230,46 @@ class ShardedRun(Run):
 
     def __init__(self, mesh: DeviceMesh, network: Network, *rest: Any) -> None:
         self.data, self.ranks = Ranks(mesh["data"]), Ranks(mesh["components"])
+        self.rows: list[int] = []  # how many samples of the last mask each rank along "data" has
+        self.quiet = False  # this rank's samples say nothing to any component, others' do
         super().__init__(network, *rest)
-        config, mine = self.config, self.share_of_components
-        if config.n_components < self.ranks.size:
-            raise ValueError(f"{config.n_components} components cannot be spread over {self.ranks.size} ranks")
-        self._compare(mesh)
+        n, size = self.config.n_components, self.ranks.size
+        if n < size:
+            raise ValueError(f"{n} components cannot be spread over {size} ranks")
+        if mesh.device_type != self.device:
+            raise ValueError(f"the mesh is on {mesh.device_type}, the target on {self.device}")
+        self.columns = [len(part) for part in torch.arange(n).tensor_split(size)]
+        self.mesh = mesh
+        self.agree("targets or settings", [self.identity, self.micro_batch])
         # Every rank draws the components of all, so that they do not depend on the mesh.
-        self.components = self.components.map(lambda t: mine(t.detach()).clone().requires_grad_())
+        self.components = self.components.map(lambda t: self.own(t.detach()).requires_grad_())
         self.good = self.components.map(lambda t: t.detach().clone())
-        self.optimiser = torch.optim.Adam(self.components.parameters(), lr=config.lr, fused=True)
+        self.optimiser = torch.optim.Adam(self.components.parameters(), lr=self.config.lr, fused=True)
+        batch = self.drawn(0, torch.Generator().manual_seed(self.config.seed))
+        self.agree("batches", hashlib.sha256(batch.cpu().numpy().tobytes()).hexdigest())
         self.network = ShardedNetwork(
             network.target, list(network.weights), network.output, network.hidden, network.recompute
         )
         self.network.ranks = self.ranks
         self.on_my_own = network
 
-    def _compare(self, mesh: DeviceMesh) -> None:
-        """Raise a ValueError if the ranks were given different runs."""
-        digest = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).digest()
+    def agree(self, what: str, given: Any) -> None:
+        """Raise a ValueError if the ranks were given different ones, as JSON has them."""
+        digest = hashlib.sha256(json.dumps(given, sort_keys=True).encode()).digest()
         own = torch.tensor([int.from_bytes(digest[:7], "big")], device=self.device)
-        found = Ranks(mesh["components"]).gather(Ranks(mesh["data"]).gather(own, 0), 0)
+        found = Ranks(self.mesh["components"]).gather(Ranks(self.mesh["data"]).gather(own, 0), 0)
         if len(found.unique()) > 1:
-            raise ValueError("the ranks were given different targets or settings")
-
-    def share_of_components(self, t: Tensor) -> Tensor:
-        """Of something about all components, [R, C, ...], what is about those of this rank."""
-        return self.ranks.share(t, 1).contiguous()  # the fused optimiser takes the layouts to be the same
+            raise ValueError(f"the ranks were given different {what}")
 
     def own(self, factor: Tensor) -> Tensor:
-        """As `share_of_components`; what is about no component, such as Adam's count of steps, stays."""
-        return self.share_of_components(factor) if factor.ndim > 1 else factor
+        """Of something about all components, [R, C, ...], a copy of what is about those of this rank.
+
+        What is about no component, such as Adam's count of steps, stays. The layout is that of the factors, which the
+        fused optimiser takes to be the same.
+        """
+        if factor.ndim < 2:
+            return factor
+        return self.ranks.share(factor, 1).clone(memory_format=torch.contiguous_format)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -285,34 +300,45 @@ class ShardedRun(Run):
 
     def attributions(self, x: Tensor, components: Components) -> Tensor:
         """Of all components on all samples, those of the ranks one after the other."""
-        return self.data.join(self.ranks.join(super().attributions(x, components), -1), 1)
+        own = super().attributions(x, components)[:, : self.rows[self.data.index]]
+        return self.data.join(self.ranks.join(own, -1, self.columns), 1, self.rows)
 
     def mask(self, x: Tensor, components: Components | None = None, share: float = 1.0) -> Tensor:
         """Of the top k of the whole batch, what is about this rank's samples and components."""
-        self.rows = self._rows(len(x))
-        of_all = self._rows(round(len(x) / share))
-        mask = super().mask(x, components, sum(self.rows) / sum(of_all))
-        return self._mine(mask)
+        rows, of_all = self._counts([0 if self.quiet else len(x), round(len(x) / share)])
+        self.rows = rows
+        mask = self._mine(super().mask(x, components, sum(rows) / sum(of_all)))
+        return mask.new_zeros(len(mask), len(x), *mask.shape[2:]) if self.quiet else mask
 
-    def _rows(self, own: int) -> list[int]:
-        return self.data.gather(torch.tensor([own], device=self.device), 0).tolist()
+    def _counts(self, own: list[int]) -> list[list[int]]:
+        """Each of these numbers on all ranks along "data"."""
+        found = self.data.gather(torch.tensor([own], device=self.device), 0)
+        return [column.tolist() for column in found.unbind(1)]
 
     def _mine(self, whole: Tensor) -> Tensor:
-        return self.ranks.share(whole.split(self.rows, 1)[self.data.index], -1)
+        return self.ranks.share(whole.split(self.rows, 1)[self.data.index], -1).clone()
 
     def coin(self, mask: Tensor) -> Tensor:
         """This rank's part of what one process would draw."""
         shape = [len(mask), sum(self.rows), *mask.shape[2:-1], self.config.n_components]
-        return self._mine(super().coin(mask.new_empty(shape)))
+        drawn = self._mine(super().coin(mask.new_empty(shape)))
+        return torch.zeros_like(mask) if self.quiet else drawn
+
+    def kept(self, busy: Tensor) -> Tensor:
+        """As there; a rank with no busy samples works on those that it has, and nobody counts them."""
+        somebody = max(self._counts([int(busy.any())])[0])
+        self.quiet = bool(somebody) and not bool(busy.any())
+        return super().kept(busy)
 
     def prepared(self, x: Tensor, scrubs: bool) -> Batch:
         """As there; the shares are such that the mean over ranks is that over samples."""
         batch = super().prepared(x, scrubs)
+        self.quiet = False
         return replace(batch, share=batch.share * self._weight(x))
 
     def _weight(self, x: Tensor) -> float:
         """How many of the samples this rank has, over the mean of all ranks."""
-        return len(x) * self.data.size / sum(self._rows(len(x)))
+        return len(x) * self.data.size / sum(self._counts([len(x)])[0])
 
     def totals(self) -> Totals:
         """What the losses see of the factors of all ranks."""
@@ -331,7 +357,7 @@ class ShardedRun(Run):
 
     def whole(self, components: Components) -> Components:
         """A copy of the components of all ranks."""
-        return components.map(lambda p: self.ranks.join(p.detach(), 1).clone())
+        return components.map(lambda p: self.ranks.join(p.detach(), 1, self.columns).clone())
 
     def mean(self, moments: Tensor) -> Tensor:
         """Over the components of all ranks."""
@@ -348,16 +374,16 @@ class ShardedRun(Run):
             dist.broadcast(t, src=0)
         self.replace(everything.map(self.own), self.own(changed).bool())
 
-    def moments(self) -> list[dict[str, Tensor]]:
-        """What the optimisers of all ranks know about each factor."""
-        return [
-            {name: self.ranks.join(t, 1) if t.ndim > 1 else t for name, t in known.items()}
-            for known in super().moments()
-        ]
-
     def save(self, path: str | os.PathLike[str]) -> None:
         """Rank 0 writes what one process would; the others wait, so that none goes on from what is not there yet."""
-        factors, moments = self.whole(self.components).parameters(), self.moments()
-        if dist.get_rank() == 0:
+        first = dist.get_rank() == 0
+
+        def everything(part: Tensor) -> Tensor:
+            whole = self.ranks.join(part.detach(), 1, self.columns) if part.ndim > 1 else part
+            return whole.cpu() if first else whole.new_empty(0)
+
+        factors = [everything(p) for p in self.components.parameters()]
+        moments = [{name: everything(t) for name, t in known.items()} for known in self.moments()]
+        if first:
             write_state(path, self.identity, self.step, self.history, self.generator, factors, moments)
         dist.barrier()

@@ -120,11 +120,16 @@ class Run:
             if [*scores.shape[:2], scores.shape[-1]] != expected:
                 raise ValueError(f"attributions must be {expected}, got {list(scores.shape)}")
             found.append(scores)
-        return torch.cat(found, dim=1)
+        # Under autocast some ways to attributions give bfloat16 and others do not.
+        return torch.cat(found, dim=1).to(components.parameters()[0].dtype)
 
     def coin(self, mask: Tensor) -> Tensor:
         """A random half of what can be active, for the scrub loss; of the mask's shape and type."""
         return (torch.rand(mask.shape, generator=self.generator).to(mask) < 0.5).to(mask)
+
+    def kept(self, busy: Tensor) -> Tensor:
+        """Which of the busy samples [B] are worked on: indices, of all of them."""
+        return busy.nonzero().flatten()
 
     @torch.no_grad()
     def prepared(self, x: Tensor, scrubs: bool) -> Batch:
@@ -133,7 +138,7 @@ class Run:
         hidden: list[Tensor] = []
         wanted = self.network(x, record=uses, activations=hidden)
         # What has nothing to say to any component adds nothing to the losses but to their denominators.
-        kept, share = busy(uses, len(x)).nonzero().flatten(), 1.0
+        kept, share = self.kept(busy(uses, len(x))), 1.0
         if 0 < len(kept) < len(x):
             wanted, hidden = wanted[kept], [h[kept] for h in hidden]
             x, share = x[kept], len(kept) / len(x)

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from oracles import case
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 import apd_minimal as apd
 from apd_minimal import parallel, store
@@ -48,11 +49,18 @@ def sequence(decompose: Decompose, **changes: Any) -> apd.Decomposition:
         return decompose(one.target, lambda step, g: one.inputs(11, g), list(one.stored), 5, 1.5, **settings, **changes)
 
 
+def half_empty(step: int, generator: torch.Generator) -> Tensor:
+    """64 samples, of which the second half is empty: on two ranks, all of the second one's."""
+    x = apd.data.SparseFeatures(5, 0.3, batch_size=64)(step, generator).double()
+    return torch.cat([x[:32], torch.zeros_like(x[:32])])
+
+
 CASES: dict[str, Callable[[Decompose], apd.Decomposition]] = {
     "tms": tms,
     "tms from the component model": lambda d: tms(
         d, attribute_at="components", unit_norm=True, per_sample=True, top_k=1, tidy_every=0.0
     ),
+    "tms with empty shares": lambda d: tms(d, source=half_empty),
     "sequence": sequence,
 }
 
@@ -64,19 +72,23 @@ def write(path: Path, result: apd.Decomposition) -> None:
     store.write_tensors(path, "test", tensors, {"history": result.history, "scores": result.scores})
 
 
+def spread(mesh: DeviceMesh) -> Decompose:
+    """`decompose` on a mesh."""
+    return lambda *given, **rest: parallel.decompose(*given, **{"mesh": mesh, **rest})
+
+
 def equal(folder: Path) -> None:
     """Every case on every mesh of these ranks, the same on all of them; rank 0 writes what came out."""
     for components in (1, 2, 4):
         if dist.get_world_size() % components:
             continue
-        mesh = parallel.mesh(components)
         for name, run in CASES.items():
-            result = run(lambda *given, mesh=mesh, **rest: parallel.decompose(*given, mesh=mesh, **rest))
+            result = run(spread(parallel.mesh(components)))
             assert result.restarts is not None
             for t in result.restarts.parameters():
                 first = t.clone()
                 dist.broadcast(first, src=0)
-                torch.testing.assert_close(t, first)
+                assert torch.equal(t, first)
             if dist.get_rank() == 0:
                 write(folder / f"{name}-{components}", result)
 
@@ -90,41 +102,52 @@ def checkpointed(folder: Path, how: str) -> None:
         return sparse(step, generator)
 
     mesh = parallel.mesh(min(2, dist.get_world_size()))
-    result = tms(
-        lambda *given, **rest: parallel.decompose(*given, mesh=mesh, **rest),
-        source=source, checkpoint=folder / "run.safetensors", checkpoint_every=3,
-    )  # fmt: skip
+    result = tms(spread(mesh), source=source, checkpoint=folder / "run.safetensors", checkpoint_every=3)
     if dist.get_rank() == 0:
         write(folder / "result", result)
 
 
 def refused(folder: Path) -> None:
-    """Wrong input: what each rank says."""
+    """Wrong input, and losses that break: what each rank says."""
     found = {}
+    rank = dist.get_rank()
 
-    def says(**changes: Any) -> str:
+    def says(components: int = 2, **changes: Any) -> str:
         try:
-            tms(lambda *given, **rest: parallel.decompose(*given, **rest), **{"mesh": parallel.mesh(2), **changes})
-        except ValueError as error:
+            tms(spread(parallel.mesh(components)), **changes)
+        except (ValueError, apd.NonFiniteLoss) as error:
             return str(error)
         return "nothing"
 
     def few(step: int, generator: torch.Generator) -> Tensor:
         return torch.rand(1, 5, generator=generator, dtype=torch.float64)
 
-    def zeros(network: apd.Network, components: apd.Components, x: Tensor) -> Tensor:
-        return torch.zeros(2, len(x), 7)
+    def other(step: int, generator: torch.Generator) -> Tensor:
+        return sparse(step, generator) * (1 + rank)
 
-    found["attribution"] = says(attribution=zeros)
-    found["few samples"] = says(source=few, mesh=parallel.mesh(1))
+    def one(network: apd.Network, components: apd.Components, x: Tensor) -> Tensor:
+        return torch.ones(2, len(x), 7)
+
+    found["attribution"] = says(attribution=one)
+    found["attribution along the data"] = says(1, attribution=one)
+    found["few samples"] = says(1, source=few)
     found["few components"] = says(n_components=1, top_k=1)
-    found["other settings"] = says(lr=0.01 * (1 + dist.get_rank()))
+    found["other settings"] = says(lr=0.01 * (1 + rank))
+    found["other pieces"] = says(micro_batch=3 + rank)
+    found["other batches"] = says(source=other)
+    found["other checkpoints"] = says(checkpoint=folder / "one" if rank else None)
     found["no such mesh"] = says(mesh=dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),)))
+    found["broken"] = says(lr=1e200)[:13]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        target = runs.tms()
+        source = apd.data.SparseFeatures(5, 0.1, batch_size=65)
+        result = spread(parallel.mesh(2))(target, source, ["encode.weight"], 7, 1.2, steps=4, progress=False)
+        found["autocast"] = str(all(bool(torch.isfinite(t).all()) for t in result.components.parameters()))
     try:
         parallel.mesh(3)
     except ValueError as error:
         found["mesh"] = str(error)
-    (folder / f"refused-{dist.get_rank()}.json").write_text(json.dumps(found))
+    (folder / f"refused-{rank}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import ranks
 import torch
 
 import apd_minimal as apd
-from apd_minimal import store
+from apd_minimal import parallel, store
 
 
 def launch(n: int, what: str, folder: Path) -> list[tuple[int, str]]:
@@ -64,7 +64,9 @@ def alone() -> dict[str, apd.Decomposition]:
 def test_many_processes_do_what_one_does(n: int, tmp_path: Path, alone: dict[str, apd.Decomposition]) -> None:
     """Started as a user starts it."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)]
-    done = subprocess.run([*command, ranks.__file__, "equal", str(tmp_path)], capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, ranks.__file__, "equal", str(tmp_path)], capture_output=True, text=True, timeout=400
+    )
     assert done.returncode == 0, done.stderr
     for name, result in alone.items():
         for components in (c for c in (1, 2, 4) if n % c == 0):
@@ -112,9 +114,21 @@ def test_wrong_input_is_refused_on_every_rank(tmp_path: Path) -> None:
         found = json.loads((tmp_path / f"refused-{rank}.json").read_text())
         assert found == {
             "attribution": "attribution must be None where the components are spread over ranks: gradients are exact",
+            "attribution along the data": "nothing",
             "few samples": "a batch of 1 cannot be spread over 2 ranks",
             "few components": "1 components cannot be spread over 2 ranks",
             "other settings": "the ranks were given different targets or settings",
+            "other pieces": "the ranks were given different targets or settings",
+            "other batches": "the ranks were given different batches",
+            "other checkpoints": "the ranks were given different checkpoints",
             "no such mesh": 'mesh must have the dimensions ("data", "components"), got None',
+            "broken": "step 1: the f",
+            "autocast": "True",
             "mesh": "2 ranks cannot be laid out with 3 along components",
         }
+
+
+def test_a_mesh_needs_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(ValueError, match="started by torchrun"):
+        parallel.mesh()

@@ -34,7 +34,7 @@ from apd_minimal.targets import TMS
 DATA = Path(__file__).parent.parent / "data"
 MESHES = ((1, 1), (2, 1), (1, 2), (2, 2))  # ranks along data, along components
 TIMED = ((1, 1), (2, 1), (1, 2))  # no more processes than cores
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1)
 WIDTHS = (256, 1024, 1024, 32)
 SIZE: dict[str, Any] = {"n_components": 256, "rank": 4, "top_k": 8.0, "tidy_every": 0.0, "steps": 10_000}
 BATCH, WARM_UP, STEPS = 256, 3, 10
@@ -73,7 +73,8 @@ def same(n_ranks: int, components: int, seed: int, folder: Path) -> dict[str, An
 
     def watch(step: int, own: apd.Components) -> None:
         for i, t in enumerate(own.parameters()):
-            seen[f"{step}.{i}"] = ranks.join(t, 1).clone()
+            columns = [len(part) for part in torch.arange(target.recipe["n_components"]).tensor_split(ranks.size)]
+            seen[f"{step}.{i}"] = ranks.join(t, 1, columns).clone()
 
     start = time.perf_counter()
     settings = {**target.recipe, "seed": seed, "progress": False, "watch": watch}
