@@ -11,7 +11,7 @@ from torch import Tensor
 
 import apd_minimal as apd
 from apd_minimal.targets import Questions, Transformer
-from apd_minimal.targets.transformer import TASKS, answer_shares, last_position
+from apd_minimal.targets.transformer import TASKS, answer_shares, last_position, logit_shares
 
 seeds = st.integers(0, 2**31)
 
@@ -161,12 +161,17 @@ def test_answer_shares_against_differences_of_gates() -> None:
     torch.testing.assert_close(answer_shares(network, components, x), shares, atol=1e-6, rtol=1e-5)
 
 
-def test_recipe_runs_and_its_mask_is_the_runs_own() -> None:
+def test_logit_shares_with_many_probes_are_near_the_exact_ones() -> None:
+    target = small()
+    network = apd.Network(target, target.weights, output=last_position)
+    components = apd.Components.random(network.shapes, 3, 2, None, 0.5, torch.Generator().manual_seed(3))
+    x = target.data(5)(0, torch.Generator().manual_seed(1))
+    exact = apd.attributions.gradient(network, components, x)
+    many = logit_shares(network, components, x, n_probes=2000, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(many, exact / exact.sum(1, keepdim=True), atol=0.02, rtol=0)
+
+
+def test_recipe_runs() -> None:
     target = small()
     settings = target.recipe | {"n_components": 4, "rank": 2, "steps": 3}
-    result = apd.decompose(target, **settings, progress=False)
-    assert result.finished
-    x = target.data(40)(0, torch.Generator().manual_seed(2))
-    mask = target.mask(result.components, x)
-    assert mask.shape == (40, 4)
-    assert mask.sum() == int(40 * target.recipe["top_k"])
+    assert apd.decompose(target, **settings, progress=False).finished

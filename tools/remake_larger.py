@@ -1,9 +1,10 @@
 """Makes data/larger.*: a transformer of 270,000 parameters with six tasks, taken apart (chapter 23).
 
-python tools/remake_larger.py [--seeds 0 1]     (on one core, two minutes for the target and about half an hour a seed)
+python tools/remake_larger.py [--only answer-0 ...]     (on one core, two minutes for the target and ten for each run)
 
-One target, of seed 0, rounded to half precision before it is taken apart. The seeds are those of the decomposition;
-the recipe was found on the target of seed 100. What is there with the settings of today is kept.
+One target, of seed 0, rounded to half precision before it is taken apart: with attributions to the logit of its own
+answer ("answer") or to all logits ("logits"). The seeds are those of the decomposition; the recipes were found on the
+target of seed 100. What is there with the settings of today is kept.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import resource
 import time
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,10 +24,13 @@ from torch import Tensor
 
 import apd_minimal as apd
 from apd_minimal.losses import kl
-from apd_minimal.targets.transformer import Transformer, last_position
+from apd_minimal.targets.transformer import Transformer, answer_shares, last_position, logit_shares
+from apd_minimal.topk import batch_top_k
 
 TABLE, ARRAYS = DATA / "larger.json", DATA / "larger.safetensors"
 QUESTIONS = 4096  # for everything that is measured
+RUNS = ("answer-0", "answer-1", "logits-0", "logits-1")
+LOGITS: dict[str, Any] = {}  # what differs from the recipe where attributions are to all logits
 BUILT_IN = ("batches", "weights", "output", "attribution", "divergence")
 
 
@@ -95,6 +100,16 @@ def scrubbed(network: apd.Network, components: apd.Components, x: Tensor, mask: 
     }
 
 
+def active(
+    network: apd.Network, components: apd.Components, x: Tensor, name: str, k: float, n_probes: int = 16
+) -> Tensor:
+    """The mask [B, C] of a run, by its own attributions; those to all logits with more probes than in training."""
+    if name.startswith("answer"):
+        return batch_top_k(answer_shares(network, components, x), k)
+    generator = torch.Generator().manual_seed(0)
+    return batch_top_k(logit_shares(network, components, x, n_probes, generator), k)
+
+
 def control(network: apd.Network, components: apd.Components) -> apd.Components:
     """As many components, of the same ranks, that know nothing of the tasks: singular directions dealt at random."""
     generator = torch.Generator().manual_seed(0)
@@ -110,37 +125,48 @@ def control(network: apd.Network, components: apd.Components) -> apd.Components:
     return apd.Components(A, B)
 
 
-def settings_of(target: Transformer, seed: int) -> dict[str, Any]:
+def recipe_of(target: Transformer, name: str) -> dict[str, Any]:
+    """The arguments of `decompose` for a run."""
+    kind, seed = name.split("-")
+    recipe = {**target.recipe, "seed": int(seed)}
+    if kind == "logits":
+        generator = torch.Generator().manual_seed(int(seed))
+        recipe |= LOGITS | {"attribution": partial(logit_shares, generator=generator)}
+    return recipe
+
+
+def settings_of(target: Transformer, name: str) -> dict[str, Any]:
     """The numbers among the arguments of `decompose`, as they are stored."""
-    own = {k: v for k, v in target.recipe.items() if k not in BUILT_IN}
-    config = asdict(apd.Config.from_dict(own | {"seed": seed}))
-    return json.loads(json.dumps({"batch": target.recipe["batches"].batch_size, **config}))
+    recipe = recipe_of(target, name)
+    config = asdict(apd.Config.from_dict({k: v for k, v in recipe.items() if k not in BUILT_IN}))
+    return json.loads(json.dumps({"batch": recipe["batches"].batch_size, **config}))
 
 
-def run(target: Transformer, seed: int) -> tuple[dict[str, Any], apd.Components]:
+def run(target: Transformer, name: str) -> tuple[dict[str, Any], apd.Components]:
     """Take the target apart and measure."""
+    recipe = recipe_of(target, name)
     network = apd.Network(target, target.weights, output=last_position)
     x = questions(target)
     groups = {"task": x[:, 0] - target.n_letters, "answer": network(x).argmax(-1)}
     usage: list[dict[str, Any]] = []
 
     def watch(step: int, components: apd.Components) -> None:
-        if step >= len(usage) * target.recipe["steps"] // 20:
+        if step >= len(usage) * recipe["steps"] // 20:
             some = x[:1024]
-            mask = target.mask(components.restart(0), some, step / target.recipe["steps"])
+            mask = active(network, components.restart(0), some, name, recipe["top_k"])
             by = {group: [means(on, which[:1024]) for on in mask.T] for group, which in groups.items()}
             usage.append({"step": step, **by})
-            print(seed, step, f"{time.process_time() - start:.0f} s", flush=True)
+            print(name, step, f"{time.process_time() - start:.0f} s", flush=True)
 
     start = time.process_time()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        result = apd.decompose(target, **target.recipe, seed=seed, watch=watch, progress=False)
+        result = apd.decompose(target, **recipe, watch=watch, progress=False)
     seconds = time.process_time() - start
     order = result.components.norms().argsort(descending=True).tolist()
     components = result.components.subset(order).map(lambda t: t.half().float())
-    mask = target.mask(components, x)
+    mask = active(network, components, x, name, recipe["top_k"])
     facts = {
-        "seed": seed,
+        "name": name,
         "seconds": round(seconds),
         "peak_megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         "history": {k: [v if k == "step" else v[0] for v in values] for k, values in result.history.items()},
@@ -152,39 +178,46 @@ def run(target: Transformer, seed: int) -> tuple[dict[str, Any], apd.Components]
         "causal": causal(network, components, x, groups),
         "scrubbing": scrubbed(network, components, x, mask),
         "control": causal(network, control(network, components), x, groups),
-        "settings": settings_of(target, seed),
+        "settings": settings_of(target, name),
     }
     return facts, components
+
+
+def kept(target: Transformer) -> list[dict[str, Any]]:
+    """The runs that are there with the settings of today."""
+    runs = json.loads(TABLE.read_text())["runs"] if TABLE.exists() else []
+    return [r for r in runs if r["settings"] == settings_of(target, r["name"])]
+
+
+def store(target: Transformer, facts: dict[str, Any], components: apd.Components) -> None:
+    """Add a run to what is in the files by now: another process may have added its own."""
+    name = facts["name"]
+    runs = sorted([*(r for r in kept(target) if r["name"] != name), facts], key=lambda r: r["name"])
+    x = questions(target)
+    right = (target(x)[:, -1].argmax(-1) == target.answers(x)).float()
+    about = {"torch": torch.__version__, "threads": 1, "accuracy": means(right, x[:, 0] - target.n_letters)}
+    tensors = {k: v for k, v in load_file(ARRAYS).items() if k.split(".")[0] in ("target", *(r["name"] for r in runs))}
+    for letter, factors in (("A", components.A), ("B", components.B)):
+        tensors |= {f"{name}.{letter}.{path}": t.half().contiguous() for path, t in factors.items()}
+    TABLE.write_text(json.dumps({"about": about, "runs": runs}) + "\n")
+    save_file(tensors, ARRAYS)
+    write_manifest()
 
 
 def main() -> None:
     """Make what is missing and write the files after each run."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1])
-    seeds = parser.parse_args().seeds
+    parser.add_argument("--only", nargs="*", default=RUNS, choices=RUNS)
+    names = parser.parse_args().only
     torch.set_num_threads(1)
     tensors = load_file(ARRAYS) if ARRAYS.exists() else {}
+    known = len(tensors)
     target = stored_target(tensors)
-    save_file(tensors, ARRAYS)
-    old = json.loads(TABLE.read_text())["runs"] if TABLE.exists() else []
-    runs = [r for r in old if r["settings"] == settings_of(target, r["seed"])]
-    for seed in seeds:
-        if any(r["seed"] == seed for r in runs):
-            continue
-        facts, components = run(target, seed)
-        runs = sorted([*runs, facts], key=lambda r: r["seed"])
-        for letter, factors in (("A", components.A), ("B", components.B)):
-            tensors |= {f"{seed}.{letter}.{path}": t.half().contiguous() for path, t in factors.items()}
-        x = questions(target)
-        right = (target(x)[:, -1].argmax(-1) == target.answers(x)).float()
-        about = {
-            "torch": torch.__version__,
-            "threads": 1,
-            "accuracy": means(right, x[:, 0] - target.n_letters),
-        }
-        TABLE.write_text(json.dumps({"about": about, "runs": runs}) + "\n")
+    if len(tensors) > known:
         save_file(tensors, ARRAYS)
-        write_manifest()
+    for name in names:
+        if all(r["name"] != name for r in kept(target)):
+            store(target, *run(target, name))
 
 
 if __name__ == "__main__":

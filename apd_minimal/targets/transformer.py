@@ -11,9 +11,7 @@ from torch import Tensor, nn
 
 from ..attributions import gradient
 from ..components import Components
-from ..config import at_progress
 from ..gates import Network
-from ..topk import batch_top_k
 from .training import train
 
 TASKS = ("first", "last but one", "after", "fact", "other fact", "largest")
@@ -188,25 +186,20 @@ class Transformer(nn.Module):
             "output": last_position,
             "divergence": "kl",
             "attribution": answer_shares,
-            "n_components": 16,
+            "n_components": 32,
             "top_k": 3.0,
-            "rank": 16,
+            "rank": 8,
             "steps": 2000,
             "lr": 3e-3,
-            "init_std": 0.04,
-            "faithfulness": 1000.0,
+            "init_std": 0.05,
+            "faithfulness": ((0.0, 3000.0), (0.7, 10_000.0)),
             "minimality": 1.0,
-            "scrub": 1.0,
-            "simplicity": ((0.0, 300.0), (0.7, 10.0)),
+            "scrub": 2.0,
+            "simplicity": ((0.0, 300.0), (0.7, 3.0)),
             "p": 0.9,
             "tidy_every": 0.0,
             "reseed_until": 0.0,
         }
-
-    def mask(self, components: Components, x: Tensor, t: float = 1.0) -> Tensor:
-        """Which of C components the recipe holds active at progress t on questions [B, 9]: zeros and ones, [B, C]."""
-        network = Network(self, components.paths, output=last_position)
-        return batch_top_k(answer_shares(network, components, x), at_progress(self.recipe["top_k"], t))
 
 
 def last_position(logits: Tensor) -> Tensor:
@@ -235,5 +228,15 @@ def answer_shares(network: Network, components: Components, x: Tensor) -> Tensor
         return logits.amax(-1, keepdim=True) - logits.mean(-1, keepdim=True)
 
     one = Network(network.target, list(network.weights), answer)
-    scores = gradient(one, components, x, mode="backward", internal_batch_size=64)
+    return _shares(gradient(one, components, x, mode="backward", internal_batch_size=64))
+
+
+def logit_shares(
+    network: Network, components: Components, x: Tensor, n_probes: int = 8, generator: torch.Generator | None = None
+) -> Tensor:
+    """Gradient attributions to all logits, by random probes, as shares: [B, C] or [restarts, B, C]."""
+    return _shares(gradient(network, components, x, n_probes=n_probes, internal_batch_size=32, generator=generator))
+
+
+def _shares(scores: Tensor) -> Tensor:
     return scores / scores.sum(-1, keepdim=True).clamp_min(1e-12)
