@@ -11,7 +11,7 @@ from torch import Tensor
 
 import apd_minimal as apd
 from apd_minimal.targets import Questions, Transformer
-from apd_minimal.targets.transformer import TASKS, answer_shares, last_position, logit_shares
+from apd_minimal.targets.transformer import TASKS, answer_shares, last_position
 
 seeds = st.integers(0, 2**31)
 
@@ -159,16 +159,6 @@ def test_answer_shares_against_differences_of_gates() -> None:
         slopes = torch.stack([(number(c, 1e-5) - number(c, -1e-5)) / 2e-5 for c in range(3)], dim=1).abs()
     shares = slopes / slopes.sum(1, keepdim=True)
     torch.testing.assert_close(answer_shares(network, components, x), shares, atol=1e-6, rtol=1e-5)
-
-
-def test_logit_shares_with_many_probes_are_near_the_exact_ones() -> None:
-    target = small()
-    network = apd.Network(target, target.weights, output=last_position)
-    components = apd.Components.random(network.shapes, 3, 2, None, 0.5, torch.Generator().manual_seed(3))
-    x = target.data(5)(0, torch.Generator().manual_seed(1))
-    exact = apd.attributions.gradient(network, components, x)
-    many = logit_shares(network, components, x, n_probes=2000, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(many, exact / exact.sum(1, keepdim=True), atol=0.02, rtol=0)
 
 
 def test_recipe_runs() -> None:

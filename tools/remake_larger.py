@@ -2,9 +2,9 @@
 
 python tools/remake_larger.py [--only answer-0 ...]     (on one core, two minutes for the target and ten for each run)
 
-One target, of seed 0, rounded to half precision before it is taken apart: with attributions to the logit of its own
-answer ("answer") or to all logits ("logits"). The seeds are those of the decomposition; the recipes were found on the
-target of seed 100. What is there with the settings of today is kept.
+One target, of seed 0, rounded to half precision before it is taken apart: all twelve matrices ("answer"), or the
+queries and keys alone ("reading"). The seeds are those of the decomposition; the recipes were found on the target of
+seed 100. What is there with the settings of today is kept.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import json
 import resource
 import time
 from dataclasses import asdict
-from functools import partial
 from typing import Any
 
 import torch
@@ -24,13 +23,21 @@ from torch import Tensor
 
 import apd_minimal as apd
 from apd_minimal.losses import kl
-from apd_minimal.targets.transformer import Transformer, answer_shares, last_position, logit_shares
+from apd_minimal.targets.transformer import Transformer, answer_shares, last_position
 from apd_minimal.topk import batch_top_k
 
 TABLE, ARRAYS = DATA / "larger.json", DATA / "larger.safetensors"
 QUESTIONS = 4096  # for everything that is measured
-RUNS = ("answer-0", "answer-1", "logits-0", "logits-1")
-LOGITS: dict[str, Any] = {}  # what differs from the recipe where attributions are to all logits
+RUNS = ("answer-0", "answer-1", "reading-0", "reading-1")
+READING: dict[str, Any] = {  # what differs where queries and keys are taken apart, and nothing else
+    "weights": [f"blocks.{i}.{part}.weight" for i in range(2) for part in "qk"],
+    "n_components": 12,
+    "top_k": 2.0,
+    "steps": 1000,
+    "init_std": 0.08,
+    "faithfulness": 1000.0,
+    "simplicity": ((0.0, 75.0), (0.7, 1.0)),  # a loss over a quarter of the weights counts four times as much
+}
 BUILT_IN = ("batches", "weights", "output", "attribution", "divergence")
 
 
@@ -100,16 +107,6 @@ def scrubbed(network: apd.Network, components: apd.Components, x: Tensor, mask: 
     }
 
 
-def active(
-    network: apd.Network, components: apd.Components, x: Tensor, name: str, k: float, n_probes: int = 16
-) -> Tensor:
-    """The mask [B, C] of a run, by its own attributions; those to all logits with more probes than in training."""
-    if name.startswith("answer"):
-        return batch_top_k(answer_shares(network, components, x), k)
-    generator = torch.Generator().manual_seed(0)
-    return batch_top_k(logit_shares(network, components, x, n_probes, generator), k)
-
-
 def control(network: apd.Network, components: apd.Components) -> apd.Components:
     """As many components, of the same ranks, that know nothing of the tasks: singular directions dealt at random."""
     generator = torch.Generator().manual_seed(0)
@@ -129,10 +126,7 @@ def recipe_of(target: Transformer, name: str) -> dict[str, Any]:
     """The arguments of `decompose` for a run."""
     kind, seed = name.split("-")
     recipe = {**target.recipe, "seed": int(seed)}
-    if kind == "logits":
-        generator = torch.Generator().manual_seed(int(seed))
-        recipe |= LOGITS | {"attribution": partial(logit_shares, generator=generator)}
-    return recipe
+    return recipe | READING if kind == "reading" else recipe
 
 
 def settings_of(target: Transformer, name: str) -> dict[str, Any]:
@@ -145,7 +139,7 @@ def settings_of(target: Transformer, name: str) -> dict[str, Any]:
 def run(target: Transformer, name: str) -> tuple[dict[str, Any], apd.Components]:
     """Take the target apart and measure."""
     recipe = recipe_of(target, name)
-    network = apd.Network(target, target.weights, output=last_position)
+    network = apd.Network(target, recipe["weights"], output=last_position)
     x = questions(target)
     groups = {"task": x[:, 0] - target.n_letters, "answer": network(x).argmax(-1)}
     usage: list[dict[str, Any]] = []
@@ -153,7 +147,7 @@ def run(target: Transformer, name: str) -> tuple[dict[str, Any], apd.Components]
     def watch(step: int, components: apd.Components) -> None:
         if step >= len(usage) * recipe["steps"] // 20:
             some = x[:1024]
-            mask = active(network, components.restart(0), some, name, recipe["top_k"])
+            mask = batch_top_k(answer_shares(network, components.restart(0), some), recipe["top_k"])
             by = {group: [means(on, which[:1024]) for on in mask.T] for group, which in groups.items()}
             usage.append({"step": step, **by})
             print(name, step, f"{time.process_time() - start:.0f} s", flush=True)
@@ -164,7 +158,7 @@ def run(target: Transformer, name: str) -> tuple[dict[str, Any], apd.Components]
     seconds = time.process_time() - start
     order = result.components.norms().argsort(descending=True).tolist()
     components = result.components.subset(order).map(lambda t: t.half().float())
-    mask = active(network, components, x, name, recipe["top_k"])
+    mask = batch_top_k(answer_shares(network, components, x), recipe["top_k"])
     facts = {
         "name": name,
         "seconds": round(seconds),

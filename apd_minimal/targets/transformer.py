@@ -228,15 +228,5 @@ def answer_shares(network: Network, components: Components, x: Tensor) -> Tensor
         return logits.amax(-1, keepdim=True) - logits.mean(-1, keepdim=True)
 
     one = Network(network.target, list(network.weights), answer)
-    return _shares(gradient(one, components, x, mode="backward", internal_batch_size=64))
-
-
-def logit_shares(
-    network: Network, components: Components, x: Tensor, n_probes: int = 8, generator: torch.Generator | None = None
-) -> Tensor:
-    """Gradient attributions to all logits, by random probes, as shares: [B, C] or [restarts, B, C]."""
-    return _shares(gradient(network, components, x, n_probes=n_probes, internal_batch_size=32, generator=generator))
-
-
-def _shares(scores: Tensor) -> Tensor:
+    scores = gradient(one, components, x, mode="backward", internal_batch_size=64)
     return scores / scores.sum(-1, keepdim=True).clamp_min(1e-12)
