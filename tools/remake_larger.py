@@ -33,7 +33,7 @@ READING: dict[str, Any] = {  # what differs where queries and keys are taken apa
     "weights": [f"blocks.{i}.{part}.weight" for i in range(2) for part in "qk"],
     "n_components": 12,
     "top_k": 2.0,
-    "steps": 1000,
+    "steps": 600,
     "init_std": 0.08,
     "faithfulness": 1000.0,
     "simplicity": ((0.0, 75.0), (0.7, 1.0)),  # a loss over a quarter of the weights counts four times as much
