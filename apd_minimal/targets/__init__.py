@@ -3,5 +3,6 @@
 from .gated import GatedFunctions, GatedInputs
 from .residual_mlp import ResidualMLP
 from .tms import TMS
+from .transformer import Questions, Transformer
 
-__all__ = ["TMS", "GatedFunctions", "GatedInputs", "ResidualMLP"]
+__all__ = ["TMS", "GatedFunctions", "GatedInputs", "Questions", "ResidualMLP", "Transformer"]
