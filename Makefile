@@ -28,6 +28,8 @@ data: .venv/installed
 	$(TEST)python tools/remake_grid.py
 	$(TEST)python tools/remake_lp.py
 	$(TEST)python tools/remake_attributions.py
+	$(TEST)python tools/remake_parallel.py
+	$(TEST)python tools/remake_larger.py
 
 bench: .venv/installed
 	OMP_NUM_THREADS=1 $(TEST)python benchmarks/run.py

@@ -18,7 +18,7 @@ NAMES = {
     "scrubbing",
     "rules": "Rule TransposedLinear rule",
     "store": "FORMAT StoreError read_tensors write write_tensors",
-    "targets": "GatedFunctions GatedInputs ResidualMLP TMS",
+    "targets": "GatedFunctions GatedInputs Questions ResidualMLP TMS Transformer",
     "topk": "batch_top_k sample_top_k",
 }
 
