@@ -19,7 +19,7 @@ from .data import Batches, checked
 from .decomposition import Decomposition, fingerprint
 from .gates import Network
 from .losses import Divergence, faithfulness, minimality, simplicity
-from .merge import merge_and_prune
+from .merge import merge_and_prune, merge_by_bits
 from .reseed import reseed
 from .sites import Use, busy
 from .topk import batch_top_k, sample_top_k
@@ -251,7 +251,11 @@ class Run:
         x = self.many_inputs(TIDY_SAMPLES, self.generator)
         # Worked out on a copy, so that Ctrl-C does not fall in between.
         tidy = self.components.map(lambda p: p.detach().clone())
-        changed = merge_and_prune(tidy, self.mask(x), self.config.min_cosine)
+        mask, alpha = self.mask(x), self.config.alpha
+        if alpha is None:
+            changed = merge_and_prune(tidy, mask, self.config.min_cosine)
+        else:
+            changed = merge_by_bits(tidy, mask, alpha)
         if self.step < self.config.reseed_until * self.config.steps:
             changed |= reseed(self.network, tidy, self.mask(x, tidy), x, self.divergence)
         for p, new in zip(self.components.parameters(), tidy.parameters(), strict=True):
