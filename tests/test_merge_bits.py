@@ -7,13 +7,13 @@ from dataclasses import asdict, fields
 from itertools import combinations
 
 import pytest
+import runs
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 import apd_minimal as apd
-import runs
 from apd_minimal.config import completed
 from apd_minimal.merge import merge_by_bits, shortened
 
