@@ -157,17 +157,17 @@ def _fewest_bits(components: Components, active: Tensor, alpha: float, dead_shar
             break
         # The first of those that are equal up to rounding, so that the order of sums does not decide.
         i, c = divmod(int((after.flatten() <= after.min() + 1e-9 * now).nonzero()[0]), len(use))
-        if i:
+        alive[c], changed[c] = False, True
+        if i:  # c goes into i - 1
             keep = i - 1
             _merge(components.stacked(), 0, [keep, c])
-            active[:, keep] = torch.maximum(active[:, keep], active[:, c])
             changed[keep] = True
+            active[:, keep] = torch.maximum(active[:, keep], active[:, c])
+            both[keep] = both[:, keep] = active[:, keep] @ active
+            ranks[:, keep] = ranks[:, :, keep] = _ranks_with(components, keep, floors)
+        both[c] = both[:, c] = active[:, c] = 0
         for factors in components.parameters():
             factors[c] = 0
-        active[:, c], alive[c], changed[c] = 0, False, True
-        for k in [c, keep] if i else [c]:
-            both[k] = both[:, k] = active[:, k] @ active
-            ranks[:, k] = ranks[:, :, k] = _ranks_with(components, k, floors)
     return changed
 
 

@@ -168,6 +168,15 @@ def test_what_never_fires_together_and_points_elsewhere_stays_apart_if_rank_cost
     assert not merge_by_bits(components, mask, alpha=0.88).any()
 
 
+def test_after_a_change_everything_is_weighed_again() -> None:
+    """The second and third share a direction; only both of them together always fire with the first."""
+    components = stacked(outer(0, 0), outer(1, 1), outer(1, 1))
+    assert merge_by_bits(components, mask_of("1111", "1100", "0011"), alpha=4.0).all()
+    assert alive(components) == [True, False, False]
+    apart = stacked(outer(0, 0), outer(1, 1), outer(2, 2))
+    assert not merge_by_bits(apart, mask_of("1111", "1100", "0011"), alpha=4.0).any()
+
+
 @given(cases())
 def test_the_sum_stays_when_nothing_is_dropped_and_bits_only_fall(
     case: tuple[apd.Components, Tensor, float],
@@ -197,11 +206,11 @@ def test_restarts_are_apart_and_zeros_have_no_name() -> None:
         {path: torch.cat([first.A[path], second.A[path]]) for path in SHAPES},
         {path: torch.cat([first.B[path], second.B[path]]) for path in SHAPES},
     )
-    mask = mask_of("110000", "001100", "000011").repeat(2, 1, 1)
+    mask = torch.cat([mask_of("110000", "001100", "000011"), mask_of("110000", "001111", "001111")])
     changed = merge_by_bits(components, mask, alpha=4.0)
-    assert changed.tolist() == [[True, False, True], [False, False, False]]
-    # With two that are not zero, a merge saves log2 2 on each of four uses, and pays alpha on each.
-    for alpha in (0.99, 1.01):
+    assert changed.tolist() == [[True, False, True], [False, True, True]]
+    # With two that are not zero, a merge saves log2 2 on each of four uses, and pays alpha on each. Equal is no gain.
+    for alpha in (0.99, 1.0, 1.01):
         left = stacked(outer(0, 0), outer(1, 1), outer(2, 2, 0.0))
         assert bool(merge_by_bits(left, mask[:1], alpha).any()) == (alpha < 1)
 
