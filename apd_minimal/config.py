@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import json
 import math
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,8 @@ class Config:
         tidy_until: progress at which this stops.
         reseed_until: progress until which free components start anew where the sparse network fails most.
         min_cosine: components whose cosine is at least this are merged.
+        alpha: bits for each unit of rank; components are merged by description length instead of by cosine.
+            None for by cosine.
         per_sample: take the k most attributed of each sample instead of the whole batch.
         per_position: attributions and gates for each position of a sequence instead of each sample.
         attribute_at: "target" or "components", where gradient attributions are taken.
@@ -65,6 +68,7 @@ class Config:
     tidy_until: float = 0.85
     reseed_until: float = 0.5
     min_cosine: float = 0.8
+    alpha: float | None = None
     per_sample: bool = False
     per_position: bool = False
     attribute_at: str = "target"
@@ -126,12 +130,30 @@ class Config:
             raise ValueError(f"rank must be at least 1, or None for full rank, got {self.rank}")
         if self.per_weight is not None and self.tidy_every and self.reseed_until > 0:
             raise ValueError(f"per_weight excludes new starts: set reseed_until to 0, not {self.reseed_until}")
+        if self.alpha is not None and not self.alpha > 0:
+            raise ValueError(f"alpha, the bits for a unit of rank, must be above 0, or None; got {self.alpha}")
+        if self.per_weight is not None and self.alpha is not None:
+            raise ValueError(f"alpha may merge across weights, which per_weight excludes; got alpha={self.alpha}")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup is a share of the steps, from 0 to below 1; got {self.warmup}")
         for name in self.schedules:
             schedule = getattr(self, name)
             if not isinstance(schedule, (int, float)) and any(len(point) != 2 for point in schedule):
                 raise ValueError(f"{name} must be a number or points (progress, value), got {schedule}")
+
+
+def completed(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings as they were stored, with the defaults of fields that came into `Config` since then.
+
+    Args:
+        settings: fields of `Config`, and others, which are kept.
+
+    Returns:
+        dict[str, Any]: as JSON has it.
+    """
+    own = {f.name for f in fields(Config)} & set(settings)
+    config = Config.from_dict({name: settings[name] for name in own})
+    return settings | json.loads(json.dumps(asdict(config)))
 
 
 def at_progress(schedule: Schedule, t: float) -> float:

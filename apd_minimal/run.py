@@ -19,7 +19,7 @@ from .data import Batches, checked
 from .decomposition import Decomposition, fingerprint
 from .gates import Network
 from .losses import Divergence, faithfulness, minimality, simplicity
-from .merge import merge_and_prune
+from .merge import merge_and_prune, merge_by_bits
 from .reseed import reseed
 from .sites import Use, busy
 from .topk import batch_top_k, sample_top_k
@@ -222,7 +222,11 @@ class Run:
     def tidied(self, components: Components) -> Tensor:
         """Merge what points the same way, prune what is not used, start what is free anew, in place: changed [R, C]."""
         x = self.many_inputs(TIDY_SAMPLES, self.generator)
-        changed = merge_and_prune(components, self.mask(x, components), self.config.min_cosine)
+        mask, alpha = self.mask(x, components), self.config.alpha
+        if alpha is None:
+            changed = merge_and_prune(components, mask, self.config.min_cosine)
+        else:
+            changed = merge_by_bits(components, mask, alpha)
         if self.step < self.config.reseed_until * self.config.steps:
             changed |= reseed(self.network, components, self.mask(x, components), x, self.divergence)
         return changed

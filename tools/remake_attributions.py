@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import apd_minimal as apd
 from apd_minimal import attributions
 from apd_minimal.attributions import Attribution
-from apd_minimal.config import at_progress
+from apd_minimal.config import at_progress, completed
 from apd_minimal.targets import TMS, ResidualMLP
 
 TABLE = Path(__file__).parent.parent / "data" / "attributions.json"
@@ -238,7 +238,7 @@ def main() -> None:
     torch.set_num_threads(1)
     names = [arguments.only] if arguments.only else list(TARGETS)
     old = json.loads(TABLE.read_text())["runs"] if TABLE.exists() else []
-    runs = [r for r in old if r["target"] not in names or r["settings"] == stored_settings(job_of(r))]
+    runs = [r for r in old if r["target"] not in names or completed(r["settings"]) == stored_settings(job_of(r))]
     with multiprocessing.get_context("spawn").Pool(arguments.processes) as pool:
         for name in names:
             for searching in (True, False):  # what is reported depends on the search

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import apd_minimal as apd
-from apd_minimal.config import at_progress
+from apd_minimal.config import at_progress, completed
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 SIZES = {"tms-5-2": (5, 2), "tms-40-10": (40, 10)}
@@ -188,7 +188,8 @@ def is_kept(job: tuple[str, bool, bool, str, int], runs: list[dict[str, Any]]) -
     config = apd.Config.from_dict({k: v for k, v in wanted.items() if k not in ("batches", "weights")} | {"seed": seed})
     settings = json.loads(json.dumps(asdict(config)))
     return any(
-        (r["target"], r["identity"], r["rotated"], r["recipe"], r["seed"]) == job and r["settings"] == settings
+        (r["target"], r["identity"], r["rotated"], r["recipe"], r["seed"]) == job
+        and completed(r["settings"]) == settings
         for r in runs
     )
 

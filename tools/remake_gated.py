@@ -18,6 +18,7 @@ from remake_data import DATA, write_manifest
 from safetensors.torch import load_file, save_file
 
 import apd_minimal as apd
+from apd_minimal.config import completed
 
 SEEDS = {"ours": range(10), "plain": range(5)}
 
@@ -88,7 +89,7 @@ def is_kept(job: tuple[str, int], runs: list[dict[str, Any]]) -> bool:
     recipe, seed = job
     own = {k: v for k, v in settings_of(recipe, seed)[1].items() if k not in ("batches", "weights", "attribution")}
     settings = json.loads(json.dumps(asdict(apd.Config.from_dict(own | {"seed": seed}))))
-    return any((r["recipe"], r["seed"]) == job and r["settings"] == settings for r in runs)
+    return any((r["recipe"], r["seed"]) == job and completed(r["settings"]) == settings for r in runs)
 
 
 def main() -> None:

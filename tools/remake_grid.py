@@ -26,7 +26,7 @@ from remake_data import write_manifest
 from remake_residual import SINGLE_FAILS, single_errors
 
 import apd_minimal as apd
-from apd_minimal.config import Schedule, at_progress
+from apd_minimal.config import Schedule, at_progress, completed
 from apd_minimal.targets import TMS, ResidualMLP
 
 TABLE = Path(__file__).parent.parent / "data" / "grid.json"
@@ -207,7 +207,7 @@ def main() -> None:
     arguments = parser.parse_args()
     wanted = list(all_jobs())
     old = json.loads(TABLE.read_text())["runs"] if TABLE.exists() else []
-    runs = [r for r in old if job_of(r) in wanted and r["settings"] == stored_settings(job_of(r))]
+    runs = [r for r in old if job_of(r) in wanted and completed(r["settings"]) == stored_settings(job_of(r))]
     there = {job_of(r) for r in runs}
     todo = [job for job in wanted if job not in there and arguments.only in (None, job[0])]
     print(f"{len(runs)} runs kept, {len(todo)} to make", flush=True)

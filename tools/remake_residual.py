@@ -20,6 +20,7 @@ from remake_data import write_manifest
 from safetensors.torch import load_file, save_file
 
 import apd_minimal as apd
+from apd_minimal.config import completed
 from apd_minimal.targets import ResidualMLP
 
 DATA = Path(__file__).parent.parent / "data"
@@ -139,7 +140,7 @@ def main() -> None:
     arguments = parser.parse_args()
     table, arrays = DATA / "residual.json", DATA / "residual.safetensors"
     old = json.loads(table.read_text())["runs"] if table.exists() else []
-    runs = [r for r in old if r["settings"] == settings_of(r["target"], r["seed"])]
+    runs = [r for r in old if completed(r["settings"]) == settings_of(r["target"], r["seed"])]
     tensors = load_file(arrays) if arrays.exists() else {}
     there = {f"{r['target']}/{r['seed']}" for r in runs}
     tensors = {name: t for name, t in tensors.items() if name.rsplit("/", 1)[0] in there}
