@@ -1,10 +1,10 @@
 """Makes data/layerwise.json and .safetensors: residual MLPs taken apart jointly and layer by layer (chapter 21).
 
-python tools/remake_layerwise.py [--only 20 | 10-10 | 50 | 25-25]     (about 45 minutes of one core)
+python tools/remake_layerwise.py [--only 20 10-10 50 25-25]     (about 45 minutes of one core)
 python tools/remake_layerwise.py --costs                              (3 minutes; the machine must be idle)
 
 Every target is decomposed in up to three ways: jointly, each block (a layer's two weights) alone, and each matrix
-alone. All with the target's recipe; for parts, the active components at the end are chosen on seeds 100 and 101. The
+alone. All with the target's recipe; for parts, the active components at the end are chosen on seed 100. The
 large targets and their joint decompositions are those of chapters 8 and 9. Runs that are there with the settings of
 today are kept.
 """
@@ -14,35 +14,34 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cache
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from layerwise_measures import groups_of, measure
 from remake_data import write_manifest
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import apd_minimal as apd
-from apd_minimal.layerwise import Member, cluster, decompose_groups, stitch
+from apd_minimal.layerwise import decompose_groups
 from apd_minimal.targets import ResidualMLP
 
 DATA = Path(__file__).parent.parent / "data"
 SIZES = {"20": (40, 400, (20,)), "10-10": (40, 400, (10, 10)), "50": (100, 1000, (50,)), "25-25": (100, 1000, (25, 25))}
 LARGE = ("50", "25-25")
 SEEDS = {"20": range(60, 65), "10-10": range(60, 65), "50": range(2), "25-25": range(2)}
-SEARCH_SEEDS = (100, 101)  # of the two small ones, for `LAST_K`
+SEARCH_SEEDS = (100,)  # of 10-10, for `LAST_K`
 STEPS = {"20": 1500, "10-10": 1500, "50": 4000, "25-25": 4000}
-STORED = ("10-10", "matrices"), ("25-25", "matrices")  # ways of which the components are kept; of 25-25 one seed
+STORED = "10-10"  # the target of which the components are kept
 LAST_K = (0.6, 1.0)  # active components for each active feature in the last half of a run; the recipe has 0.6
-THRESHOLDS = tuple(round(0.1 * i, 1) for i in range(1, 10))
-TOP_K = 0.0128  # active components for each feature, for all comparisons: 1.28 of 100
-VALUES = 32  # of each feature, where one at a time is on
-SERVED, USES = 0.9, 0.1  # shares of squared errors, see `service`
+COST_STEPS = 80  # of the runs whose time is taken
 Job = tuple[str, int, str, float]  # target, seed, way, last k
 
 
@@ -58,16 +57,6 @@ def target_of(name: str, seed: int) -> ResidualMLP:
         for path in target.weights:
             target.get_parameter(path).copy_(tensors[f"{name}/{seed}/target.{path}"])
     return target
-
-
-def groups_of(name: str, way: str) -> dict[str, list[str]]:
-    """The groups of weights that a way takes apart alone."""
-    layers = range(len(SIZES[name][2]))
-    if way == "matrices":
-        return {f"{part} {i + 1}": [f"{part}.{i}.weight"] for i in layers for part in ("read", "write")}
-    if way == "blocks":
-        return {f"block {i + 1}": [f"{part}.{i}.weight" for part in ("read", "write")] for i in layers}
-    return {"all": [f"{part}.{i}.weight" for i in layers for part in ("read", "write")]}
 
 
 def ways_of(name: str) -> list[str]:
@@ -87,175 +76,16 @@ def settings_of(job: Job) -> dict[str, Any]:
 def stored_settings(job: Job) -> dict[str, Any]:
     """The settings as they are stored, by which a run is known."""
     settings = {k: v for k, v in settings_of(job).items() if k != "hidden_modules"}
-    facts = {"groups": groups_of(job[0], job[2]), "last_k": job[3]}
+    facts = {"groups": groups_of(len(SIZES[job[0]][2]), job[2]), "last_k": job[3]}
     return json.loads(json.dumps(facts | asdict(apd.Config.from_dict(settings | {"seed": job[1]}))))
-
-
-def one_at_a_time(target: ResidualMLP) -> Tensor:
-    """Inputs with one feature on, the same positive values for each: [n_features * VALUES, n_features]."""
-    each = torch.arange(target.n_features)
-    x = torch.zeros(target.n_features, VALUES, target.n_features)
-    x[each, :, each] = torch.rand(VALUES, generator=torch.Generator().manual_seed(5))
-    return x.flatten(0, 1)
-
-
-@dataclass(frozen=True)
-class Service:
-    """Who serves which function, function by function [J]; see `service`."""
-
-    part: Tensor
-    share: Tensor
-    uses: Tensor
-    served: Tensor
-
-
-@torch.no_grad()
-def service(target: ResidualMLP, components: apd.Components, paths: list[str] | None = None) -> Service:
-    """Which component does a function's work in some weights alone, all other weights being the target's.
-
-    With one feature on, the most attributed component runs, and no other in these weights. A function is served if this
-    takes away at least SERVED of the squared output error that there is without any component, and if no other function
-    has the same component. A function uses the weights if without them the error is at least USES of that without all.
-
-    Args:
-        target: the network.
-        components: of all weights or some; their attributions choose.
-        paths: the weights in which they are run; None for all that they have.
-    """
-    x = one_at_a_time(target)
-    everything = apd.Network(target, target.weights)
-    scores = target.attributions(apd.Network(target, components.paths), components, x)
-    best = scores.view(target.n_features, VALUES, -1).square().mean(1).argmax(1)  # one component for all values
-    part = on_paths(components, paths or components.paths)
-    network = apd.Network(target, part.paths)
-    wanted, one = network(x), torch.nn.functional.one_hot(best, components.n_components).bool()
-
-    def error(out: Tensor) -> Tensor:
-        return (out - wanted).square().view(target.n_features, -1).mean(1)
-
-    alone = error(network(x, part, one.repeat_interleave(VALUES, dim=0)))
-    off = torch.zeros(len(x), components.n_components, dtype=torch.bool)
-    without = error(network(x, part, off))
-    nothing = apd.Components.random(everything.shapes, 1, rank=1, std=0.0)
-    without_all = error(everything(x, nothing))
-    share, uses = 1 - alone / without, without >= USES * without_all
-    own = (best[:, None] == best).sum(1) == 1
-    return Service(best, share, uses, (share >= SERVED) & own & uses)
-
-
-def on_paths(components: apd.Components, paths: list[str]) -> apd.Components:
-    """The components' parts in some weights."""
-    return apd.Components({p: components.A[p] for p in paths}, {p: components.B[p] for p in paths})
-
-
-def service_facts(serving: Service) -> dict[str, Any]:
-    """In numbers: functions that use the weights and that are served there, and the mean share of the work."""
-    return {
-        "uses": int(serving.uses.sum()),
-        "served": int(serving.served.sum()),
-        "share": serving.share[serving.uses].mean().item(),
-    }
-
-
-def whole_facts(target: ResidualMLP, components: apd.Components, x: Tensor) -> dict[str, Any]:
-    """Ownership over all weights, and errors."""
-    own, serving = target.ownership(components), service(target, components)
-    k = TOP_K * target.n_features
-    errors = apd.metrics.scrubbing(target, components, x, k, attribution=target.attributions)
-    return {
-        "n_components": components.n_components,
-        "owned": int(own.owned.sum()),
-        "cosine": own.cosine.mean().item(),
-        "length_ratio": own.length_ratio.mean().item(),
-        "purity": own.purity.mean().item(),
-        "served": int(serving.served.sum()),
-        "share": serving.share.mean().item(),
-        "top_k_error": errors.top_k.mean().item(),
-        "scrubbed_error": errors.scrubbed.mean().item(),
-        "anti_scrubbed_error": errors.anti_scrubbed.mean().item(),
-    }
-
-
-def joins(clusters: list[list[Member]], owners: Mapping[str, dict[int, int]]) -> dict[str, int]:
-    """How the clusters treat the owners: owners is, by group, component -> function."""
-    where = {member: i for i, members in enumerate(clusters) for member in members}
-    function = {(name, c): f for name, own in owners.items() for c, f in own.items()}
-    pairs = [(a, b) for a, b in combinations(function, 2) if function[a] == function[b]]
-    together = [(a, b) for a, b in combinations(function, 2) if where[a] == where[b]]
-    right = sum(function[a] == function[b] for a, b in together)
-    return {"pairs": len(pairs), "joined": len(together), "right": right}
-
-
-def measure(target: ResidualMLP, parts: dict[str, apd.Components], x: Tensor) -> dict[str, Any]:
-    """Everything that is reported about one way of taking a target apart."""
-    k, facts = TOP_K * target.n_features, {}
-    by_group: dict[str, Any] = {}
-    masks: dict[str, Tensor] = {}
-    owners: dict[str, dict[int, int]] = {}
-    with torch.no_grad():
-        for name, components in parts.items():
-            network = apd.Network(target, components.paths)
-            masks[name] = apd.topk.batch_top_k(target.attributions(network, components, x), k)
-            error = (network(x, components, masks[name].bool()) - network(x)).square().mean()
-            serving = service(target, components)
-            owners[name] = {int(serving.part[j]): j for j in serving.served.nonzero().flatten().tolist()}
-            by_group[name] = {
-                **service_facts(serving),
-                "alone_error": error.item(),
-                "relative_faithfulness": apd.metrics.relative_faithfulness(components, network.weights).item(),
-            }
-        network = apd.Network(target, target.weights)
-        everything = stitch(parts, [[(name, c)] for name, p in parts.items() for c in range(p.n_components)])
-        gates = torch.cat(list(masks.values()), dim=1).bool()
-        facts["all_sparse_error"] = (network(x, everything, gates) - network(x)).square().mean().item()
-        facts["without_any"] = (network(x, everything, torch.zeros_like(gates)) - network(x)).square().mean().item()
-    facts["groups"] = by_group
-    if len(parts) > 1:
-        facts["unstitched"] = whole_facts(target, everything, x)
-        facts["stitched"] = []
-        for threshold in THRESHOLDS:
-            clusters = cluster(masks, threshold)
-            facts["stitched"].append({
-                "threshold": threshold,
-                "used_clusters": sum(any(masks[g][:, c].any() for g, c in m) for m in clusters),
-                **joins(clusters, owners),
-                **whole_facts(target, stitch(parts, clusters), x),
-            })  # fmt: skip
-    else:
-        (components,) = parts.values()
-        facts["whole"] = whole_facts(target, components, x)
-        names = {"matrices": groups_of_target(target, "matrices"), "blocks": groups_of_target(target, "blocks")}
-        facts["seen_by_group"] = {way: seen_by_group(target, components, g, x) for way, g in names.items()}
-    return facts
-
-
-def groups_of_target(target: ResidualMLP, way: str) -> dict[str, list[str]]:
-    """The groups of weights of a target."""
-    return groups_of("-".join(str(len(read.weight)) for read, _ in target.layers), way)
-
-
-@torch.no_grad()
-def seen_by_group(
-    target: ResidualMLP, components: apd.Components, groups: dict[str, list[str]], x: Tensor
-) -> dict[str, Any]:
-    """A joint decomposition through the eyes of the groups: ownership there, error with the other weights intact."""
-    everything = apd.Network(target, target.weights)
-    mask = apd.topk.batch_top_k(target.attributions(everything, components, x), TOP_K * target.n_features).bool()
-    facts = {}
-    for name, paths in groups.items():
-        part = on_paths(components, paths)
-        network = apd.Network(target, paths)
-        facts[name] = {
-            **service_facts(service(target, components, paths)),
-            "alone_error": (network(x, part, mask) - network(x)).square().mean().item(),
-        }
-    return facts
 
 
 def joint_of_chapters(name: str, seed: int) -> tuple[apd.Components, float]:
     """The stored joint decomposition of a large target, and its seconds."""
     tensors, start = load_file(DATA / "residual.safetensors"), f"{name}/{seed}/"
-    factors = [{p: tensors[f"{start}{p}.{f}"].float() for p in groups_of(name, "joint")["all"]} for f in "AB"]
+    factors = [
+        {p: tensors[f"{start}{p}.{f}"].float() for p in groups_of(len(SIZES[name][2]), "joint")["all"]} for f in "AB"
+    ]
     runs = json.loads((DATA / "residual.json").read_text())["runs"]
     (seconds,) = [r["seconds"] for r in runs if (r["target"], r["seed"]) == (name, seed)]
     return apd.Components(*factors), seconds
@@ -271,27 +101,25 @@ def run(job: Job) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if way == "joint" and name in LARGE:
         parts["all"], seconds["all"] = joint_of_chapters(name, seed)
     else:
-        for i, (group, weights) in enumerate(groups_of(name, way).items()):
+        for i, (group, weights) in enumerate(groups_of(len(SIZES[name][2]), way).items()):
             start = time.process_time()
             settings = {**settings_of(job), "attribution": target.attributions, "progress": False, "seed": seed + i}
             result = decompose_groups(target, target.recipe["batches"], {group: weights}, **settings)
             parts[group] = result[group].components.map(lambda t: t.half().float())
             seconds[group] = round(time.process_time() - start, 1)
     x = target.data(4096)(0, torch.Generator().manual_seed(12_345))
-    facts = {"target": name, "seed": seed, "way": way, "last_k": last_k, "seconds": seconds}
+    facts: dict[str, Any] = {"target": name, "seed": seed, "way": way, "last_k": last_k, "seconds": seconds}
     facts |= {**measure(target, parts, x), "settings": stored_settings(job)}
     shown = {k: v for k, v in facts.items() if k not in ("settings", "stitched")}
     print(json.dumps(shown), [s for s in facts.get("stitched", []) if s["threshold"] in (0.2, 0.5)], flush=True)
     tensors = {}
-    if ((name, way) in STORED and seed == SEEDS[name][0]) or ((name, way) == STORED[0] and seed in SEEDS[name]):
-        start_of_name = f"{name}/{seed}/"
+    if name == STORED and seed in SEEDS[name]:
+        tensors = {f"{name}/{seed}/target.{p}": target.get_parameter(p).detach().clone() for p in target.weights}
         for components in parts.values():
             for path in components.paths:
-                tensors[f"{start_of_name}{path}.A"] = components.A[path].half().contiguous()
-                tensors[f"{start_of_name}{path}.B"] = components.B[path].half().contiguous()
-                if name not in LARGE:
-                    weight = target.get_parameter(path).detach()
-                    tensors[f"{start_of_name}target.{path}"] = weight.clone().contiguous()
+                for factor in "AB":
+                    t = getattr(components, factor)[path]
+                    tensors[f"{name}/{seed}/{way}/{path}.{factor}"] = t.half().contiguous()
     return facts, tensors
 
 
@@ -314,12 +142,90 @@ def search_jobs() -> list[Job]:
 
 def report_jobs(runs: list[dict[str, Any]]) -> list[Job]:
     """The runs that are reported."""
-    return [(name, s, way, chosen(runs, way)) for name in SIZES for s in SEEDS[name] for way in ways_of(name)]
+    jobs = [(name, s, way, chosen(runs, way)) for name in SIZES for s in SEEDS[name] for way in ways_of(name)]
+    return sorted(jobs, key=lambda job: job[1])  # one seed of every target before the next
 
 
 def job_of(r: dict[str, Any]) -> Job:
     """The job that a run is of."""
     return r["target"], r["seed"], r["way"], r["last_k"]
+
+
+def status(field: str) -> float:
+    """Memory of this process in megabytes: VmRSS now, VmHWM at its peak so far."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field + ":")]
+    return int(line.split()[1]) / 1024
+
+
+def cost_of(job: tuple[str, str, str, int]) -> dict[str, float]:
+    """What one group's run costs, in a fresh process: time and operations of a step, peak memory.
+
+    Args:
+        job: target, way, group, and threads.
+    """
+    name, way, group, threads = job
+    torch.set_num_threads(threads)
+    target, weights = target_of(name, 0), groups_of(len(SIZES[name][2]), way)[group]
+    settings = {**settings_of((name, 0, way, LAST_K[0])), "attribution": target.attributions, "progress": False}
+    cpu, wall = [], []
+
+    def note(step: int, components: apd.Components) -> None:  # at every step of a run as short as this
+        cpu.append(time.process_time())
+        wall.append(time.perf_counter())
+
+    before = status("VmRSS")
+    settings |= {"steps": COST_STEPS, "watch": note}
+    apd.decompose(target, target.recipe["batches"], weights, **settings)
+    peak = status("VmHWM") - before
+    settings |= {"steps": 2, "watch": None}
+    with FlopCounterMode(display=False) as counter:
+        apd.decompose(target, target.recipe["batches"], weights, **settings)
+    two = counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter:
+        apd.decompose(target, target.recipe["batches"], weights, **{**settings, "steps": 1})
+    return {
+        "cpu_seconds": float(np.median(np.diff(cpu))),
+        "wall_seconds": float(np.median(np.diff(wall))),
+        "flops": two - counter.get_total_flops(),
+        "peak_mb": peak,
+    }
+
+
+def wall_clock(name: str, way: str, processes: int, steps: int) -> float:
+    """Seconds from start to end of all groups' runs, so many at a time."""
+    target = target_of(name, 0)
+    settings = {**settings_of((name, 0, way, LAST_K[0])), "steps": steps, "attribution": target.attributions}
+    start = time.perf_counter()
+    decompose_groups(
+        target,
+        target.recipe["batches"],
+        groups_of(len(SIZES[name][2]), way),
+        processes=processes,
+        progress=False,
+        **settings,
+    )
+    return time.perf_counter() - start
+
+
+def costs() -> dict[str, Any]:
+    """Time, operations and memory of every way, on the large targets."""
+    found: dict[str, Any] = {"steps": COST_STEPS, "cores": os.cpu_count()}
+    for name in LARGE:
+        found[name] = {way: {"groups": {}} for way in ways_of(name)}
+        for way in ways_of(name):
+            own = found[name][way]
+            for group in groups_of(len(SIZES[name][2]), way):
+                with multiprocessing.get_context("spawn").Pool(1) as fresh:
+                    own["groups"][group] = fresh.apply(cost_of, ((name, way, group, 1),))
+            for processes in (1, 2) if way != "joint" else (1,):
+                own[f"wall_{processes}"] = [
+                    min(wall_clock(name, way, processes, n) for _ in range(2)) for n in (1, 200)
+                ]
+            print(name, way, own, flush=True)
+        with multiprocessing.get_context("spawn").Pool(1) as fresh:
+            found[name]["joint"]["two_threads"] = fresh.apply(cost_of, ((name, "joint", "all", 2),))
+        print(found[name]["joint"]["two_threads"], flush=True)
+    return found
 
 
 class Stored:
@@ -338,6 +244,11 @@ class Stored:
         """The runs that are there."""
         return self.read()["runs"]
 
+    def add_costs(self, found: dict[str, Any]) -> None:
+        """What `costs` found."""
+        self.table.write_text(json.dumps({**self.read(), "costs": found}, indent=1) + "\n")
+        write_manifest()
+
     def add(self, facts: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """One more run."""
         table = self.read()
@@ -351,17 +262,21 @@ class Stored:
 def main() -> None:
     """Make what is missing, and write the files after each run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=SIZES, help="the runs on one target")
+    parser.add_argument("--only", nargs="+", choices=SIZES, default=SIZES, help="the runs on some targets")
     parser.add_argument("--processes", type=int, default=2, help="runs at a time")
+    parser.add_argument("--costs", action="store_true", help="only measure time and memory")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     stored = Stored()
+    if arguments.costs:
+        stored.add_costs(costs())
+        return
     with multiprocessing.get_context("spawn").Pool(arguments.processes) as pool:
         for searching in (True, False):
             runs = stored.runs()
             there = {job_of(r) for r in runs}
             jobs = search_jobs() if searching else report_jobs(runs)
-            todo = [job for job in jobs if job not in there and (searching or arguments.only in (None, job[0]))]
+            todo = [job for job in jobs if job not in there and (searching or job[0] in arguments.only)]
             print(f"{len(runs)} runs kept, {len(todo)} to make", flush=True)
             for facts, tensors in pool.imap(run, todo):
                 stored.add(facts, tensors)
