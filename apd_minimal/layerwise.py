@@ -7,7 +7,7 @@ groups is found afterwards: parts that are active on the same inputs.
     parts = decompose_groups(target, batches, {"read": ["read.0.weight"], "write": ["write.0.weight"]}, processes=2,
                              n_components=200, top_k=1.0)
     masks = activity(target, parts, x)
-    components = stitch(parts, cluster(masks))
+    components = stitch(parts, cluster(masks, min_similarity=0.3))
 """
 
 from __future__ import annotations
@@ -204,11 +204,12 @@ def similarity(masks: Mapping[str, Tensor]) -> tuple[list[Member], Tensor]:
     return members, both / (times[:, None] + times - both).clamp_min(1)
 
 
-def cluster(masks: Mapping[str, Tensor], min_similarity: float = 0.5) -> list[list[Member]]:
+def cluster(masks: Mapping[str, Tensor], min_similarity: float) -> list[list[Member]]:
     """Group parts that are active together: average linkage on the Jaccard index (scipy.cluster.hierarchy).
 
     Nobody says how many clusters there are. Two clusters are joined while the mean similarity between their parts is at
-    least `min_similarity`; at one half, two parts are joined that are more often together than one of them alone.
+    least `min_similarity`. Of several thresholds, take the one whose stitched components leave the smallest sparse
+    reconstruction error, as `decompose` does among its restarts.
 
     Args:
         masks: by group, which parts are active [B, C of the group], on the same samples.

@@ -100,7 +100,7 @@ def test_known_parts_are_stitched_right() -> None:
     masks = activity(target, {name: decomposition(p, top_k=k) for name, p in parts.items()}, x)
     for name, order in orders.items():
         assert torch.equal(masks[name][:, :4], (x > 0).float()[:, order])
-    found = cluster(masks)
+    found = cluster(masks, 0.5)
     assert len(found) == 6
     assert sorted(map(len, found)) == [1, 1, 2, 2, 2, 2]
     whole = stitch(parts, found)
@@ -195,7 +195,7 @@ def test_a_threshold_decides_and_the_never_active_stay_alone() -> None:
     assert cluster(masks, 0.6) == [together, apart, [("two", 0)]]
     assert len(cluster(masks, 0.61)) == 4
     assert len(cluster(masks, 1e-6)) == 3
-    assert cluster({"one": a[:, None]}) == [[("one", 0)]]
+    assert cluster({"one": a[:, None]}, 0.5) == [[("one", 0)]]
 
 
 def drawn(n_components: int, shapes: dict[str, tuple[int, int]], rank: int, seed: int) -> apd.Components:
@@ -328,11 +328,11 @@ run = partial(decompose_groups, TARGET, BATCHES)
         ),
         (lambda: similarity({}), ValueError, r"at least one group; got \{\}"),
         (
-            lambda: cluster({"x": torch.ones(3, 2), "y": torch.ones(4, 2)}),
+            lambda: cluster({"x": torch.ones(3, 2), "y": torch.ones(4, 2)}, 0.5),
             ValueError,
             r"the same B, .* got \{'x': \[3, 2\], 'y': \[4, 2\]\}",
         ),
-        (lambda: cluster({"x": torch.ones(3, 2, 2)}), ValueError, r"must be \[B, C of the group\], .*\[3, 2, 2\]"),
+        (lambda: cluster({"x": torch.ones(3, 2, 2)}, 0.5), ValueError, r"must be \[B, C of the group\], .*\[3, 2, 2\]"),
         (lambda: cluster({"x": torch.ones(3, 2)}, 0.0), ValueError, "above 0 and at most 1, got 0.0"),
         (lambda: cluster({"x": torch.ones(3, 2)}, 1.1), ValueError, "above 0 and at most 1, got 1.1"),
         (lambda: stitch(ONE, [[("x", 0)]]), ValueError, r"exactly one cluster; .* \[\('x', 1\)\]"),

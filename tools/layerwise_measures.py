@@ -15,7 +15,7 @@ from apd_minimal.layerwise import Member, cluster, stitch
 from apd_minimal.targets import ResidualMLP
 
 THRESHOLDS = tuple(round(0.1 * i, 1) for i in range(1, 10))
-TOP_K = 0.0128  # active components for each feature, for all comparisons: 1.28 of 100
+TOP_K = 0.006  # active components for each feature, as at the end of the runs
 VALUES = 32  # of each feature, where one at a time is on
 SERVED, USES = 0.9, 0.1  # shares of squared errors, see `service`
 

@@ -4,9 +4,8 @@ python tools/remake_layerwise.py [--only 20 10-10 50 25-25]     (about 45 minute
 python tools/remake_layerwise.py --costs                              (3 minutes; the machine must be idle)
 
 Every target is decomposed in up to three ways: jointly, each block (a layer's two weights) alone, and each matrix
-alone. All with the target's recipe; for parts, the active components at the end are chosen on seed 100. The
-large targets and their joint decompositions are those of chapters 8 and 9. Runs that are there with the settings of
-today are kept.
+alone. All with the target's recipe, which was found for joint runs. The large targets and their joint decompositions
+are those of chapters 8 and 9. Runs that are there with the settings of today are kept.
 """
 
 from __future__ import annotations
@@ -37,12 +36,10 @@ DATA = Path(__file__).parent.parent / "data"
 SIZES = {"20": (40, 400, (20,)), "10-10": (40, 400, (10, 10)), "50": (100, 1000, (50,)), "25-25": (100, 1000, (25, 25))}
 LARGE = ("50", "25-25")
 SEEDS = {"20": range(60, 65), "10-10": range(60, 65), "50": range(2), "25-25": range(2)}
-SEARCH_SEEDS = (100,)  # of 10-10, for `LAST_K`
 STEPS = {"20": 1500, "10-10": 1500, "50": 4000, "25-25": 4000}
 STORED = "10-10"  # the target of which the components are kept
-LAST_K = (0.6, 1.0)  # active components for each active feature in the last half of a run; the recipe has 0.6
 COST_STEPS = 80  # of the runs whose time is taken
-Job = tuple[str, int, str, float]  # target, seed, way, last k
+Job = tuple[str, int, str]  # target, seed, way
 
 
 @cache
@@ -61,22 +58,19 @@ def target_of(name: str, seed: int) -> ResidualMLP:
 
 def ways_of(name: str) -> list[str]:
     """With one layer, its block is everything."""
-    return ["joint", "matrices"] + (["blocks"] if "-" in name else [])
+    return ["joint"] + (["blocks"] if "-" in name else []) + ["matrices"]
 
 
-def settings_of(job: Job) -> dict[str, Any]:
-    """Arguments of `decompose`, without the inputs and weights."""
-    name, _, _, last_k = job
+def settings_of(name: str) -> dict[str, Any]:
+    """Arguments of `decompose`, without the inputs, the weights and the attributions."""
     recipe = ResidualMLP(*SIZES[name]).recipe
-    active = recipe["batches"].mean_active
-    numbers = {k: v for k, v in recipe.items() if k not in ("batches", "weights", "attribution")}
-    return {**numbers, "steps": STEPS[name], "top_k": ((0.0, active), (0.4, active), (0.5, last_k * active))}
+    return {k: v for k, v in recipe.items() if k not in ("batches", "weights", "attribution")} | {"steps": STEPS[name]}
 
 
 def stored_settings(job: Job) -> dict[str, Any]:
     """The settings as they are stored, by which a run is known."""
-    settings = {k: v for k, v in settings_of(job).items() if k != "hidden_modules"}
-    facts = {"groups": groups_of(len(SIZES[job[0]][2]), job[2]), "last_k": job[3]}
+    settings = {k: v for k, v in settings_of(job[0]).items() if k != "hidden_modules"}
+    facts = {"groups": groups_of(len(SIZES[job[0]][2]), job[2])}
     return json.loads(json.dumps(facts | asdict(apd.Config.from_dict(settings | {"seed": job[1]}))))
 
 
@@ -93,7 +87,7 @@ def joint_of_chapters(name: str, seed: int) -> tuple[apd.Components, float]:
 
 def run(job: Job) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Take one target apart in one way, and measure."""
-    name, seed, way, last_k = job
+    name, seed, way = job
     torch.set_num_threads(1)
     target = target_of(name, seed)
     seconds = {}
@@ -103,12 +97,12 @@ def run(job: Job) -> tuple[dict[str, Any], dict[str, Tensor]]:
     else:
         for i, (group, weights) in enumerate(groups_of(len(SIZES[name][2]), way).items()):
             start = time.process_time()
-            settings = {**settings_of(job), "attribution": target.attributions, "progress": False, "seed": seed + i}
+            settings = {**settings_of(name), "attribution": target.attributions, "progress": False, "seed": seed + i}
             result = decompose_groups(target, target.recipe["batches"], {group: weights}, **settings)
             parts[group] = result[group].components.map(lambda t: t.half().float())
             seconds[group] = round(time.process_time() - start, 1)
     x = target.data(4096)(0, torch.Generator().manual_seed(12_345))
-    facts: dict[str, Any] = {"target": name, "seed": seed, "way": way, "last_k": last_k, "seconds": seconds}
+    facts: dict[str, Any] = {"target": name, "seed": seed, "way": way, "seconds": seconds}
     facts |= {**measure(target, parts, x), "settings": stored_settings(job)}
     shown = {k: v for k, v in facts.items() if k not in ("settings", "stitched")}
     print(json.dumps(shown), [s for s in facts.get("stitched", []) if s["threshold"] in (0.2, 0.5)], flush=True)
@@ -123,32 +117,15 @@ def run(job: Job) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return facts, tensors
 
 
-def chosen(runs: list[dict[str, Any]], way: str) -> float:
-    """The last k with the most functions served by parts on the search seeds."""
-    if way == "joint":
-        return LAST_K[0]  # the recipe's, which was found for joint runs
-
-    def merit(last_k: float) -> int:
-        some = [r for r in runs if r["way"] == way and r["last_k"] == last_k and r["seed"] in SEARCH_SEEDS]
-        return sum(g["served"] for r in some for g in r["groups"].values())
-
-    return max(LAST_K, key=merit)
-
-
-def search_jobs() -> list[Job]:
-    """The runs by which the last k of parts is chosen."""
-    return [("10-10", seed, way, k) for seed in SEARCH_SEEDS for way in ("matrices", "blocks") for k in LAST_K]
-
-
-def report_jobs(runs: list[dict[str, Any]]) -> list[Job]:
-    """The runs that are reported."""
-    jobs = [(name, s, way, chosen(runs, way)) for name in SIZES for s in SEEDS[name] for way in ways_of(name)]
-    return sorted(jobs, key=lambda job: job[1])  # one seed of every target before the next
+def all_jobs() -> list[Job]:
+    """Every run, one seed of all targets before the next."""
+    jobs = [(name, seed, way) for name in SIZES for seed in SEEDS[name] for way in ways_of(name)]
+    return sorted(jobs, key=lambda job: job[1])
 
 
 def job_of(r: dict[str, Any]) -> Job:
     """The job that a run is of."""
-    return r["target"], r["seed"], r["way"], r["last_k"]
+    return r["target"], r["seed"], r["way"]
 
 
 def status(field: str) -> float:
@@ -166,7 +143,7 @@ def cost_of(job: tuple[str, str, str, int]) -> dict[str, float]:
     name, way, group, threads = job
     torch.set_num_threads(threads)
     target, weights = target_of(name, 0), groups_of(len(SIZES[name][2]), way)[group]
-    settings = {**settings_of((name, 0, way, LAST_K[0])), "attribution": target.attributions, "progress": False}
+    settings = {**settings_of(name), "attribution": target.attributions, "progress": False}
     cpu, wall = [], []
 
     def note(step: int, components: apd.Components) -> None:  # at every step of a run as short as this
@@ -194,7 +171,7 @@ def cost_of(job: tuple[str, str, str, int]) -> dict[str, float]:
 def wall_clock(name: str, way: str, processes: int, steps: int) -> float:
     """Seconds from start to end of all groups' runs, so many at a time."""
     target = target_of(name, 0)
-    settings = {**settings_of((name, 0, way, LAST_K[0])), "steps": steps, "attribution": target.attributions}
+    settings = {**settings_of(name), "steps": steps, "attribution": target.attributions}
     start = time.perf_counter()
     decompose_groups(
         target,
@@ -271,15 +248,12 @@ def main() -> None:
     if arguments.costs:
         stored.add_costs(costs())
         return
+    there = {job_of(r) for r in stored.runs()}
+    todo = [job for job in all_jobs() if job not in there and job[0] in arguments.only]
+    print(f"{len(there)} runs kept, {len(todo)} to make", flush=True)
     with multiprocessing.get_context("spawn").Pool(arguments.processes) as pool:
-        for searching in (True, False):
-            runs = stored.runs()
-            there = {job_of(r) for r in runs}
-            jobs = search_jobs() if searching else report_jobs(runs)
-            todo = [job for job in jobs if job not in there and (searching or job[0] in arguments.only)]
-            print(f"{len(runs)} runs kept, {len(todo)} to make", flush=True)
-            for facts, tensors in pool.imap(run, todo):
-                stored.add(facts, tensors)
+        for facts, tensors in pool.imap(run, todo):
+            stored.add(facts, tensors)
 
 
 if __name__ == "__main__":
