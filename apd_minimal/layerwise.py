@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 from typing import Any
@@ -72,6 +71,7 @@ def decompose_groups(
         TypeError: an argument that cannot be sent to another process; the message says which.
         ValueError: no groups, a weight in two groups, a checkpoint for all, fewer than one process.
         RuntimeError: a run failed; the message names the group, and what went wrong there.
+        KeyboardInterrupt: Ctrl-C stops all groups; only checkpoints keep what is done, one for each in per_group.
     """
     per_group = per_group or {}
     _check_groups(target, groups, per_group)
@@ -100,25 +100,25 @@ def decompose_groups(
             pool.shutdown(cancel_futures=True)  # after an error, what has not begun is not begun
 
 
-def _check_groups(
-    target: nn.Module, groups: Mapping[str, Sequence[str]], per_group: Mapping[str, Mapping[str, Any]]
-) -> None:
+def _check_groups(target: nn.Module, groups: Mapping[str, Sequence[str]], per_group: Mapping[str, Any]) -> None:
     if not groups:
         raise ValueError("groups must name at least one group of weights, got none")
     for name, weights in groups.items():
         if isinstance(weights, str) or not weights:
             raise ValueError(f"group {name!r} must be a list of at least one parameter path, got {weights!r}")
     Network(target, [path for weights in groups.values() for path in weights])  # each exists, and is there once
-    unknown = sorted(set(per_group) - set(groups))
-    if unknown:
+    if unknown := sorted(set(per_group) - set(groups)):
         raise KeyError(f"per_group has settings for {unknown}, but the groups are {list(groups)}")
 
 
 def _run(name: str, job: dict[str, Any]) -> Decomposition:
     try:
-        return decompose(**job)
+        result = decompose(**job)
     except Exception as error:
         raise RuntimeError(f"group {name!r}: {type(error).__name__}: {error}") from error
+    if not result.finished:  # `decompose` has met Ctrl-C
+        raise KeyboardInterrupt(f"group {name!r} was stopped")
+    return result
 
 
 def _pickled(name: str, job: dict[str, Any]) -> bytes:

@@ -259,6 +259,19 @@ def test_a_run_that_fails_is_named(processes: int) -> None:
         decompose_groups(TARGET, BATCHES, GROUPS, per_group=endless, processes=processes, **SETTINGS)
 
 
+def stopped(step: int, generator: torch.Generator) -> Tensor:
+    """Somebody presses Ctrl-C in the first group, and in the first only."""
+    if step == 3 and generator.initial_seed() == 0:
+        raise KeyboardInterrupt
+    assert generator.initial_seed() in (0, 1_000_003), "another group has begun"
+    return BATCHES(step, generator)
+
+
+def test_ctrl_c_stops_all_groups() -> None:
+    with pytest.raises(KeyboardInterrupt, match="group 'first' was stopped"):
+        decompose_groups(TARGET, stopped, GROUPS, **SETTINGS)
+
+
 def test_what_cannot_be_sent_is_named() -> None:
     with pytest.raises(TypeError, match=r"group 'first': batches=<function .*lambda.* cannot be sent .* a module"):
         decompose_groups(TARGET, lambda step, generator: BATCHES(step, generator), GROUPS, processes=2, **SETTINGS)

@@ -1,7 +1,7 @@
 """Makes data/layerwise.json and .safetensors: residual MLPs taken apart jointly and layer by layer (chapter 21).
 
 python tools/remake_layerwise.py [--only 20 10-10 50 25-25]     (about 45 minutes of one core)
-python tools/remake_layerwise.py --costs                              (3 minutes; the machine must be idle)
+python tools/remake_layerwise.py --costs                              (2 minutes of one core)
 
 Every target is decomposed in up to three ways: jointly, each block (a layer's two weights) alone, and each matrix
 alone. All with the target's recipe, which was found for joint runs. The large targets and their joint decompositions
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
 import time
 from dataclasses import asdict
 from functools import cache
@@ -38,7 +37,7 @@ LARGE = ("50", "25-25")
 SEEDS = {"20": range(60, 65), "10-10": range(60, 65), "50": range(2), "25-25": range(2)}
 STEPS = {"20": 1500, "10-10": 1500, "50": 4000, "25-25": 4000}
 STORED = "10-10"  # the target of which the components are kept
-COST_STEPS, WALL_STEPS = 60, 101  # of the runs whose time is taken
+COST_STEPS = 40  # of the runs whose time is taken
 Job = tuple[str, int, str]  # target, seed, way
 
 
@@ -134,76 +133,51 @@ def status(field: str) -> float:
     return int(line.split()[1]) / 1024
 
 
-def cost_of(job: tuple[str, str, str, int]) -> dict[str, float]:
-    """What one group's run costs, in a fresh process: time and operations of a step, peak memory.
+def cost_of(job: tuple[str, str, str]) -> dict[str, float]:
+    """What one group's run costs, in a fresh process: processor time and operations of a step, and peak memory.
 
     Args:
-        job: target, way, group, and threads.
+        job: target, way, group.
     """
-    name, way, group, threads = job
-    torch.set_num_threads(threads)
+    name, way, group = job
+    torch.set_num_threads(1)
     target, weights = target_of(name, 0), groups_of(len(SIZES[name][2]), way)[group]
     settings = {**settings_of(name), "attribution": target.attributions, "progress": False}
-    cpu, wall, peak = [], [], []
+    seconds: list[float] = []
+    flops: list[int] = []
+    peak: list[float] = []  # of the steps, without the scoring at the end
 
     def note(step: int, components: apd.Components) -> None:  # at every step of a run as short as this
-        cpu.append(time.process_time())
-        wall.append(time.perf_counter())
+        seconds.append(time.process_time())
+        flops.append(counter.get_total_flops())
         peak.append(status("VmHWM"))
 
-    tiny = ResidualMLP(4, 8, (2,))
-    apd.decompose(
-        tiny, progress=False, **{**tiny.recipe, "steps": 2}
-    )  # what is loaded at the first step counts for none
+    tiny = ResidualMLP(4, 8, (2,))  # so that what torch loads at the first step is not counted
+    apd.decompose(tiny, progress=False, **{**tiny.recipe, "steps": 2})
     before = status("VmRSS")
     settings |= {"steps": COST_STEPS, "watch": note}
+    counter = FlopCounterMode(display=False)
     apd.decompose(target, target.recipe["batches"], weights, **settings)
-    settings |= {"steps": 2, "watch": None}
-    with FlopCounterMode(display=False) as counter:
-        apd.decompose(target, target.recipe["batches"], weights, **settings)
-    two = counter.get_total_flops()
-    with FlopCounterMode(display=False) as counter:
-        apd.decompose(target, target.recipe["batches"], weights, **{**settings, "steps": 1})
-    return {
-        "cpu_seconds": float(np.median(np.diff(cpu))),
-        "wall_seconds": float(np.median(np.diff(wall))),
-        "flops": two - counter.get_total_flops(),
-        "peak_mb": peak[-1] - before,  # of the steps, without the scoring at the end
-    }
-
-
-def wall_clock(name: str, way: str, processes: int, steps: int) -> float:
-    """Seconds from start to end of all groups' runs, so many at a time."""
-    target = target_of(name, 0)
-    settings = {**settings_of(name), "steps": steps, "attribution": target.attributions}
-    start = time.perf_counter()
-    decompose_groups(
-        target,
-        target.recipe["batches"],
-        groups_of(len(SIZES[name][2]), way),
-        processes=processes,
-        progress=False,
-        **settings,
-    )
-    return time.perf_counter() - start
+    cost = {
+        "seconds": float(np.median(np.diff(seconds))),
+        "peak_mb": peak[-1] - before,
+    }  # without the scoring at the end
+    with counter:
+        apd.decompose(target, target.recipe["batches"], weights, **{**settings, "steps": 3})
+    return {**cost, "flops": flops[-1] - flops[-2]}
 
 
 def costs() -> dict[str, Any]:
-    """Time, operations and memory of every way, on the large targets."""
-    found: dict[str, Any] = {"wall_steps": WALL_STEPS, "cores": os.cpu_count()}
+    """Processor time, operations and memory of every way, on the large targets."""
+    found: dict[str, Any] = {}
     for name in LARGE:
-        found[name] = {way: {"groups": {}} for way in ways_of(name)}
+        found[name] = {}
         for way in ways_of(name):
-            own = found[name][way]
+            found[name][way] = {}
             for group in groups_of(len(SIZES[name][2]), way):
                 with multiprocessing.get_context("spawn").Pool(1) as fresh:
-                    own["groups"][group] = fresh.apply(cost_of, ((name, way, group, 1),))
-            for processes in (1, 2) if way != "joint" else (1,):
-                own[f"wall_{processes}"] = [wall_clock(name, way, processes, n) for n in (1, WALL_STEPS)]
-            print(name, way, own, flush=True)
-        with multiprocessing.get_context("spawn").Pool(1) as fresh:
-            found[name]["joint"]["two_threads"] = fresh.apply(cost_of, ((name, "joint", "all", 2),))
-        print(found[name]["joint"]["two_threads"], flush=True)
+                    found[name][way][group] = fresh.apply(cost_of, ((name, way, group),))
+            print(name, way, found[name][way], flush=True)
     return found
 
 
