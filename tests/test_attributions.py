@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import pytest
 import torch
 from hypothesis import given
@@ -279,10 +281,25 @@ def test_what_the_residual_mlp_knows_of_itself(
     _same_as_generic(target, restarts, rank)
 
 
+@pytest.mark.parametrize("rank", [1, None])
+def test_what_the_residual_mlp_knows_of_some_of_its_weights(rank: int | None) -> None:
+    target = apd.targets.ResidualMLP(8, 20, (5, 4), probability=0.2)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in target.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator))
+    for n in (1, 2, 3):
+        for weights in combinations(target.weights, n):
+            _same_as_generic(target, None, rank, list(weights))
+
+
 def _same_as_generic(
-    target: apd.targets.TMS | apd.targets.ResidualMLP, restarts: int | None, rank: int | None = 2
+    target: apd.targets.TMS | apd.targets.ResidualMLP,
+    restarts: int | None,
+    rank: int | None = 2,
+    weights: list[str] | None = None,
 ) -> None:
-    network, x = apd.Network(target, target.weights), target.data(300)(0, torch.Generator().manual_seed(0))
+    network, x = apd.Network(target, weights or target.weights), target.data(300)(0, torch.Generator().manual_seed(0))
     assert (x == 0).all(1).any(), "an empty sample is among them"
     generator = torch.Generator().manual_seed(2)
     components = apd.Components.random(network.shapes, 7, rank, restarts, std=1.0, generator=generator)

@@ -208,7 +208,7 @@ class ResidualMLP(nn.Module):
 
         Args:
             network: the target, wrapped; not needed, since this is a method of the target.
-            components: C components of all its weights, with or without restarts.
+            components: C components of all its weights or of some, with or without restarts.
             x: inputs [B, n_features].
 
         Returns:
@@ -222,7 +222,7 @@ class ResidualMLP(nn.Module):
         directions, which = (x / length).unique(dim=0, return_inverse=True)
         moved = torch.cat([self._tangents(every, part).norm(dim=-1) for part in directions.split(CHUNK)])
         scores = moved[which] * (length * self.n_features**-0.5)  # the root mean square over outputs
-        scores = scores.unflatten(1, stacked.A["read.0.weight"].shape[:2]).transpose(0, 1)
+        scores = scores.unflatten(1, stacked.A[stacked.paths[0]].shape[:2]).transpose(0, 1)
         return scores if components.restarts is not None else scores[0]
 
     def _tangents(self, every: list[_Composed], x: Tensor) -> Tensor:
@@ -232,18 +232,25 @@ class ResidualMLP(nn.Module):
         for layer in every:
             n = layer.read.shape[1]
             before = values @ layer.read
-            # Few features are on: only their rows are added up.
-            d_before = (values.to_sparse() @ layer.reads).unflatten(1, (-1, n))
+            d_before: Tensor | None = None
+            if layer.reads is not None:
+                # Few features are on: only their rows are added up.
+                d_before = (values.to_sparse() @ layer.reads).unflatten(1, (-1, n))
             if moved is not None:
-                d_before, moved = d_before + moved[..., :n], moved[..., n:]
+                earlier, moved = moved[..., :n], moved[..., n:]
+                d_before = earlier if d_before is None else d_before + earlier
             h = torch.relu(before)
-            written = (d_before * (before > 0)[:, None]) @ layer.write
+            written = None if d_before is None else (d_before * (before > 0)[:, None]) @ layer.write
             if layer.writes is not None:
-                written.flatten(1).addmm_(h, layer.writes)
-            else:
+                if written is None:
+                    written = (h @ layer.writes).unflatten(1, (-1, layer.write.shape[1]))
+                else:
+                    written.flatten(1).addmm_(h, layer.writes)
+            elif layer.write_A is not None and layer.write_B is not None:
                 u = (h @ layer.write_A).unflatten(1, (len(layer.write_B), -1)).transpose(0, 1)  # [C, B, m]
-                written += (u @ layer.write_B).transpose(0, 1)
-            moved = written if moved is None else moved + written
+                own = (u @ layer.write_B).transpose(0, 1)
+                written = own if written is None else written.add_(own)
+            moved = written if moved is None or written is None else moved + written
             values = torch.cat([values, h], dim=1)
         assert moved is not None
         return moved
@@ -254,11 +261,11 @@ class _Composed:
     """A layer and its C components, multiplied by the rest of the stream (S things stand in it, T read it later)."""
 
     read: Tensor  # [S, n]
-    reads: Tensor  # of every component, [S, C n]
+    reads: Tensor | None  # of every component, [S, C n]; None if the components leave this weight alone
     write: Tensor  # [n, T]
     writes: Tensor | None  # of every component, [n, C T]; None where the factors are fewer numbers
-    write_A: Tensor  # [n, C m]
-    write_B: Tensor  # [C, m, T]
+    write_A: Tensor | None  # [n, C m]; None if the components leave this weight alone
+    write_B: Tensor | None  # [C, m, T]
 
 
 def _compose(target: ResidualMLP, components: Components) -> list[_Composed]:
@@ -269,14 +276,14 @@ def _compose(target: ResidualMLP, components: Components) -> list[_Composed]:
         readers = torch.cat([*(later.weight.T for later, _ in target.layers[i + 1 :]), E.T], dim=1)
         r, w = f"read.{i}.weight", f"write.{i}.weight"
         # In this order torch makes one product of all components where m is 1, which is many times faster.
-        reads = (A[r].mT @ stands.T).mT @ B[r]
-        write_B = B[w] @ readers
-        _, m, T = write_B.shape
-        n = len(write.weight.T)
-        writes = _flat(A[w] @ write_B) if n * T < m * (n + T) else None
-        layers.append(
-            _Composed(stands @ read.weight.T, _flat(reads), write.weight.T @ readers, writes, _flat(A[w]), write_B)
-        )
+        reads = _flat((A[r].mT @ stands.T).mT @ B[r]) if r in A else None
+        writes = write_A = write_B = None
+        if w in A:
+            write_A, write_B = _flat(A[w]), B[w] @ readers
+            _, m, T = write_B.shape
+            n = len(write.weight.T)
+            writes = _flat(A[w] @ write_B) if n * T < m * (n + T) else None
+        layers.append(_Composed(stands @ read.weight.T, reads, write.weight.T @ readers, writes, write_A, write_B))
         stands = torch.cat([stands, write.weight.T])
     return layers
 
