@@ -10,6 +10,7 @@ import multiprocessing
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -54,7 +55,7 @@ class Size:
     def shapes(self) -> list[tuple[int, int]]:
         """(d_in, d_out) of every weight."""
         widths = [self.width] * self.depth + [self.n_out]
-        return list(zip(widths, widths[1:], strict=False))
+        return list(pairwise(widths))
 
     def target(self) -> nn.Sequential:
         """The network, its weights drawn."""
@@ -112,9 +113,9 @@ class Paper:
         self.size, self.target, self.x = size, size.target(), size.inputs()
         self.layers = [layer for layer in self.target if isinstance(layer, nn.Linear)]
         generator, C = torch.Generator().manual_seed(0), size.n_components
-        ranks = [size.rank or min(shape) for shape in size.shapes]
-        self.A = [0.02 * torch.randn(C, d, m, generator=generator) for (d, _), m in zip(size.shapes, ranks, strict=True)]
-        self.B = [0.02 * torch.randn(C, m, e, generator=generator) for (_, e), m in zip(size.shapes, ranks, strict=True)]
+        sizes = [(d, size.rank or min(d, e), e) for d, e in size.shapes]
+        self.A = [0.02 * torch.randn(C, d, m, generator=generator) for d, m, _ in sizes]
+        self.B = [0.02 * torch.randn(C, m, e, generator=generator) for _, m, e in sizes]
         self.factors = [t.requires_grad_() for t in (*self.A, *self.B)]
         self.optimiser = torch.optim.Adam(self.factors, lr=1e-3, fused=False, foreach=False)
 
