@@ -1,0 +1,326 @@
+"""Time and memory of a step with each trick off and on, for chapter 19: called by tools/remake_tricks.py  (5 minutes)
+
+It writes the key `steps` of data/tricks.json. One thread, seconds of the processor, both sides of a ratio in turns in
+one run; memory in a process of its own each. Leave the machine alone meanwhile.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch._inductor.config
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import apd_minimal as apd
+from apd_minimal import grouped
+from apd_minimal.attributions import MODES, gradient
+from apd_minimal.attributions.gradients import _cheapest
+from apd_minimal.targets import ResidualMLP
+from apd_minimal.totals import Totals
+from remake_tricks import has_torchao, optimiser_of
+from steps import Plain, Size, Step, ours, peak, timed
+
+STORED = Path(__file__).parent.parent / "data" / "tricks.json"
+MLP = Size(512, 4, 32, 256, 32, 4)  # 0.8 million entries
+MOMENTS = ("float32", "both", "8-bit")
+LARGE_BATCH = replace(MLP, batch=1024, n_out=4)
+
+
+@dataclass(frozen=True)
+class Residual:
+    """The residual MLP of the paper, 100 functions in 50 neurons, its weights drawn; fields as those of `Size`."""
+
+    batch: int = 256
+    n_components: int = 130
+    rank: int | None = None
+    top_k: float = 1.28
+
+    def target(self) -> nn.Module:
+        """The network."""
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return ResidualMLP(100, 1000, (50,))
+
+    def inputs(self) -> Tensor:
+        """One batch of sparse features [B, 100]."""
+        source = apd.data.SparseFeatures(100, 0.01, -1.0, 1.0, batch_size=self.batch, nonempty=True)
+        return source(0, torch.Generator().manual_seed(1))
+
+
+def plain(size: Any, **changes: Any) -> Step:
+    """A step of `decompose`."""
+    return ours(size, **changes).advance
+
+
+def probing(size: Any, n_probes: int) -> Step:
+    """With random probes for the outputs."""
+    return plain(size, attribution=partial(gradient, n_probes=n_probes, generator=torch.Generator().manual_seed(3)))
+
+
+def dense(size: Any) -> Step:
+    """Without the grouped forward pass."""
+    step = plain(size)
+
+    def without() -> None:
+        with patch.object(grouped, "group", lambda mask, rank: None):
+            step()
+
+    return without
+
+
+def autocast(size: Any) -> Step:
+    """Under autocast to bfloat16."""
+    step = plain(size)
+
+    def lower() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            step()
+
+    return lower
+
+
+def optimising(kind: str, n: int = 2**23) -> Step:
+    """A step of an optimiser on so many numbers, in two tensors."""
+    parameters = [torch.zeros(n // 2, requires_grad=True) for _ in range(2)]
+    for p in parameters:
+        p.grad = torch.full_like(p, 0.1)
+    if kind == "float32":
+        return torch.optim.Adam(parameters, lr=1e-3, fused=True).step
+    return optimiser_of(kind, parameters, 1e-3).step
+
+
+def state_bytes(kind: str, n: int = 2**20) -> float:
+    """Bytes that an optimiser keeps for each number that it trains."""
+    p = torch.zeros(n, requires_grad=True)
+    p.grad = torch.ones_like(p)
+    optimiser = torch.optim.Adam([p]) if kind == "float32" else optimiser_of(kind, [p], 1e-3)
+    optimiser.step()
+    kept = [t for t in optimiser.state[p].values() if isinstance(t, Tensor) and t.numel() == n]
+    inner = [getattr(t, name) for t in kept if hasattr(t, "__tensor_flatten__") for name in t.__tensor_flatten__()[0]]
+    return sum(t.nbytes for t in inner or kept) / n
+
+
+def comparisons() -> dict[str, dict[str, Callable[[], Step]]]:
+    """Per trick: how to make a step, the first with the trick off."""
+    mlp, res, batch = MLP, Residual(), LARGE_BATCH
+    made: dict[str, dict[str, Callable[[], Step]]] = {
+        "rank, MLP": {str(m or "full"): partial(plain, replace(mlp, rank=m)) for m in (None, 4, 2, 1)},
+        "rank, residual MLP": {str(m or "full"): partial(plain, replace(res, rank=m)) for m in (None, 4, 2, 1)},
+        "probes, MLP": {"exact": partial(plain, mlp)} | {str(n): partial(probing, mlp, n) for n in (16, 4, 1)},
+        "probes, residual MLP": {"exact": partial(plain, replace(res, rank=1))}
+        | {str(n): partial(probing, replace(res, rank=1), n) for n in (16, 4, 1)},
+        "memory, MLP, B = 1024, scrub loss": {
+            "off": partial(plain, batch, scrub=0.5),
+            "recompute": partial(plain, batch, scrub=0.5, recompute=True),
+            "micro_batch": partial(plain, batch, scrub=0.5, micro_batch=128),
+            "both": partial(plain, batch, scrub=0.5, micro_batch=128, recompute=True),
+        },
+        "bfloat16, MLP": {"off": partial(plain, mlp), "on": partial(autocast, mlp)},
+        "bfloat16, MLP, m = 64": {
+            "off": partial(plain, replace(mlp, rank=64)),
+            "on": partial(autocast, replace(mlp, rank=64)),
+        },
+        "bfloat16, residual MLP": {"off": partial(plain, res), "on": partial(autocast, res)},
+    }
+    for C, m in ((32, 32), (128, 32), (512, 4)):
+        size = replace(mlp, n_components=C, rank=m, n_out=4)
+        made[f"grouped, MLP, C = {C}, m = {m}"] = {"off": partial(dense, size), "on": partial(plain, size)}
+    made["grouped, residual MLP"] = {"off": partial(dense, res), "on": partial(plain, res)}
+    # Compiled for a process of its own each time, which would be all that its memory shows.
+    made["moments"] = {kind: partial(optimising, kind) for kind in MOMENTS if kind != "8-bit" or has_torchao()}
+    return made
+
+
+def modes() -> list[dict[str, Any]]:
+    """Every exact way to attributions by shape, and by the share of outputs that are not at rest."""
+    rows = []
+    for n_out in (1, 16, 128):
+        for C in (4, 32, 256):
+            for on in (1.0, 0.05) if n_out == 128 else (1.0,):
+                size = Size(64, 3, n_out, 64, C, 4)
+                target, x = size.target(), size.inputs()
+                if on < 1:
+                    with torch.no_grad():
+                        target[-1].bias.copy_(-target(x).quantile(1 - on, dim=0) + target[-1].bias)
+                    target.append(nn.ReLU())
+                network = apd.Network(target, [f"{i}.weight" for i in (0, 2, 4)])
+                parts = apd.Components.random(network.shapes, C, 4, generator=torch.Generator().manual_seed(0))
+                ways = {mode: partial(gradient, network, parts, x, mode=mode) for mode in MODES}
+                values = {mode: run() for mode, run in ways.items()}
+                off = max((v - values["backward"]).abs().max().item() for v in values.values())
+                times = timed({mode: partial(_itself, run) for mode, run in ways.items()}, 2, 0.05)
+                counted = _cheapest(network, parts.stacked(), None, x)
+                off /= values["backward"].abs().max().item()
+                rows.append({"n_out": n_out, "C": C, "on": on, "seconds": times, "counted": counted, "difference": off})
+    return rows
+
+
+def _itself(run: Step) -> Step:
+    return run
+
+
+def losses_of(size: Size) -> Callable[[], Tensor]:
+    """Faithfulness and simplicity of random factors, written out for the compiler, and the way back."""
+    run = ours(size)
+    paths, weights = run.components.paths, run.network.weights
+    factors = [(run.components.A[p][0], run.components.B[p][0], weights[p]) for p in paths]
+
+    def loss() -> Tensor:
+        total = torch.zeros(())
+        for a, b, w in factors:
+            whole = a.transpose(0, 1).flatten(1) @ b.flatten(0, 1)
+            lengths = (a.square().sum(1) * b.square().sum(2) + 1e-16).pow(0.45)
+            total = total + (whole - w).square().sum() + lengths.sum()
+        return total
+
+    return loss
+
+
+def mixture_of(size: Size) -> Callable[[], Tensor]:
+    """All components of one layer with gates on them, as the scrub loss has them, and the way back."""
+    g = torch.Generator().manual_seed(0)
+    C, m, d = size.n_components, size.rank or size.width, size.width
+    rows, gates = torch.randn(size.batch, d, generator=g), (torch.rand(size.batch, C, generator=g) < 0.5).float()
+    first, second = (0.1 * torch.randn(*shape, generator=g) for shape in ((C, d, m), (C, m, d)))
+    first.requires_grad_(), second.requires_grad_()
+
+    def mix() -> Tensor:
+        u = (rows @ first.transpose(0, 1).flatten(1)).view(len(rows), C, m) * gates[..., None]
+        return torch.relu(u.flatten(1) @ second.flatten(0, 1)).square().sum()
+
+    return mix
+
+
+def training_of(size: Size) -> Callable[[], Tensor]:
+    """The loss of a plain training step."""
+    plainly = Plain(size)
+    return lambda: F.mse_loss(plainly.target(plainly.x), plainly.labels)
+
+
+def compiled() -> list[dict[str, Any]]:
+    """Torch's compiler on functions where it could win: forward and back, eager and compiled, and how long it takes."""
+    cases = {
+        "plain training, MLP": training_of(MLP),
+        "faithfulness and simplicity, MLP": losses_of(MLP),
+        "gated components of a layer, MLP": mixture_of(MLP),
+    }
+    rows = []
+    torch._inductor.config.force_disable_caches = True  # else a second run would find what the first has compiled
+    for name, function in cases.items():
+        torch._dynamo.reset()
+        fast = torch.compile(function)
+        start = time.perf_counter()
+        fast().backward()
+        compiling = time.perf_counter() - start
+        error = abs(fast().item() / function().item() - 1)
+        steps: dict[str, Callable[[], Step]] = {
+            "eager": lambda f=function: lambda: f().backward(),  # type: ignore[misc]
+            "compiled": lambda f=fast: lambda: f().backward(),  # type: ignore[misc]
+        }
+        rows.append({"name": name, "seconds": timed(steps, 4), "compile": compiling, "difference": error})
+    run = ours(MLP)
+    mask = torch.ones(1, 8, MLP.n_components)
+
+    def in_place() -> None:
+        totals = Totals(run.components)
+        faithful = apd.losses.faithfulness(totals, run.network.weights)
+        totals.backward((faithful + apd.losses.simplicity(totals, mask)).sum())
+
+    name = "faithfulness and simplicity, MLP, as the library has them"
+    rows.append({"name": name, "seconds": timed({"eager": lambda: in_place}, 4)})
+    return rows
+
+
+class Doubled(Size):
+    """The same in double precision."""
+
+    def target(self) -> nn.Sequential:
+        """The network, its weights drawn."""
+        return super().target().double()
+
+    def inputs(self) -> Tensor:
+        """One batch [B, width]."""
+        return super().inputs().double()
+
+
+def agreement(size: Size) -> dict[str, float]:
+    """How far the components are apart after 30 steps with a trick that promises the same, and without it.
+
+    Args:
+        size: of the network and the step.
+
+    Returns:
+        dict[str, float]: per trick, the largest difference over the largest entry; and the share of passes in which
+            pairs were gathered.
+    """
+    listed = []
+
+    def grouping(mask: Tensor, rank: int) -> Any:
+        listed.append(group(mask, rank))
+        return listed[-1]
+
+    def after(run: Any, grouping: Any) -> Tensor:
+        with patch.object(grouped, "group", grouping):
+            for _ in range(30):
+                run.advance()
+        return torch.cat([p.detach().flatten() for p in run.components.parameters()])
+
+    group = grouped.group
+    base = after(ours(size, scrub=0.5), grouping)
+    share = sum(groups is not None for groups in listed) / len(listed)
+    found = {
+        "recompute": after(ours(size, scrub=0.5, recompute=True), group),
+        "micro_batch": after(ours(size, scrub=0.5, micro_batch=100), group),
+        "grouped": after(ours(size, scrub=0.5), lambda mask, rank: None),
+    }
+    differences = {name: ((t - base).abs().max() / base.abs().max()).item() for name, t in found.items()}
+    return differences | {"grouped in": share}
+
+
+def main() -> None:
+    """Measure memory, then time; store."""
+    torch.set_num_threads(1)
+    start = time.perf_counter()
+
+    def say(what: str) -> None:
+        print(f"{time.perf_counter() - start:4.0f} s  {what}", file=sys.stderr, flush=True)
+
+    made = comparisons()
+    stored = json.loads(STORED.read_text()) if STORED.exists() else {"runs": []}
+    before = {c["name"]: c for c in stored.get("steps", {}).get("comparisons", [])}
+    memory = {
+        name: {kind: peak(make) for kind, make in kinds.items()} for name, kinds in made.items() if name != "moments"
+    }
+    say("memory measured")
+    rows = []
+    for name, kinds in made.items():
+        row = {"name": name, "seconds": timed(kinds, seconds=0.1)}
+        rows.append(
+            row | ({"megabytes": memory[name]} if name in memory else {"bytes": {k: state_bytes(k) for k in kinds}})
+        )
+        say(name)
+    if not has_torchao() and "moments" in before:
+        rows = [before["moments"] if row["name"] == "moments" else row for row in rows]
+    sizes = {"MLP": MLP.asdict(), "residual MLP": asdict(Residual())}
+    stored["steps"] = {"sizes": sizes, "comparisons": rows, "modes": modes()}
+    say("modes")
+    shape = (64, 4, 8, 512, 32, 32)
+    same = {"float32": agreement(Size(*shape)), "float64": agreement(Doubled(*shape))}
+    stored["steps"] |= {"compiled": compiled(), "agreement": same, "seconds": time.perf_counter() - start}
+    now = json.loads(STORED.read_text()) if STORED.exists() else {"runs": []}  # there may be new runs
+    STORED.write_text(json.dumps(now | {"steps": stored["steps"]}, indent=1) + "\n")
+    say("done")
+
+
+if __name__ == "__main__":
+    main()
