@@ -34,7 +34,7 @@ from apd_minimal.targets import ResidualMLP
 DATA = Path(__file__).parent.parent / "data"
 SIZES = {"20": (40, 400, (20,)), "10-10": (40, 400, (10, 10)), "50": (100, 1000, (50,)), "25-25": (100, 1000, (25, 25))}
 LARGE = ("50", "25-25")
-SEEDS = {"20": range(60, 65), "10-10": range(60, 65), "50": range(2), "25-25": range(2)}
+SEEDS = {"20": range(60, 65), "10-10": range(60, 65), "50": range(1), "25-25": range(1)}
 STEPS = {"20": 1500, "10-10": 1500, "50": 4000, "25-25": 4000}
 STORED = "10-10"  # the target of which the components are kept
 COST_STEPS = 40  # of the runs whose time is taken
