@@ -28,6 +28,9 @@ data: .venv/installed
 	$(TEST)python tools/remake_grid.py
 	$(TEST)python tools/remake_lp.py
 	$(TEST)python tools/remake_attributions.py
+	$(TEST)python tools/remake_merging.py
+	$(TEST)python tools/remake_layerwise.py
+	$(TEST)python tools/remake_tricks.py
 	$(TEST)python tools/remake_parallel.py
 	$(TEST)python tools/remake_larger.py
 

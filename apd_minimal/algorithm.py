@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,6 @@ from .decomposition import Decomposition
 from .gates import Network
 from .losses import DIVERGENCES, Divergence
 from .run import NonFiniteLoss, Run
-
-RunType = TypeVar("RunType", bound=Run)
 
 
 def decompose(
@@ -117,14 +115,14 @@ def check(config: Config, divergence: str | Divergence, hidden_modules: Sequence
 
 
 def begin(
-    make: Callable[..., RunType],
+    make: Callable[..., Run],
     network: Network,
     batches: Batches,
     config: Config,
     divergence: str | Divergence,
     attribution: Attribution | None,
     micro_batch: int | None,
-) -> RunType:
+) -> Run:
     """A run before its first step; the network is checked on inputs of that step."""
     function = DIVERGENCES[divergence] if isinstance(divergence, str) else divergence
     run = make(network, batches, config, function, attribution, micro_batch)

@@ -4,8 +4,8 @@ A group is a matrix, a block, or any other set of weights. While one group is ta
 target's, so that groups know nothing of each other and can run in processes of their own. What belongs together across
 groups is found afterwards: parts that are active on the same inputs.
 
-    parts = decompose_groups(target, batches, {"read": ["read.0.weight"], "write": ["write.0.weight"]}, processes=2,
-                             n_components=200, top_k=1.0)
+    groups = {"read": ["read.0.weight"], "write": ["write.0.weight"]}
+    parts = decompose_groups(target, batches, groups, processes=2, n_components=200, top_k=1.0)
     masks = activity(target, parts, x)
     components = stitch(parts, cluster(masks, min_similarity=0.3))
 """

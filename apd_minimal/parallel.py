@@ -127,6 +127,7 @@ def decompose(
     network = Network(target, weights, output, hidden_modules, recompute)
     try:
         run = begin(partial(ShardedRun, mesh), network, batches, config, divergence, attribution, micro_batch)
+        assert isinstance(run, ShardedRun)
         run.agree("checkpoints", [checkpoint is not None, checkpoint_every])
         if checkpoint is not None and Path(checkpoint).exists():
             run.resume(checkpoint)
