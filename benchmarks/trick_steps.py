@@ -116,9 +116,11 @@ def comparisons() -> dict[str, dict[str, Callable[[], Step]]]:
     made: dict[str, dict[str, Callable[[], Step]]] = {
         "rank, MLP": {str(m or "full"): partial(plain, replace(mlp, rank=m)) for m in (None, 4, 2, 1)},
         "rank, residual MLP": {str(m or "full"): partial(plain, replace(res, rank=m)) for m in (None, 4, 2, 1)},
-        "probes, MLP": {"exact": partial(plain, mlp)} | {str(n): partial(probing, mlp, n) for n in (16, 4, 1)},
-        "probes, residual MLP": {"exact": partial(plain, replace(res, rank=1))}
-        | {str(n): partial(probing, replace(res, rank=1), n) for n in (16, 4, 1)},
+        "probes, MLP": {"exact": partial(plain, mlp), **{str(n): partial(probing, mlp, n) for n in (16, 4, 1)}},
+        "probes, residual MLP": {
+            "exact": partial(plain, replace(res, rank=1)),
+            **{str(n): partial(probing, replace(res, rank=1), n) for n in (16, 4, 1)},
+        },
         "memory, MLP, B = 1024, scrub loss": {
             "off": partial(plain, batch, scrub=0.5),
             "recompute": partial(plain, batch, scrub=0.5, recompute=True),
@@ -151,7 +153,9 @@ def modes() -> list[dict[str, Any]]:
                 target, x = size.target(), size.inputs()
                 if on < 1:
                     with torch.no_grad():
-                        target[-1].bias.copy_(-target(x).quantile(1 - on, dim=0) + target[-1].bias)
+                        last = target[-1]
+                        assert isinstance(last, nn.Linear)
+                        last.bias.copy_(last.bias - target(x).quantile(1 - on, dim=0))
                     target.append(nn.ReLU())
                 network = apd.Network(target, [f"{i}.weight" for i in (0, 2, 4)])
                 parts = apd.Components.random(network.shapes, C, 4, generator=torch.Generator().manual_seed(0))

@@ -70,7 +70,7 @@ class SmallMoments(torch.optim.Optimizer):
         self.both = both
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One update, as Adam's with its usual constants."""
         group = self.param_groups[0]
         for p in group["params"]:
@@ -134,7 +134,7 @@ def decompose(target: TMS | ResidualMLP, recipe: dict[str, Any], trick: dict[str
     with torch.autocast("cpu", torch.bfloat16) if trick.get("autocast") else nullcontext():
         run = begin(Run, network, batches, apd.Config.from_dict(recipe), "mse", estimate, None)
         if "optimiser" in trick:
-            run.optimiser = optimiser_of(trick["optimiser"], run.components.parameters(), run.config.lr)
+            run.optimiser = optimiser_of(trick["optimiser"], run.components.parameters(), run.config.lr)  # type: ignore[assignment]
         if trick.get("optimiser") == "8-bit":
             set_lr(run)
         follow(run, None, 1, None, progress=False)
