@@ -96,7 +96,7 @@ def optimiser_of(kind: str, parameters: list[Tensor], lr: float) -> torch.optim.
     """
     if kind != "8-bit":
         return SmallMoments(parameters, lr, both=kind == "both")
-    from torchao.optim import Adam8bit  # type: ignore[import-not-found]
+    from torchao.optim import Adam8bit
 
     return Adam8bit(parameters, lr=torch.tensor(lr))
 
