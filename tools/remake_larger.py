@@ -193,7 +193,9 @@ def store(target: Transformer, facts: dict[str, Any], components: apd.Components
     tensors = {k: v for k, v in load_file(ARRAYS).items() if k.split(".")[0] in ("target", *(r["name"] for r in runs))}
     for letter, factors in (("A", components.A), ("B", components.B)):
         tensors |= {f"{name}.{letter}.{path}": t.half().contiguous() for path, t in factors.items()}
-    TABLE.write_text(json.dumps({"about": about, "runs": runs}) + "\n")
+    text = json.dumps({"about": about, "runs": runs})
+    short = json.loads(text, parse_float=lambda number: float(f"{float(number):.6g}"))  # the data have a budget
+    TABLE.write_text(json.dumps(short, separators=(",", ":")) + "\n")
     save_file(tensors, ARRAYS)
     write_manifest()
 
