@@ -30,6 +30,7 @@ data: .venv/installed
 	$(TEST)python tools/remake_attributions.py
 	$(TEST)python tools/remake_merging.py
 	$(TEST)python tools/remake_layerwise.py
+	$(TEST)python benchmarks/price.py
 	$(TEST)python tools/remake_tricks.py
 	$(TEST)python tools/remake_parallel.py
 	$(TEST)python tools/remake_larger.py
