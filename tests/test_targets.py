@@ -99,3 +99,12 @@ def test_fitting() -> None:
     before = torch.get_rng_state()
     TMS.fit(first, steps=2)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_ownership_of_a_tms_is_that_by_weights() -> None:
+    """Of its own mechanisms, each by itself; the second and third change places."""
+    target = apd.targets.TMS(4, 3).fit(steps=5)
+    order = torch.tensor([0, 2, 1, 3])
+    parts = apd.Components.from_matrices({path: P[order] for path, P in target.mechanisms().items()})
+    assert target.ownership(parts).owner.tolist() == order.tolist()
+    assert target.ownership(parts).complete

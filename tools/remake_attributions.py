@@ -158,10 +158,7 @@ def run(job: Job) -> dict[str, Any]:
     result = apd.decompose(target, attribution=estimate, watch=watch, progress=False, **settings)
     seconds = time.process_time() - start
     components = result.components
-    if isinstance(target, ResidualMLP):
-        own = target.ownership(components)
-    else:
-        own = apd.metrics.ownership(components, target.mechanisms())
+    own = target.ownership(components)
     facts = {
         "target": name,
         "estimator": estimator,

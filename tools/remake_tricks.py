@@ -184,10 +184,7 @@ def run(job: Job) -> dict[str, Any]:
     result = decompose(target, recipe, SETTINGS[trick], seed)
     seconds = time.process_time() - start
     components = result.components
-    if isinstance(target, ResidualMLP):
-        own = target.ownership(components)
-    else:
-        own = apd.metrics.ownership(components, target.mechanisms())
+    own = target.ownership(components)
     weights = apd.Network(target, target.weights).weights
     facts = {
         "target": name,

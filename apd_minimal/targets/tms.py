@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..components import Components
 from ..data import SparseFeatures
 from ..gates import Network
+from ..metrics import Ownership, ownership
 from ..rules import TransposedLinear
 from .training import train
 
@@ -154,6 +155,14 @@ class TMS(nn.Module):
         self.encode.weight.copy_(self.encode.weight @ Q)
         self.rotation = Q if self.rotation is None else self.rotation @ Q
         return self
+
+    def ownership(self, components: Components) -> Ownership:
+        """Who owns which feature, by weights and with the usual thresholds (`metrics.ownership`, chapter 7).
+
+        Args:
+            components: C components, without restarts.
+        """
+        return ownership(components, self.mechanisms())
 
     def mechanisms(self) -> dict[str, Tensor]:
         """The true mechanisms, per parameter path [J, d_in, d_out]: one for each feature, the identity last."""
