@@ -12,31 +12,31 @@ INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints.txt
 .PHONY: book run test data bench clean
 
 book: .venv-book/installed
-	@$(BOOK)python tools/build.py
+	@$(BOOK)python -m tools.build
 
 run: .venv/installed
-	$(TEST)python tools/execute.py
+	$(TEST)python -m tools.execute
 
 test: .venv/installed
-	@$(TEST)python tools/test_all.py
+	@$(TEST)python -m tools.test_all
 
 data: .venv/installed
-	$(TEST)python tools/remake_data.py
-	$(TEST)python tools/remake_gated.py
-	$(TEST)python tools/remake_failures.py
-	$(TEST)python tools/remake_residual.py
-	$(TEST)python tools/remake_grid.py
-	$(TEST)python tools/remake_lp.py
-	$(TEST)python tools/remake_attributions.py
-	$(TEST)python tools/remake_merging.py
-	$(TEST)python tools/remake_layerwise.py
-	$(TEST)python benchmarks/price.py
-	$(TEST)python tools/remake_tricks.py
-	$(TEST)python tools/remake_parallel.py
-	$(TEST)python tools/remake_larger.py
+	$(TEST)python -m experiments.tms
+	$(TEST)python -m experiments.gated
+	$(TEST)python -m experiments.failures
+	$(TEST)python -m experiments.residual
+	$(TEST)python -m experiments.grid
+	$(TEST)python -m experiments.lp
+	$(TEST)python -m experiments.attributions
+	$(TEST)python -m experiments.merging
+	$(TEST)python -m experiments.layerwise
+	$(TEST)python -m benchmarks.price
+	$(TEST)python -m experiments.tricks
+	$(TEST)python -m experiments.parallel
+	$(TEST)python -m experiments.larger
 
 bench: .venv/installed
-	OMP_NUM_THREADS=1 $(TEST)python benchmarks/run.py
+	OMP_NUM_THREADS=1 $(TEST)python -m benchmarks.run
 
 .venv-book/installed: requirements-docs.txt constraints.txt
 	$(PYTHON) -m venv .venv-book

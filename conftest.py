@@ -5,7 +5,7 @@ from typing import Any
 
 from nbval.kernel import RunningKernel
 
-from execute import ENVIRONMENT
+from tools.execute import ENVIRONMENT
 
 os.environ.update(ENVIRONMENT)
 

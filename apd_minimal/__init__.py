@@ -6,13 +6,15 @@ result = apd.decompose(target, **target.recipe)
 print(apd.metrics.ownership(result.components, target.mechanisms()))
 """
 
-from . import artefacts, attributions, data, diagnose, frames, glue, losses, metrics, plots, rules, store, targets, topk
+from . import attributions, data, losses, rules, selection, store, targets
 from .algorithm import decompose
+from .book import artefacts, frames, glue
 from .components import Components
 from .config import Config
 from .decomposition import Decomposition
-from .gates import Network
-from .run import NonFiniteLoss
+from .network import Network
+from .study import diagnose, metrics, plots
+from .train import NonFiniteLoss
 
 __all__ = [
     "Components",
@@ -31,9 +33,9 @@ __all__ = [
     "metrics",
     "plots",
     "rules",
+    "selection",
     "store",
     "targets",
-    "topk",
 ]
 
 __version__ = "0.1.0"

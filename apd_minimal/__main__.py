@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
-from . import decompose, losses, metrics, plots, targets
-from .gates import Network
+from . import decompose, losses, targets
+from .network import Network
+from .study import metrics, plots
 
 
 def main() -> None:

@@ -16,9 +16,9 @@ from .components import Components
 from .config import Config, Schedule
 from .data import Batches
 from .decomposition import Decomposition
-from .gates import Network
 from .losses import DIVERGENCES, Divergence
-from .run import NonFiniteLoss, Run
+from .network import Network
+from .train import NonFiniteLoss, Run
 
 
 def decompose(

@@ -14,7 +14,7 @@ from torch import Tensor
 from . import store
 from .config import Config
 from .decomposition import fingerprint
-from .gates import Network
+from .network import Network
 
 
 def identity(config: Config, network: Network, divergence: Any, attribution: Any) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from . import store
 from .components import Components
 from .config import Config
-from .gates import Network
+from .network import Network
 
 
 def fingerprint(state: Mapping[str, Tensor]) -> str:

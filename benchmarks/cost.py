@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from apd_minimal.gates import Network
-from cases import Case
+from apd_minimal.network import Network
+from benchmarks.cases import Case
 
 FLOAT = 4  # bytes
 FUSED_ADAM = 7  # reads p, g, m, v; writes p, m, v

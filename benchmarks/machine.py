@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from cases import Case
-from cost import used
+from benchmarks.cases import Case
+from benchmarks.cost import used
 
 LARGE = (1, 2048, 2048, 2048)
 

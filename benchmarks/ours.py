@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import apd_minimal as apd
-from cases import Case
+from benchmarks.cases import Case
 
 STEPS = 10_000  # of the run that is begun: long enough that logging, every fiftieth step, does not count
 

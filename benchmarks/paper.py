@@ -15,8 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, einsum
 
-from cases import INIT_STD, Case
-from stacked import Stacked
+from benchmarks.cases import INIT_STD, Case
+from benchmarks.stacked import Stacked
 
 
 class Paper:

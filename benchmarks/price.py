@@ -1,4 +1,4 @@
-"""Makes data/price.json, what a step costs as one size grows: python benchmarks/price.py     (about 5 minutes)
+"""Makes data/price.json, what a step costs as one size grows: python -m benchmarks.price     (about 5 minutes)
 
 Time and peak memory of a step of plain training, of the paper's formulation, and of `decompose` with the paper's losses
 and with the scrub loss as well, on multi-layer perceptrons from hundreds to millions of parameters. One thread; the
@@ -22,10 +22,10 @@ from typing import Any
 
 import torch
 
-import machine
 from apd_minimal import Components
 from apd_minimal.attributions import gradients
-from steps import Paper, Plain, Size, Step, ours, peak, timed
+from benchmarks import machine
+from benchmarks.steps import Paper, Plain, Size, Step, ours, peak, timed
 
 STORED = Path(__file__).parent.parent / "data" / "price.json"
 BASE = Size()

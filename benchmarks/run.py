@@ -1,4 +1,4 @@
-"""Times a step of the decomposition in one run on one thread: python benchmarks/run.py
+"""Times a step of the decomposition in one run on one thread: python -m benchmarks.run
 
     (a) a plain training step of the target        (b) the paper's formulation
     (c) ours, for any network                      (d) ours, with what is special about the target
@@ -25,14 +25,11 @@ from typing import Any
 
 import torch
 
-import cost
-import machine
-import ours
-import table
 from apd_minimal.targets import TMS
-from cases import CASES, GROWTH, Case
-from paper import Paper
-from stacked import Plain
+from benchmarks import cost, machine, ours, table
+from benchmarks.cases import CASES, GROWTH, Case
+from benchmarks.paper import Paper
+from benchmarks.stacked import Plain
 
 HERE = Path(__file__).parent
 STORED = HERE.parent / "data" / "benchmarks.json"
@@ -128,9 +125,9 @@ def measured_memory(case: Case) -> dict[str, dict[str, float]]:
     for kind in KINDS:
         if kind == "loaded" or (kind == "special" and not ours.has_special(case)):
             continue
-        command = [sys.executable, str(HERE / "run.py"), "--memory", case.name, kind]
+        command = [sys.executable, "-m", "benchmarks.run", "--memory", case.name, kind]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=HERE.parent)
         found[kind] = json.loads(done.stdout.splitlines()[-1])
     return found
 

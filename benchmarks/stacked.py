@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, einsum
 
 from apd_minimal.targets import TMS
-from cases import Case
+from benchmarks.cases import Case
 
 Apply = Callable[[int, Tensor], Tensor]  # (number of the use, its input rows [B, I, d]) -> [B, I, d']
 

@@ -22,7 +22,7 @@ from torch import Tensor, einsum, nn
 import apd_minimal as apd
 from apd_minimal.algorithm import begin
 from apd_minimal.attributions import Attribution
-from apd_minimal.run import Run
+from apd_minimal.train import Run
 
 Step = Callable[[], Any]
 PAPER = {"simplicity": 10.0, "scrub": 0.0, "tidy_every": 0.0, "warmup": 0.0, "init_std": 0.02}

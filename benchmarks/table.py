@@ -1,4 +1,4 @@
-"""Tables of a stored run, in markdown or HTML: python benchmarks/table.py"""
+"""Tables of a stored run, in markdown or HTML: python -m benchmarks.table"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Time and memory of a step with each trick off and on, for chapter 19: called by tools/remake_tricks.py  (5 minutes)
+"""Time and memory of a step with each trick off and on, for chapter 19: called by experiments/tricks.py  (5 minutes)
 
 It writes the key `steps` of data/tricks.json. One thread, seconds of the processor, both sides of a ratio in turns in
 one run; memory in a process of its own each. Leave the machine alone meanwhile.
@@ -22,13 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import apd_minimal as apd
-from apd_minimal import grouped
 from apd_minimal.attributions import MODES, gradient
 from apd_minimal.attributions.gradients import _cheapest
+from apd_minimal.kernels import grouped
+from apd_minimal.kernels.totals import Totals
 from apd_minimal.targets import ResidualMLP
-from apd_minimal.totals import Totals
-from remake_tricks import has_torchao, optimiser_of
-from steps import Plain, Size, Step, ours, peak, timed
+from benchmarks.steps import Plain, Size, Step, ours, peak, timed
+from experiments.tricks import has_torchao, optimiser_of
 
 STORED = Path(__file__).parent.parent / "data" / "tricks.json"
 MLP = Size(512, 4, 32, 256, 32, 4)  # 0.8 million entries

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 import apd_minimal as apd
-from apd_minimal import parallel, store
+from apd_minimal import store
+from apd_minimal.scale import processes
 
 STEPS = 15
 Decompose = Callable[..., apd.Decomposition]
@@ -45,7 +46,7 @@ def sequence(decompose: Decompose, **changes: Any) -> apd.Decomposition:
         "steps": STEPS, "per_position": True, "tidy_every": 0.0, "micro_batch": 2, "recompute": True,
         "hidden_modules": ["norm"], "hidden": 1.0, "lr": 0.03, "progress": False,
     }  # fmt: skip
-    with patch("apd_minimal.run.HELD_OUT_SAMPLES", 50):
+    with patch("apd_minimal.train.HELD_OUT_SAMPLES", 50):
         return decompose(one.target, lambda step, g: one.inputs(11, g), list(one.stored), 5, 1.5, **settings, **changes)
 
 
@@ -74,7 +75,7 @@ def write(path: Path, result: apd.Decomposition) -> None:
 
 def spread(mesh: DeviceMesh) -> Decompose:
     """`decompose` on a mesh."""
-    return lambda *given, **rest: parallel.decompose(*given, **{"mesh": mesh, **rest})
+    return lambda *given, **rest: processes.decompose(*given, **{"mesh": mesh, **rest})
 
 
 def equal(folder: Path) -> None:
@@ -83,7 +84,7 @@ def equal(folder: Path) -> None:
         if dist.get_world_size() % components:
             continue
         for name, run in CASES.items():
-            result = run(spread(parallel.mesh(components)))
+            result = run(spread(processes.mesh(components)))
             assert result.restarts is not None
             for t in result.restarts.parameters():
                 first = t.clone()
@@ -101,7 +102,7 @@ def checkpointed(folder: Path, how: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return sparse(step, generator)
 
-    mesh = parallel.mesh(min(2, dist.get_world_size()))
+    mesh = processes.mesh(min(2, dist.get_world_size()))
     result = tms(spread(mesh), source=source, checkpoint=folder / "run.safetensors", checkpoint_every=3)
     if dist.get_rank() == 0:
         write(folder / "result", result)
@@ -114,7 +115,7 @@ def refused(folder: Path) -> None:
 
     def says(components: int = 2, **changes: Any) -> str:
         try:
-            tms(spread(parallel.mesh(components)), **changes)
+            tms(spread(processes.mesh(components)), **changes)
         except (ValueError, apd.NonFiniteLoss) as error:
             return str(error)
         return "nothing"
@@ -141,10 +142,10 @@ def refused(folder: Path) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         target = runs.tms()
         source = apd.data.SparseFeatures(5, 0.1, batch_size=65)
-        result = spread(parallel.mesh(2))(target, source, ["encode.weight"], 7, 1.2, steps=4, progress=False)
+        result = spread(processes.mesh(2))(target, source, ["encode.weight"], 7, 1.2, steps=4, progress=False)
         found["autocast"] = str(all(bool(torch.isfinite(t).all()) for t in result.components.parameters()))
     try:
-        parallel.mesh(3)
+        processes.mesh(3)
     except ValueError as error:
         found["mesh"] = str(error)
     (folder / f"refused-{rank}.json").write_text(json.dumps(found))
@@ -153,6 +154,6 @@ def refused(folder: Path) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     what, where = sys.argv[1], Path(sys.argv[2])
-    parallel.mesh(1)  # joins the others
+    processes.mesh(1)  # joins the others
     {"equal": equal, "refused": refused}.get(what, lambda folder: checkpointed(folder, what))(where)
     dist.destroy_process_group()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from apd_minimal import artefacts
+from apd_minimal.book import artefacts
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from oracles import Case, case, every_case, linear, slopes, worth
 from torch import Tensor, nn
 
 import apd_minimal as apd
-from apd_minimal.attributions import METHODS, ablation, game, gradient, integrated_gradients, shapley
+from apd_minimal.attributions import METHODS, ablation, coalitions, gradient, integrated_gradients, shapley
 from apd_minimal.attributions.integrated import quadrature
 
 both = pytest.mark.parametrize("remainder", [True, False])
@@ -28,7 +28,7 @@ def test_all_modes_are_the_mean_of_jacobians(name: str, remainder: bool, monkeyp
     points = [slopes(one, components, x, alpha.expand(2), remainder) for alpha in alphas]
     expected = torch.einsum("k,kbco->bco", shares, torch.stack(points))
     for mode in apd.attributions.MODES:
-        monkeypatch.setattr(game, "_cheapest", lambda *args, mode=mode: mode)
+        monkeypatch.setattr(coalitions, "_cheapest", lambda *args, mode=mode: mode)
         got = integrated_gradients(one.target, components, x, n_steps=3, remainder=remainder, per_output=True)
         torch.testing.assert_close(got, expected)
 
@@ -146,7 +146,7 @@ def test_a_path_that_removes_one_component_alone_gives_its_ablation() -> None:
     for remainder in (True, False):
         for start in ("all", "none"):
             expected = ablation(one.network, components, x, start=start, remainder=remainder, per_output=True)
-            players = game.Game(one.network, components, remainder, None)
+            players = coalitions.Game(one.network, components, remainder, None)
             for c in range(C):
                 gates = torch.ones(40, C, dtype=torch.float64) if start == "all" else torch.zeros(40, C).double()
                 gates[:, c] = alphas
@@ -160,7 +160,7 @@ def test_gradients_along_an_order_give_the_marginals_of_that_order() -> None:
     x, components, C = one.x(), one.components(C=4).map(lambda t: 0.7 * t), 4
     alphas, shares = quadrature("gausslegendre", 40)
     order = torch.tensor([2, 0, 3, 1])
-    players = game.Game(one.network, components, True, None)
+    players = coalitions.Game(one.network, components, True, None)
 
     def along(order: Tensor) -> Tensor:
         marginals = torch.zeros(len(x), C, 2, dtype=torch.float64)

@@ -12,16 +12,12 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import apd_minimal as apd
-import cases
-import cost
-import ours
-import run
-import table
 from apd_minimal.attributions import gradient
 from apd_minimal.losses import faithfulness
-from apd_minimal.topk import batch_top_k
-from cases import CASES, INIT_STD, ONE_LAYER, TMS_40_10, TWO_LAYERS, Case
-from paper import Paper
+from apd_minimal.selection import batch_top_k
+from benchmarks import cases, cost, ours, run, table
+from benchmarks.cases import CASES, INIT_STD, ONE_LAYER, TMS_40_10, TWO_LAYERS, Case
+from benchmarks.paper import Paper
 
 TINY_TMS = replace(TMS_40_10, name="tiny", n_features=7, width=3, instances=2, batch=64, n_components=6, top_k=0.5)
 TINY_MLP = replace(ONE_LAYER, name="tiny", n_features=9, width=20, neurons=(4,), batch=300, n_components=6, top_k=0.1)

@@ -21,7 +21,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-import setup_cell
+from tools import setup_cell
 
 ROOT = Path(__file__).parent.parent
 CHAPTERS = sorted((ROOT / "chapters").glob("*.ipynb"))
@@ -94,7 +94,7 @@ nbclient.NotebookClient(chapter, timeout=600, kernel_name="python3").execute()
 """
 FETCH = """
 import hashlib, sys
-from apd_minimal import artefacts
+from apd_minimal.book import artefacts
 known = artefacts.manifest()
 for name in known:
     assert hashlib.sha256(artefacts.path(name).read_bytes()).hexdigest() == known[name]

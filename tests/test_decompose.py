@@ -93,7 +93,7 @@ def test_the_hidden_loss_by_hand() -> None:
     start = apd.Components.random(network.shapes, 6, restarts=1, generator=generator).restart(0)
     x = runs.batches(0, generator)
     scores = apd.attributions.gradient(network, start, x)
-    mask = apd.topk.batch_top_k(scores, result.config.top_k)
+    mask = apd.selection.batch_top_k(scores, result.config.top_k)
     W = runs.tms().encode.weight.T.detach()
     sparse = torch.stack([x[b] @ start.subset(mask[b].nonzero().flatten()).sum("encode.weight") for b in range(len(x))])
     assert result.history["hidden"] == [[pytest.approx((sparse - x @ W).square().mean().item(), rel=1e-4)]]
@@ -123,7 +123,7 @@ def test_samples_that_say_nothing_are_left_out_of_the_work_and_not_of_the_losses
     start = apd.Components.random(network.shapes, 6, restarts=1, generator=generator).restart(0)
     x = batches(0, generator)
     assert seen[0] == len(x) - silent
-    mask = apd.topk.batch_top_k(apd.attributions.gradient(network, start, x), 1.2)
+    mask = apd.selection.batch_top_k(apd.attributions.gradient(network, start, x), 1.2)
     error = (network(x, start, mask) - network(x)).square().mean().item()
     assert result.history["minimality"] == [[pytest.approx(error, rel=1e-5)]]
     penalty = apd.losses.simplicity(start, mask, result.config.p).item()
@@ -147,7 +147,7 @@ def test_the_best_restart_is_chosen_and_the_rest_is_kept() -> None:
     errors = []
     for r in range(4):
         alone = result.restarts.restart(r)
-        mask = apd.topk.batch_top_k(apd.attributions.gradient(runs.tms(), alone, x), 1.2)
+        mask = apd.selection.batch_top_k(apd.attributions.gradient(runs.tms(), alone, x), 1.2)
         network = apd.Network(runs.tms(), ["encode.weight"])
         errors.append(float((network(x, alone, mask) - network(x)).square().mean().detach()))
     for error, score in zip(errors, result.scores, strict=True):

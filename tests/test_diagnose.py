@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import apd_minimal as apd
-from apd_minimal.diagnose import Diagnosis, diagnose
+from apd_minimal.study.diagnose import Diagnosis, diagnose
 
 PATH = "encode.weight"
 
@@ -63,7 +63,7 @@ def test_attributions_are_taken_where_it_is_said() -> None:
     shares = {}
     for at in ("target", "components"):
         scores = apd.attributions.gradient(TARGET, components, X, at=at)
-        on = apd.topk.batch_top_k(scores, 0.2).bool()
+        on = apd.selection.batch_top_k(scores, 0.2).bool()
         shares[at] = diagnose(TARGET, components, X, 0.2, at=at).share
         torch.testing.assert_close(shares[at], on.sum(0) / on.any(1).sum(), atol=1e-3, rtol=0)
     assert (shares["target"] - shares["components"]).abs().max() > 0.05

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracles import case, every_case
 
-from apd_minimal import grouped
+from apd_minimal.kernels import grouped
 
 FULL = 1000  # a rank at which lists of up to half of all samples are grouped
 

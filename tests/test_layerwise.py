@@ -16,7 +16,7 @@ from runs import tms
 from torch import Tensor, nn
 
 import apd_minimal as apd
-from apd_minimal.layerwise import activity, cluster, decompose_groups, similarity, stitch
+from apd_minimal.scale.layerwise import activity, cluster, decompose_groups, similarity, stitch
 from apd_minimal.targets import ResidualMLP
 
 TARGET = ResidualMLP(n_features=6, d_resid=12, neurons=(3, 3), probability=0.2, seed=0)
@@ -127,17 +127,19 @@ def test_activity_takes_the_end_of_the_schedule_and_the_way_of_the_run() -> None
     network = apd.Network(target, ["first.weight"])
     scores = apd.attributions.gradient(network, parts["first"], x)
     end = decomposition(parts["first"], top_k=((0.0, 3.0), (0.5, 1.6)))
-    assert torch.equal(activity(target, {"p": end}, x)["p"], apd.topk.batch_top_k(scores, 1.6))
+    assert torch.equal(activity(target, {"p": end}, x)["p"], apd.selection.batch_top_k(scores, 1.6))
     each = decomposition(parts["first"], top_k=2.0, per_sample=True)
-    assert torch.equal(activity(target, {"p": each}, x)["p"], apd.topk.sample_top_k(scores, 2))
+    assert torch.equal(activity(target, {"p": each}, x)["p"], apd.selection.sample_top_k(scores, 2))
     half = decomposition(parts["first"].map(lambda t: 0.5 * t), attribute_at="components", top_k=1.6)
     at = apd.attributions.gradient(network, half.components, x, at="components")
-    assert torch.equal(activity(target, {"p": half}, x)["p"], apd.topk.batch_top_k(at, 1.6))
-    assert not torch.equal(apd.topk.batch_top_k(at, 1.6), apd.topk.batch_top_k(scores, 1.6)), "a test that tells"
+    assert torch.equal(activity(target, {"p": half}, x)["p"], apd.selection.batch_top_k(at, 1.6))
+    assert not torch.equal(apd.selection.batch_top_k(at, 1.6), apd.selection.batch_top_k(scores, 1.6)), (
+        "a test that tells"
+    )
     given = activity(target, {"p": end}, x, attribution=lambda network, components, x: -scores)
-    assert torch.equal(given["p"], apd.topk.batch_top_k(-scores, 1.6))
+    assert torch.equal(given["p"], apd.selection.batch_top_k(-scores, 1.6))
     first = activity(target, {"p": end}, x, output=lambda out: out[:, :1])["p"]
-    assert first[:, 1:].sum() < apd.topk.batch_top_k(scores, 1.6)[:, 1:].sum()
+    assert first[:, 1:].sum() < apd.selection.batch_top_k(scores, 1.6)[:, 1:].sum()
 
 
 masks_drawn = st.lists(

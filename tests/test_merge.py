@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import apd_minimal as apd
-from apd_minimal.merge import merge_and_prune
+from apd_minimal.tidy.merge import merge_and_prune
 
 SHAPES = {"a": (4, 3), "b": (3, 5)}
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import apd_minimal as apd
 from apd_minimal.config import completed
-from apd_minimal.merge import merge_by_bits, shortened
+from apd_minimal.tidy.merge import merge_by_bits, shortened
 
 SHAPES = {"a": (4, 3), "b": (3, 5)}
 Weights = dict[str, Tensor]

@@ -12,7 +12,7 @@ from oracles import best_match, case
 from torch import Tensor, nn
 
 import apd_minimal as apd
-from apd_minimal import metrics
+from apd_minimal.study import metrics
 
 
 def target(rotated: bool = False, identity: bool = False) -> apd.targets.TMS:

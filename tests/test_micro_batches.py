@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import apd_minimal as apd
 from apd_minimal.algorithm import begin
 from apd_minimal.attributions import gradient
-from apd_minimal.run import Run
+from apd_minimal.train import Run
 
 WAYS: list[dict[str, Any]] = [
     {"micro_batch": 1},
@@ -40,8 +40,8 @@ ALL_LOSSES: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(apd.run, "TIDY_SAMPLES", 60)
-    monkeypatch.setattr(apd.run, "HELD_OUT_SAMPLES", 90)
+    monkeypatch.setattr(apd.train, "TIDY_SAMPLES", 60)
+    monkeypatch.setattr(apd.train, "HELD_OUT_SAMPLES", 90)
 
 
 def mlp() -> nn.Sequential:

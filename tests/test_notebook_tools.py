@@ -18,20 +18,20 @@ import torch
 import yaml
 from matplotlib.figure import Figure
 
-import build
-import execute
-import picture as front_picture
-import results
-import setup_cell
-from apd_minimal import frames, notebook
-from apd_minimal.glue import CLAIM, VERDICTS, claim, glue
+from apd_minimal.book import frames, notebook
+from apd_minimal.book.glue import CLAIM, VERDICTS, claim, glue
+from theme import results
+from tools import build, execute, setup_cell
+from tools import picture as front_picture
 
 
 @pytest.fixture
 def shown(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What a cell would have displayed."""
     record: list[dict[str, Any]] = []
-    monkeypatch.setattr("apd_minimal.glue.display", lambda data, raw, metadata: record.append({**data, **metadata}))
+    monkeypatch.setattr(
+        "apd_minimal.book.glue.display", lambda data, raw, metadata: record.append({**data, **metadata})
+    )
     return record
 
 
@@ -284,4 +284,4 @@ def test_build_check_sees_planted_faults(tmp_path: Path, html: str | None, compl
 
 
 def test_the_front_picture_is_the_one_of_the_chapter() -> None:
-    assert front_picture.PICTURE.read_text() == front_picture.stored(), "run tools/picture.py"
+    assert front_picture.PICTURE.read_text() == front_picture.stored(), "run python -m tools.picture"

@@ -9,7 +9,7 @@ import apd_minimal as apd
 
 NAMES = {
     "": "Components Config Decomposition Network NonFiniteLoss artefacts attributions data decompose diagnose frames "
-    "glue losses metrics plots rules store targets topk",
+    "glue losses metrics plots rules selection store targets",
     "attributions": "ablation activation gradient integrated_gradients path_shapley shapley",
     "data": "SparseFeatures checked",
     "diagnose": "Diagnosis diagnose",
@@ -19,7 +19,7 @@ NAMES = {
     "rules": "Rule TransposedLinear rule",
     "store": "FORMAT StoreError read_tensors write write_tensors",
     "targets": "GatedFunctions GatedInputs Questions ResidualMLP TMS Transformer",
-    "topk": "batch_top_k sample_top_k",
+    "selection": "batch_top_k sample_top_k",
 }
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.func import grad
 
 import apd_minimal as apd
-from apd_minimal.reseed import missing, reseed
+from apd_minimal.tidy.reseed import missing, reseed
 
 N, D, FREE = 4, 3, 2
 both = pytest.mark.parametrize("rotated", [False, True])

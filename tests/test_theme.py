@@ -6,12 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import docstrings
 import pytest
 from docutils.core import publish_doctree
 from docutils.nodes import literal, literal_block
 from hypothesis import given
 from hypothesis import strategies as st
+
+from theme import docstrings
 
 ROOT = Path(__file__).parent.parent
 QUIET = {"report_level": 5, "halt_level": 6}
@@ -35,7 +36,7 @@ def test_code_and_examples() -> None:
 
 
 def test_roles_are_left_alone() -> None:
-    line = "See :func:`apd_minimal.frames.live` or |x|."
+    line = "See :func:`apd_minimal.book.frames.live` or |x|."
     assert docstrings.as_restructured_text([line]) == [line.replace("|x|", r"\|x\|")]
 
 
@@ -44,12 +45,12 @@ def test_module_imports_with_stand_ins(hidden: bool) -> None:
     """As where the pages are built: not one of the libraries is there."""
     program = f"""
 import importlib, pathlib, sys
-sys.path[:0] = ["theme", "."]
-import standins
+sys.path[:0] = ["."]
+from theme import standins
 if {hidden}:
     sys.meta_path.insert(0, standins._Finder(list(standins.NAMES)))
-for path in sorted(pathlib.Path("apd_minimal").glob("[!_]*.py")):
-    importlib.import_module("apd_minimal." + path.stem)
+for path in sorted(pathlib.Path("apd_minimal").rglob("[!_]*.py")):
+    importlib.import_module(".".join(path.with_suffix("").parts))
 assert isinstance(importlib.import_module("torch"), standins._Module) == {hidden}
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)

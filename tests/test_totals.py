@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 import apd_minimal as apd
-from apd_minimal import losses, totals
-from apd_minimal.totals import Totals
+from apd_minimal import losses
+from apd_minimal.kernels import totals
+from apd_minimal.kernels.totals import Totals
 
 SHAPES = {"w": (4, 7), "v": (6, 3)}
 

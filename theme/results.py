@@ -19,7 +19,7 @@ from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 from sphinx.util.docutils import SphinxDirective, SphinxRole
 
-CLAIM = "apd_claim"  # where apd_minimal.glue.claim puts it in an output's metadata
+CLAIM = "apd_claim"  # where apd_minimal.book.glue.claim puts it in an output's metadata
 
 
 def stored_claims(notebook: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
@@ -29,7 +29,7 @@ def stored_claims(notebook: dict[str, Any]) -> Iterator[tuple[dict[str, Any], st
         notebook: parsed ``.ipynb``.
 
     Yields:
-        tuple[dict[str, Any], str]: what :func:`apd_minimal.glue.claim` stored, and the text of the heading above it.
+        tuple[dict[str, Any], str]: what :func:`apd_minimal.book.glue.claim` stored, and the heading above it.
     """
     heading = ""
     for cell in notebook["cells"]:

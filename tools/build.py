@@ -1,6 +1,6 @@
 """Builds the pages with warnings as errors, and checks what was built.
 
-By hand: python tools/build.py [output folder]
+By hand: python -m tools.build [output folder]
 """
 
 from __future__ import annotations

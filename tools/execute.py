@@ -1,8 +1,8 @@
 """Executes chapters from top to bottom and stores their outputs in one normal form.
 
-    python tools/execute.py                             # all chapters, two at a time
-    python tools/execute.py chapters/03_x.ipynb         # one
-    python tools/execute.py --normalise chapters/03_x.ipynb   # only its text has changed: keep the outputs
+    python -m tools.execute                             # all chapters, two at a time
+    python -m tools.execute chapters/03_x.ipynb         # one
+    python -m tools.execute --normalise chapters/03_x.ipynb   # only its text has changed: keep the outputs
 
 A second run gives the same bytes, so that a diff shows only what really changed.
 """
@@ -24,7 +24,7 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
-import setup_cell
+from tools import setup_cell
 
 ROOT = Path(__file__).parent.parent
 # What stored outputs may not depend on: thread count, progress bars, live widgets, hash order.

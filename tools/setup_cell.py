@@ -1,6 +1,6 @@
 """Writes the hidden first code cell of every chapter, from the one public address in _config.yml.
 
-After the address has changed: python tools/setup_cell.py
+After the address has changed: python -m tools.setup_cell
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ os.environ.setdefault("APD_DATA_URL", "{data}")
 if importlib.util.find_spec("apd_minimal") is None:
     %pip install -q "{requirement}"
 
-from apd_minimal import notebook
+from apd_minimal.book import notebook
 
 notebook.setup()
 """
 NO_ADDRESS = """\
-from apd_minimal import notebook  # not installed? In the book's folder: pip install -e '.[book]'
+from apd_minimal.book import notebook  # not installed? In the book's folder: pip install -e '.[book]'
 
 notebook.setup()
 """

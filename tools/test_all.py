@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from execute import CELL_SECONDS, ENVIRONMENT
+from tools.execute import CELL_SECONDS, ENVIRONMENT
 
 ROOT = Path(__file__).parent.parent
 PYTEST = [sys.executable, "-m", "pytest", "-n", "2", "-p", "no:cacheprovider"]
@@ -24,7 +24,7 @@ def parts() -> dict[str, list[str]]:
     Returns:
         dict[str, list[str]]: name to command.
     """
-    own = ["apd_minimal", "benchmarks", "tests", "tools", "theme"]
+    own = ["apd_minimal", "benchmarks", "experiments", "tests", "tools", "theme"]
     chapters = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "chapters").glob("*.ipynb"))
     return {
         "ruff": [sys.executable, "-m", "ruff", "check", "--no-cache", "."],

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from ..components import Components
-from ..gates import Network
+from ..network import Network
 from ..sites import Use
-from .game import Game
+from .coalitions import Game
 from .gradients import _by_sample, _component_outputs
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.func import jvp, vmap
 
 from ..components import Components
-from ..gates import Network, as_network
+from ..network import Network, as_network
 from ..sites import Site, Use
 
 Attribution = Callable[[Network, Components, Tensor], Tensor]  # (network, components, x) -> [(restarts,) B, C]

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..components import Components
-from ..gates import Network
-from .game import Game
+from ..network import Network
+from .coalitions import Game
 from .gradients import _finish
 
 METHODS = ("gausslegendre", "riemann_left", "riemann_middle", "riemann_right", "riemann_trapezoid")

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..components import Components
-from ..gates import Network
-from .game import ROWS, Game
+from ..network import Network
+from .coalitions import ROWS, Game
 from .gradients import _finish
 
 MOST_EXACT = 12  # components whose 2^C coalitions are all run

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..attributions import gradient
 from ..components import Components
 from ..data import SparseFeatures
-from ..gates import Network
+from ..network import Network
 
 LARGEST_X = 5.0
 GATE = 10.0  # a neuron reads its control bit with this weight, and the bias takes it off again: twice the largest x

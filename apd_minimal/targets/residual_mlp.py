@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ..components import Components
 from ..data import SparseFeatures
-from ..gates import Network
-from ..metrics import Ownership, ownership
+from ..network import Network
+from ..study.metrics import Ownership, ownership
 from .training import train
 
 CHUNK = 64  # samples at a time, so that [CHUNK, C, n_features] stays in the cache

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from ..components import Components
 from ..data import SparseFeatures
-from ..gates import Network
-from ..metrics import Ownership, ownership
+from ..network import Network
 from ..rules import TransposedLinear
+from ..study.metrics import Ownership, ownership
 from .training import train
 
 

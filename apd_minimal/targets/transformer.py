@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..attributions import gradient
 from ..components import Components
-from ..gates import Network
+from ..network import Network
 from .training import train
 
 TASKS = ("first", "last but one", "after", "fact", "other fact", "largest")

@@ -1,0 +1,59 @@
+"""Stored artefacts (small trained networks, results of long runs): from the repository, or fetched and checked."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+REPOSITORY_DATA = Path(__file__).parent.parent.parent / "data"
+ADDRESS = "APD_DATA_URL"  # environment variable: the address of the book's data folder; a chapter's first cell sets it
+
+
+def manifest() -> dict[str, str]:
+    """The stored artefacts and their hashes.
+
+    Returns:
+        dict[str, str]: file name to SHA-256 in hexadecimal.
+    """
+    inside = Path(__file__).parent.with_name("manifest.json")  # in an installed package
+    return json.loads((inside if inside.exists() else REPOSITORY_DATA / "manifest.json").read_text())
+
+
+def path(name: str) -> Path:
+    """The file of a stored artefact: in ``data/`` where the repository is at hand, else downloaded once and checked.
+
+    Args:
+        name: the file's name in ``data/``.
+
+    Returns:
+        Path: a local file with the contents that the manifest names.
+
+    Raises:
+        KeyError: if the manifest has no such artefact.
+        FileNotFoundError: if it is not at hand and no address to fetch it from is set.
+        ValueError: if what was fetched is not what the manifest names.
+    """
+    known = manifest()
+    if name not in known:
+        raise KeyError(f"no artefact {name!r}; there are: {', '.join(sorted(known)) or 'none'}")
+    if (local := REPOSITORY_DATA / name).exists():
+        return local
+    address = os.environ.get(ADDRESS, "")
+    if not address:
+        raise FileNotFoundError(
+            f"artefact {name!r} is not in {REPOSITORY_DATA}, and {ADDRESS} is not set: set it to the address of the "
+            "book's data folder, or install the book with 'pip install -e .' from its repository"
+        )
+    try:
+        import pooch
+    except ImportError:
+        raise ImportError(f"fetching {name!r} needs pooch: pip install 'apd_minimal[book]'") from None
+    return Path(
+        pooch.retrieve(
+            address.rstrip("/") + "/" + name,
+            known_hash="sha256:" + known[name],
+            fname=f"{known[name][:8]}-{Path(name).name}",  # a changed artefact is another file
+            path=pooch.os_cache("apd_minimal"),
+        )
+    )

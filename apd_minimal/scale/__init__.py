@@ -1,0 +1,1 @@
+"""One decomposition on many processes, or in parts (chapters 21 and 22)."""

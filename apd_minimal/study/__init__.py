@@ -1,0 +1,1 @@
+"""Looking at a finished decomposition: measures, signs of failure, pictures."""

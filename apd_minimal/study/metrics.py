@@ -1,0 +1,243 @@
+"""How good a decomposition is: against a known truth, and without one (chapter 7).
+
+A truth is what `target.mechanisms()` gives: per parameter path, matrices [J, d_in, d_out], one for each of J
+mechanisms.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+
+from ..attributions import Attribution, gradient
+from ..components import Components
+from ..losses import faithfulness, mse
+from ..network import Network, as_network
+from ..selection import batch_top_k
+
+Truth = Mapping[str, Tensor]
+
+
+def _flat(matrices: Mapping[str, Tensor], paths: list[str]) -> Tensor:
+    return torch.cat([matrices[path].flatten(1) for path in paths], dim=1)
+
+
+def _check_truth(components: Components, truth: Truth) -> list[str]:
+    if components.restarts is not None:
+        raise ValueError("pick one restart first: components.restart(index)")
+    if set(truth) != set(components.paths):
+        raise ValueError(f"the truth is about {sorted(truth)}, the components about {sorted(components.paths)}")
+    for path in components.paths:
+        shape = components.matrices(path).shape[1:]
+        if truth[path].ndim != 3 or truth[path].shape[1:] != shape:
+            raise ValueError(f"{path}: the truth must be [J, {shape[0]}, {shape[1]}], got {list(truth[path].shape)}")
+    return components.paths
+
+
+def _inputs(matrices: Tensor) -> Tensor:
+    """Orthonormal bases of the column spaces of matrices [J, d_in, d_out]: [J, d_in, r], columns of zeros to fill up.
+
+    A mechanism's inputs are the column space of its matrix; for a TMS feature that is one input direction, so that
+    what a component does on them is its column of that feature, in whatever basis the inputs come.
+    """
+    U, S, _ = torch.linalg.svd(matrices, full_matrices=False)
+    return U * (S > 1e-4 * S.amax().clamp_min(1e-12))[:, None, :]
+
+
+def _restricted(components: Components, truth: Truth) -> Tensor:
+    """Every component seen only through the inputs of each mechanism: [J, C, N]."""
+    parts = []
+    for path in components.paths:
+        U = _inputs(truth[path])[:, None]
+        parts.append((U @ (U.mT @ components.matrices(path)[None])).flatten(2))
+    return torch.cat(parts, dim=2)
+
+
+def mmcs(components: Components, truth: Truth) -> Tensor:
+    """Mean max cosine similarity: for each mechanism, the best cosine of a component's part on its inputs.
+
+    Ignores length and sharing: even a dead component can score high. See `ownership`.
+
+    Returns:
+        Tensor: a scalar in [-1, 1] (braun2025).
+    """
+    return _best_columns(components, truth)[0].mean()
+
+
+def ml2r(components: Components, truth: Truth) -> Tensor:
+    """Mean L2 ratio: the length of that part over the length of the mechanism; 1 is right.
+
+    Returns:
+        Tensor: a scalar, 0 or above (braun2025).
+    """
+    return _best_columns(components, truth)[1].mean()
+
+
+def _best_columns(components: Components, truth: Truth) -> tuple[Tensor, Tensor]:
+    paths = _check_truth(components, truth)
+    parts, mechanisms = _restricted(components, truth), _flat(truth, paths)
+    cosines = torch.nn.functional.cosine_similarity(parts, mechanisms[:, None], dim=2)
+    best = cosines.argmax(1)
+    chosen = parts[torch.arange(len(parts)), best]
+    return cosines.amax(1), chosen.norm(dim=1) / mechanisms.norm(dim=1)
+
+
+@dataclass(frozen=True)
+class Ownership:
+    """Who owns what, mechanism by mechanism; see `ownership`.
+
+    Attributes:
+        owner: index of the component matched to each mechanism [J]; -1 where there are fewer components.
+        cosine: between the whole component, all layers together, and the mechanism [J].
+        length_ratio: the component's length over the mechanism's [J].
+        purity: share of the component's squared length on its mechanism's inputs [J].
+        owned: all three within the thresholds [J].
+    """
+
+    owner: Tensor
+    cosine: Tensor
+    length_ratio: Tensor
+    purity: Tensor
+    owned: Tensor
+
+    @property
+    def complete(self) -> bool:
+        """Every mechanism is owned."""
+        return bool(self.owned.all())
+
+    def __str__(self) -> str:
+        lines = ["mechanism  component  cosine  length ratio  purity  owned"]
+        for j, c in enumerate(self.owner.tolist()):
+            lines.append(
+                f"{j:9d}  {c:9d}  {self.cosine[j]:6.3f}  {self.length_ratio[j]:12.3f}  "
+                f"{self.purity[j]:6.3f}  {'yes' if self.owned[j] else 'no'}"
+            )
+        return "\n".join(lines)
+
+
+def ownership(
+    components: Components,
+    truth: Truth,
+    min_cosine: float = 0.99,
+    length_range: tuple[float, float] = (0.9, 1.1),
+    min_purity: float = 0.98,
+) -> Ownership:
+    """Match components to mechanisms one to one, and say which mechanisms have a component of their own.
+
+    The match is the one with the largest sum of cosines (Hungarian algorithm).
+
+    Args:
+        components: C components, without restarts.
+        truth: per path, the J mechanisms [J, d_in, d_out].
+        min_cosine: least cosine of an owner with its mechanism.
+        length_range: least and largest ratio of lengths.
+        min_purity: least share of the owner's squared length on the mechanism's inputs.
+
+    Returns:
+        Ownership: one entry for each mechanism.
+
+    Raises:
+        ValueError: components with restarts, or a truth of other paths or shapes.
+    """
+    paths = _check_truth(components, truth)
+    P, Z = components.flat().detach(), _flat(truth, paths)
+    cosines = (Z / Z.norm(dim=1, keepdim=True)) @ (P / P.norm(dim=1, keepdim=True).clamp_min(1e-12)).T  # [J, C]
+    rows, columns = linear_sum_assignment(cosines.cpu().numpy(), maximize=True)
+    owner = torch.full((len(Z),), -1)
+    owner[torch.as_tensor(rows)] = torch.as_tensor(columns)
+    j, held = torch.arange(len(Z)), owner >= 0
+    # A mechanism without a component scores 0 everywhere.
+    cosine = cosines[j, owner] * held
+    ratio = P[owner].norm(dim=1) / Z.norm(dim=1) * held
+    inside = torch.zeros_like(ratio)
+    for path in paths:
+        inside += (_inputs(truth[path]).mT @ components.matrices(path).detach()[owner]).square().sum((1, 2))
+    purity = inside / P[owner].square().sum(1).clamp_min(1e-24) * held
+    owned = (cosine >= min_cosine) & (ratio >= length_range[0]) & (ratio <= length_range[1]) & (purity >= min_purity)
+    return Ownership(owner, cosine, ratio, purity, owned)
+
+
+def relative_faithfulness(components: Components, weights: Mapping[str, Tensor]) -> Tensor:
+    """Squared error of the sum of components over the squared length of the weights; see `losses.faithfulness`."""
+    total = torch.stack([weights[path].square().sum() for path in components.paths]).sum()
+    return faithfulness(components, weights) * components.n_entries / total
+
+
+def output_error(target: nn.Module | Network, components: Components, x: Tensor) -> Tensor:
+    """Squared output error of the component model sum_c P_c on each sample of x: [B]."""
+    network = as_network(target, components)
+    with torch.no_grad():
+        return mse(network(x, components), network(x))
+
+
+@dataclass(frozen=True)
+class Scrubbing:
+    """Squared output errors against the target, each [B]; see `scrubbing`."""
+
+    top_k: Tensor
+    scrubbed: Tensor
+    anti_scrubbed: Tensor
+
+
+def scrubbing(
+    target: nn.Module | Network,
+    components: Components,
+    x: Tensor,
+    top_k: float,
+    at: str = "target",
+    seed: int = 0,
+    attribution: Attribution | None = None,
+) -> Scrubbing:
+    """Causal scrubbing of parameters (braun2025): what changes when inactive components come and go?
+
+    Args:
+        target: the network.
+        components: C components, without restarts.
+        x: inputs [B, ...].
+        top_k: mean number of active components per sample.
+        at: where the gradient attributions are taken, as in `attributions.gradient`.
+        seed: for the random halves.
+        attribution: (network, components, x) -> [B, C] in their place, as in `decompose`.
+
+    Returns:
+        Scrubbing: errors with the active components alone; with a random half of the inactive ones added,
+        which should change little; and with half of the active ones removed as well, which should break things.
+    """
+    network = as_network(target, components)
+    generator = torch.Generator().manual_seed(seed)
+    scores = gradient(network, components, x, at=at) if attribution is None else attribution(network, components, x)
+    active = batch_top_k(scores, top_k)
+    coin = (torch.rand(active.shape, generator=generator) < 0.5).to(active)
+    half = (torch.rand(active.shape, generator=generator) < 0.5).to(active)
+    with torch.no_grad():
+        wanted = network(x)
+
+        def error(gates: Tensor) -> Tensor:
+            return mse(network(x, components, gates), wanted)
+
+        return Scrubbing(
+            top_k=error(active),
+            scrubbed=error(torch.maximum(active, coin)),
+            anti_scrubbed=error(active * half + (1 - active) * coin),
+        )
+
+
+def description_length(components: Components, mask: Tensor, alpha: float = 1.0, threshold: float = 0.1) -> Tensor:
+    """Mean bits to say, for one sample, which components run: sum_c |A_c|_0 (alpha * ranks + log2 C).
+
+    Args:
+        components: C components, without restarts.
+        mask: which are active on each sample [B, C].
+        alpha: bits for each unit of rank; fix it before looking.
+        threshold: a singular value counts above this share of its path's largest one.
+
+    Returns:
+        Tensor: a scalar, bits per sample. It has no term for errors (braun2025).
+    """
+    ranks = torch.stack(list(components.ranks(threshold).values())).sum(0)
+    return (mask * (alpha * ranks + math.log2(components.n_components))).sum(-1).mean()

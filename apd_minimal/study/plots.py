@@ -1,0 +1,169 @@
+"""Figures of components and runs, all in the style of `figures.mplstyle`.
+
+Each function draws on given axes or makes its own figure, and gives the figure back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from ..components import Components
+from ..decomposition import Decomposition
+from .metrics import Truth, ownership
+
+STYLE = str(files("apd_minimal") / "figures.mplstyle")
+GREY = "0.5"
+
+
+def _axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
+    return ax if ax is not None else plt.subplots(figsize=size)[1]
+
+
+def _figure(ax: Axes) -> Figure:
+    figure = ax.figure
+    assert isinstance(figure, Figure)
+    return figure
+
+
+def matrices(components: Components, path: str | None = None, order: Sequence[int] | None = None) -> Figure:
+    """Every component's matrix for one weight as a small picture, one colour scale for all.
+
+    Args:
+        components: C components, without restarts.
+        path: which weight; None takes the first.
+        order: which components, in which order; None takes all.
+
+    Returns:
+        Figure: a row of pictures, rows are inputs and columns outputs of the weight.
+    """
+    P = components.matrices(path or components.paths[0]).detach()
+    chosen = list(order) if order is not None else list(range(len(P)))
+    limit = float(P.abs().max())
+    with plt.style.context(STYLE):
+        columns = min(len(chosen), 10)
+        rows = -(-len(chosen) // columns)
+        figure, axes = plt.subplots(rows, columns, figsize=(min(6.0, 0.9 * columns), 1.3 * rows), squeeze=False)
+        for ax in axes.flat:
+            ax.axis("off")
+        for ax, c in zip(axes.flat, chosen, strict=False):
+            ax.imshow(P[c], cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
+            ax.set_title(f"{c}", fontsize=8)
+    return figure
+
+
+def columns(vectors: Mapping[str, Tensor], ax: Axes | None = None) -> Figure:
+    """Vectors in the plane as arrows, one colour for each name: the columns of TMS's matrix, for example.
+
+    Args:
+        vectors: name to arrows [n, 2].
+        ax: where to draw; None makes a figure.
+
+    Returns:
+        Figure: with equal axes.
+    """
+    with plt.style.context(STYLE):
+        ax = _axes(ax, (3.6, 3.6))
+        colours = plt.rcParams["axes.prop_cycle"].by_key()["color"]
+        reach = 0.0
+        for colour, (name, arrows) in zip(colours * 9, vectors.items(), strict=False):
+            for i, (dx, dy) in enumerate(arrows.detach().tolist()):
+                ax.annotate("", (dx, dy), (0, 0), arrowprops={"arrowstyle": "-|>", "color": colour, "lw": 1.8})
+                reach = max(reach, abs(dx), abs(dy))
+                if i == 0:
+                    ax.plot([], [], color=colour, label=name)
+        ax.set(xlim=(-1.15 * reach, 1.15 * reach), ylim=(-1.15 * reach, 1.15 * reach), aspect="equal")
+        ax.set(xlabel="hidden dimension 1", ylabel="hidden dimension 2")
+        ax.axhline(0, color=GREY, lw=0.5)
+        ax.axvline(0, color=GREY, lw=0.5)
+    return _figure(ax)
+
+
+def components(decomposed: Decomposition | Components, truth: Truth | None = None, path: str | None = None) -> Figure:
+    """Where every component's length lies among the inputs of a weight: one row for each component.
+
+    With a truth, the components are put in the order of the mechanisms that they own, so that a perfect
+    decomposition shows a diagonal, and the inputs are the mechanisms' own (whatever the basis).
+
+    Args:
+        decomposed: a decomposition or its components.
+        truth: per path, the true mechanisms [J, d_in, d_out].
+        path: which weight; None takes the first.
+
+    Returns:
+        Figure: a heat map, lengths from 0 (pale) up.
+    """
+    comps = decomposed.components if isinstance(decomposed, Decomposition) else decomposed
+    path = path or comps.paths[0]
+    P = comps.matrices(path).detach()
+    lengths = P.norm(dim=-1)  # [C, d_in]
+    label = "input of the weight"
+    if truth is not None:
+        owner = ownership(comps, truth).owner
+        order = [c for c in owner.tolist() if c >= 0]
+        order += [c for c in range(comps.n_components) if c not in order]
+        U = torch.linalg.svd(truth[path], full_matrices=False).U[:, :, 0]  # [J, d_in]
+        lengths = (U @ P[order]).norm(dim=-1)  # [C, J]
+        label = "true mechanism"
+    with plt.style.context(STYLE):
+        ax = _axes(None, (4.2, 3.4))
+        picture = ax.imshow(lengths, cmap="viridis", vmin=0, aspect="auto", interpolation="nearest")
+        ax.set(xlabel=label, ylabel="component")
+        ax.figure.colorbar(picture, ax=ax, label="length")
+    return _figure(ax)
+
+
+def history(result: Decomposition, ax: Axes | None = None) -> Figure:
+    """The losses along a run, the chosen restart in full colour, the others pale.
+
+    Args:
+        result: a decomposition.
+        ax: where to draw; None makes a figure.
+
+    Returns:
+        Figure: logarithmic in the losses.
+    """
+    with plt.style.context(STYLE):
+        ax = _axes(ax, (5, 3))
+        steps = result.history["step"]
+        colours = plt.rcParams["axes.prop_cycle"].by_key()["color"]
+        names = [name for name in result.history if name != "step"]
+        for colour, name in zip(colours, names, strict=False):
+            values = np.array(result.history[name], dtype=float)  # [logged, R]
+            for r in range(values.shape[1]):
+                chosen = r == result.chosen
+                ax.plot(
+                    steps[-len(values) :],
+                    values[:, r],
+                    color=colour,
+                    alpha=1.0 if chosen else 0.15,
+                    lw=1.4 if chosen else 0.7,
+                    label=name if chosen else None,
+                )
+        ax.set(yscale="log", xlabel="step", ylabel="loss")
+        ax.legend()
+    return _figure(ax)
+
+
+def masks(mask: Tensor, ax: Axes | None = None) -> Figure:
+    """Which components (columns) are active on which samples (rows).
+
+    Args:
+        mask: zeros and ones [B, C].
+        ax: where to draw; None makes a figure.
+
+    Returns:
+        Figure: filled where active.
+    """
+    with plt.style.context(STYLE):
+        ax = _axes(ax, (4, 3))
+        ax.imshow(mask.detach(), cmap="Blues", vmin=0, vmax=1.3, aspect="auto", interpolation="nearest")
+        ax.set(xlabel="component", ylabel="sample")
+    return _figure(ax)

@@ -1,0 +1,125 @@
+"""Giving free components a new start where the sparse network still fails (chapter 6).
+
+The inputs that the active components reconstruct worst say what is missing: the gradient, at the target's
+weights, of what the outputs still lack. Directions in parameter space that a few of these inputs ask for
+strongly are found by power iteration, and free components start there.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..components import Components
+from ..losses import Divergence
+from ..network import Network
+from ..sites import Use
+
+POWER_STEPS = 20
+
+
+def missing(network: Network, x: Tensor, lacking: Tensor) -> Tensor:
+    """What each sample asks of the weights: the gradient of <lacking_b, f(x_b)> at the target.
+
+    Args:
+        network: the target.
+        x: inputs [B, ...].
+        lacking: what the outputs lack [B, *rest], as seen by the network's `output`.
+
+    Returns:
+        Tensor: [B, N], in the order of `Components.flat`.
+    """
+    record: list[Use] = []
+    with torch.enable_grad():
+        out = network(x, record=record)
+    deltas = torch.autograd.grad(out, [use.shift for use in record], lacking, allow_unused=True)
+    asked = {path: weight.new_zeros(len(x), *weight.shape) for path, weight in network.weights.items()}
+    for use, delta in zip(record, deltas, strict=True):
+        if delta is not None:
+            gradient = use.rows.detach().reshape(len(x), -1, use.rows.shape[-1]).mT @ delta.reshape(
+                len(x), -1, delta.shape[-1]
+            )
+            asked[use.site.path] += gradient.mT if use.site.transposed else gradient
+    return torch.cat([matrix.flatten(1) for matrix in asked.values()], dim=1)
+
+
+@torch.no_grad()
+def reseed(
+    network: Network,
+    components: Components,
+    mask: Tensor,
+    x: Tensor,
+    divergence: Divergence,
+    n_worst: int = 1024,
+    most: int = 6,
+    max_cosine: float = 0.35,
+) -> Tensor:
+    """Start up to `most` free (all zero) components of every restart at what is missing, in place.
+
+    Args:
+        network: the target.
+        components: stacked components [R, C, ...].
+        mask: which are active on x, [R, B, (positions,) C].
+        x: inputs [B, ...].
+        divergence: per sample, as in the minimality loss.
+        n_worst: number of worst-reconstructed samples looked at.
+        most: number of new starts at a time.
+        max_cosine: no start that points closer than this to a component that is there already.
+
+    Returns:
+        Tensor: which components were started [R, C].
+    """
+    wanted = network(x)
+    with torch.enable_grad():
+        outputs = network(x, components, mask.bool()).detach().requires_grad_()
+        errors = divergence(outputs, wanted)  # [R, B]
+        lacking = -torch.autograd.grad(errors.sum(), outputs)[0]
+    theta = torch.cat([weight.flatten() for weight in network.weights.values()])
+    flat = components.flat()
+    started = torch.zeros(flat.shape[:2], dtype=torch.bool, device=flat.device)
+    for r in range(len(flat)):
+        free = (flat[r].norm(dim=-1) == 0).nonzero().flatten().tolist()
+        if not free:
+            continue
+        worst = errors[r].topk(min(n_worst, len(x))).indices
+        asked = missing(network, x[worst], lacking[r, worst])
+        for c in free[:most]:
+            v = _strong_direction(asked, network)
+            asked = asked - (asked @ v)[:, None] * v
+            length = theta @ v
+            alive = flat[r][flat[r].norm(dim=-1) > 0]
+            cosines = alive @ v / alive.norm(dim=-1)
+            if length <= 0 or (cosines > max_cosine).any():
+                continue
+            flat[r, c] = length * v
+            started[r, c] = True
+            _put(components, r, c, flat[r, c], network)
+    return started
+
+
+def _strong_direction(asked: Tensor, network: Network) -> Tensor:
+    """A unit vector [N], of rank one in every weight, that few of the rows of `asked` [B, N] want strongly."""
+    v = asked[asked.norm(dim=1).argmax()]
+    for _ in range(POWER_STEPS):
+        # The third power lets the samples that agree most with the direction decide where it goes.
+        v = (asked @ v).clamp_min(0).pow(3) @ asked
+        parts = []
+        for part, (d_in, d_out) in zip(_split(v, network), network.shapes.values(), strict=True):
+            U, S, Vh = torch.linalg.svd(part.view(d_in, d_out), full_matrices=False)
+            parts.append((S[0] * U[:, :1] @ Vh[:1]).flatten())
+        v = torch.cat(parts)
+        v = v / v.norm().clamp_min(1e-12)
+    return v
+
+
+def _split(v: Tensor, network: Network) -> tuple[Tensor, ...]:
+    return v.split([weight.numel() for weight in network.weights.values()])
+
+
+def _put(components: Components, r: int, c: int, vector: Tensor, network: Network) -> None:
+    """Write a vector [N] into one component, as balanced factors."""
+    for path, part in zip(components.paths, _split(vector, network), strict=True):
+        matrix = part.view(network.shapes[path])[None]
+        factors = Components.from_matrices({path: matrix}, rank=components.A[path].shape[-1])
+        components.A[path][r, c] = factors.A[path][0]
+        components.B[path][r, c] = factors.B[path][0]

@@ -1,0 +1,1 @@
+"""Timings as ratios, run by hand: `python -m benchmarks.run`."""

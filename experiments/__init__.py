@@ -1,0 +1,1 @@
+"""What makes the stored artefacts in data/, one file a study; run them as `python -m experiments.NAME`."""

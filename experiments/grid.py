@@ -1,0 +1,224 @@
+"""Makes data/grid.json: one setting after the other moved away from the recipe (chapter 11).
+
+python -m experiments.grid [--only tms-40-10 | residual] [--processes N]     (about an hour of one core each)
+
+Two targets: TMS 40-10, and the residual MLP of one layer, for which the recipe is cut to 1,000 steps. Each of the
+three weights and the learning rate is scaled by 1/4, 1/2, 2, 4, k by 1/2 to 2, one at a time and jointly at random;
+then the other weights, p, C, m, the batch and the number of steps. Runs that are there with the settings of today
+are kept.
+The seeds are of targets that no recipe was made on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import apd_minimal as apd
+from apd_minimal.config import Schedule, at_progress, completed
+from apd_minimal.targets import TMS, ResidualMLP
+from experiments.residual import SINGLE_FAILS, single_errors
+from experiments.tms import write_manifest
+
+TABLE = Path(__file__).parent.parent / "data" / "grid.json"
+SEEDS = {"tms-40-10": range(40, 43), "residual": range(5, 7)}
+N_RANDOM = {"tms-40-10": 16, "residual": 8}
+WEIGHTS = ("faithfulness", "minimality", "simplicity")
+FACTORS = (0.25, 0.5, 2.0, 4.0)
+OTHERS = {"tms-40-10": ("scrub",), "residual": ("scrub", "hidden")}
+# What is not a factor of the recipe's own value.
+VALUES: dict[str, dict[str, tuple[Any, ...]]] = {
+    "tms-40-10": {
+        "p": (0.5, 0.7, 0.8, 1.0),
+        "C": (40, 50, 80, 120),
+        "m": (1, 2, 10),
+        "batch": (128, 256, 1024, 2048),
+        "steps": (375, 750, 3000),
+    },
+    "residual": {
+        "p": (0.5, 0.7, 1.0),
+        "C": (100, 130, 150, 300),
+        "m": (2, 4),
+        "batch": (32, 64, 256),
+        "steps": (250, 500, 2000, 4000),
+    },
+}
+SETTING = {"C": "n_components", "m": "rank"}  # the setting of a symbol
+Job = tuple[str, str, int]  # target, variant, seed
+
+
+def untrained(name: str, seed: int = 0) -> TMS | ResidualMLP:
+    """The target before training."""
+    return TMS(40, 10) if name == "tms-40-10" else ResidualMLP(seed=seed)
+
+
+@cache
+def target_of(name: str, seed: int) -> TMS | ResidualMLP:
+    """The trained target of a seed."""
+    return untrained(name, seed).fit(seed=seed)
+
+
+def recipe_of(name: str) -> dict[str, Any]:
+    """The settings in the middle of the grid."""
+    recipe = untrained(name).recipe
+    return recipe if name == "tms-40-10" else recipe | {"steps": 1000}
+
+
+def scaled(schedule: Schedule, factor: float) -> Schedule:
+    """A number or a schedule, times a factor."""
+    if isinstance(schedule, tuple):
+        return tuple((t, value * factor) for t, value in schedule)
+    return schedule * factor
+
+
+def variants(name: str) -> dict[str, dict[str, Any]]:
+    """Name of a variant to the settings that it changes; `batch` is the batch size."""
+    base = {**asdict(apd.Config(1, 1)), **recipe_of(name)}
+
+    def times(setting: str, factor: float) -> dict[str, Any]:
+        return {setting: scaled(base[setting], factor)}
+
+    table: dict[str, dict[str, Any]] = {"recipe": {}}
+    for setting in (*WEIGHTS, "lr", *OTHERS[name]):
+        ends_only = name == "residual" and setting in OTHERS[name]  # these runs are the longer ones
+        factors = FACTORS[::3] if ends_only else FACTORS
+        table |= {f"{setting} x {factor:g}": times(setting, factor) for factor in factors}
+    table |= {f"top_k x {factor:g}": times("top_k", factor) for factor in (0.5, 0.71, 1.41, 2.0)}
+    generator = torch.Generator().manual_seed(0)
+    for i in range(N_RANDOM[name]):
+        draws = (2 * torch.rand(5, generator=generator) - 1).tolist()
+        change: dict[str, Any] = {}
+        for setting, draw in zip((*WEIGHTS, "lr", "top_k"), draws, strict=True):
+            change |= times(setting, 2.0 ** (draw if setting == "top_k" else 2 * draw))
+        table[f"random {i}"] = change
+    for symbol, values in VALUES[name].items():
+        table |= {f"{symbol} = {value:g}": {SETTING.get(symbol, symbol): value} for value in values}
+    return table
+
+
+def settings_of(job: Job) -> dict[str, Any]:
+    """The arguments of `decompose` for a run, its batches at the size that it takes."""
+    name, variant, seed = job
+    settings = {**recipe_of(name), **variants(name)[variant], "seed": seed}
+    batch = settings.pop("batch", settings["batches"].batch_size)
+    return settings | {"batches": replace(settings["batches"], batch_size=batch)}
+
+
+def stored_settings(job: Job) -> dict[str, Any]:
+    """The settings as they are stored, by which a run is known."""
+    settings = settings_of(job)
+    not_numbers = ("batches", "weights", "attribution", "hidden_modules")
+    config = apd.Config.from_dict({k: v for k, v in settings.items() if k not in not_numbers})
+    return json.loads(json.dumps({"batch": settings["batches"].batch_size, **asdict(config)}))
+
+
+def true_positives(target: TMS, components: apd.Components, k: int) -> tuple[float, float]:
+    """Recall and precision of the owners among each sample's k most attributed components.
+
+    The true positives of a sample are its active features whose owner is among them; owners are matched one to one by
+    weights, whether they are good or not.
+    """
+    owner = apd.metrics.ownership(components, target.mechanisms()).owner
+    x = target.data(8192)(0, torch.Generator().manual_seed(777))
+    active = x != 0
+    chosen = apd.selection.sample_top_k(target.attributions(apd.Network(target, target.weights), components, x), k)
+    has_owner = owner >= 0
+    hits = (chosen[:, owner.clamp_min(0)].bool() & has_owner & active).sum().item()
+    return hits / active.sum().item(), hits / (k * len(x))
+
+
+def measure(target: TMS | ResidualMLP, components: apd.Components) -> dict[str, Any]:
+    """What is measured with the truth in hand."""
+    if isinstance(target, ResidualMLP):
+        own = target.ownership(components)
+        extra: dict[str, Any] = {"single_fails": int((single_errors(target, components) > SINGLE_FAILS).sum())}
+    else:
+        own = apd.metrics.ownership(components, target.mechanisms())
+        tp = {str(k): true_positives(target, components, k) for k in (1, 2, 5)}
+        extra = {
+            "recall": {k: recall for k, (recall, _) in tp.items()},
+            "precision": {k: precision for k, (_, precision) in tp.items()},
+        }
+    return {
+        "owned": int(own.owned.sum()),
+        "cosine": own.cosine.mean().item(),
+        "length_ratio": own.length_ratio.mean().item(),
+        **extra,
+    }
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Take one target apart with one setting changed."""
+    name, variant, seed = job
+    torch.set_num_threads(1)
+    target = target_of(name, seed)
+    settings = settings_of(job)
+    settings["attribution"] = target.attributions  # the trained target's own, not those of the recipe's
+    start = time.process_time()
+    result = apd.decompose(target, progress=False, **settings)
+    seconds = time.process_time() - start
+    x = target.data(4096)(0, torch.Generator().manual_seed(10_000 + seed))
+    k = at_progress(result.config.top_k, 1.0)
+    if settings["batches"].nonempty:
+        k *= settings["batches"].share_nonempty  # measured on ordinary samples, empty ones too
+    errors = apd.metrics.scrubbing(target, result.components, x, k, attribution=target.attributions)
+    facts = {
+        "target": name,
+        "variant": variant,
+        "seed": seed,
+        "seconds": round(seconds, 1),
+        **measure(target, result.components),
+        "score": min(result.scores),
+        "top_k_error": errors.top_k.mean().item(),
+        "scrubbed_error": errors.scrubbed.mean().item(),
+        "settings": stored_settings(job),
+    }
+    print(name, variant, seed, f"owned {facts['owned']}, {seconds:.0f} s", flush=True)
+    return facts
+
+
+def job_of(facts: dict[str, Any]) -> Job:
+    """The job whose result this is."""
+    return facts["target"], facts["variant"], facts["seed"]
+
+
+def all_jobs() -> Iterator[Job]:
+    """Every run of the grid."""
+    for name, seeds in SEEDS.items():
+        for seed in seeds:
+            for variant in variants(name):
+                yield name, variant, seed
+
+
+def main() -> None:
+    """Make what is missing, and write the table after each run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=SEEDS, help="the runs on one target")
+    parser.add_argument("--processes", type=int, default=2, help="runs at a time")
+    arguments = parser.parse_args()
+    wanted = list(all_jobs())
+    old = json.loads(TABLE.read_text())["runs"] if TABLE.exists() else []
+    runs = [r for r in old if job_of(r) in wanted and completed(r["settings"]) == stored_settings(job_of(r))]
+    there = {job_of(r) for r in runs}
+    todo = [job for job in wanted if job not in there and arguments.only in (None, job[0])]
+    print(f"{len(runs)} runs kept, {len(todo)} to make", flush=True)
+    with multiprocessing.get_context("spawn").Pool(arguments.processes) as pool:
+        for facts in pool.imap_unordered(run, todo):
+            runs.append(facts)
+            runs.sort(key=lambda r: wanted.index(job_of(r)))
+            about = {"torch": torch.__version__, "threads": 1, "processes": arguments.processes}
+            TABLE.write_text(json.dumps({"about": about, "runs": runs}, indent=1) + "\n")
+            write_manifest()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,236 @@
+"""Makes data/layerwise.json and .safetensors: residual MLPs taken apart jointly and layer by layer (chapter 21).
+
+python -m experiments.layerwise [--only 20 10-10 50 25-25]     (about 45 minutes of one core)
+python -m experiments.layerwise --costs                              (2 minutes of one core)
+
+Every target is decomposed in up to three ways: jointly, each block (a layer's two weights) alone, and each matrix
+alone. All with the target's recipe, which was found for joint runs. The large targets and their joint decompositions
+are those of chapters 8 and 9. Runs that are there with the settings of today are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import time
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import apd_minimal as apd
+from apd_minimal.scale.layerwise import decompose_groups
+from apd_minimal.targets import ResidualMLP
+from experiments.layerwise_measures import groups_of, measure
+from experiments.tms import write_manifest
+
+DATA = Path(__file__).parent.parent / "data"
+SIZES = {"20": (40, 400, (20,)), "10-10": (40, 400, (10, 10)), "50": (100, 1000, (50,)), "25-25": (100, 1000, (25, 25))}
+LARGE = ("50", "25-25")
+SEEDS = {"20": range(60, 65), "10-10": range(60, 65), "50": range(1), "25-25": range(1)}
+STEPS = {"20": 1500, "10-10": 1500, "50": 4000, "25-25": 4000}
+STORED = "10-10"  # the target of which the components are kept
+COST_STEPS = 40  # of the runs whose time is taken
+Job = tuple[str, int, str]  # target, seed, way
+
+
+@cache
+def target_of(name: str, seed: int) -> ResidualMLP:
+    """The trained target of a seed; the large ones are stored."""
+    n_features, d_resid, neurons = SIZES[name]
+    target = ResidualMLP(n_features, d_resid, neurons, seed=seed)
+    if name not in LARGE:
+        return target.fit(seed=seed, steps=3000, batch_size=1024)
+    tensors = load_file(DATA / "residual.safetensors")
+    with torch.no_grad():
+        for path in target.weights:
+            target.get_parameter(path).copy_(tensors[f"{name}/{seed}/target.{path}"])
+    return target
+
+
+def ways_of(name: str) -> list[str]:
+    """With one layer, its block is everything."""
+    return ["joint"] + (["blocks"] if "-" in name else []) + ["matrices"]
+
+
+def settings_of(name: str) -> dict[str, Any]:
+    """Arguments of `decompose`, without the inputs, the weights and the attributions."""
+    recipe = ResidualMLP(*SIZES[name]).recipe
+    return {k: v for k, v in recipe.items() if k not in ("batches", "weights", "attribution")} | {"steps": STEPS[name]}
+
+
+def stored_settings(job: Job) -> dict[str, Any]:
+    """The settings as they are stored, by which a run is known."""
+    settings = {k: v for k, v in settings_of(job[0]).items() if k != "hidden_modules"}
+    facts = {"groups": groups_of(len(SIZES[job[0]][2]), job[2])}
+    return json.loads(json.dumps(facts | asdict(apd.Config.from_dict(settings | {"seed": job[1]}))))
+
+
+def joint_of_chapters(name: str, seed: int) -> tuple[apd.Components, float]:
+    """The stored joint decomposition of a large target, and its seconds."""
+    tensors, start = load_file(DATA / "residual.safetensors"), f"{name}/{seed}/"
+    factors = [
+        {p: tensors[f"{start}{p}.{f}"].float() for p in groups_of(len(SIZES[name][2]), "joint")["all"]} for f in "AB"
+    ]
+    runs = json.loads((DATA / "residual.json").read_text())["runs"]
+    (seconds,) = [r["seconds"] for r in runs if (r["target"], r["seed"]) == (name, seed)]
+    return apd.Components(*factors), seconds
+
+
+def run(job: Job) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Take one target apart in one way, and measure."""
+    name, seed, way = job
+    torch.set_num_threads(1)
+    target = target_of(name, seed)
+    seconds = {}
+    parts = {}
+    if way == "joint" and name in LARGE:
+        parts["all"], seconds["all"] = joint_of_chapters(name, seed)
+    else:
+        for i, (group, weights) in enumerate(groups_of(len(SIZES[name][2]), way).items()):
+            start = time.process_time()
+            settings = {**settings_of(name), "attribution": target.attributions, "progress": False, "seed": seed + i}
+            result = decompose_groups(target, target.recipe["batches"], {group: weights}, **settings)
+            parts[group] = result[group].components.map(lambda t: t.half().float())
+            seconds[group] = round(time.process_time() - start, 1)
+    x = target.data(4096)(0, torch.Generator().manual_seed(12_345))
+    facts: dict[str, Any] = {"target": name, "seed": seed, "way": way, "seconds": seconds}
+    facts |= {**measure(target, parts, x), "settings": stored_settings(job)}
+    shown = {k: v for k, v in facts.items() if k not in ("settings", "stitched")}
+    print(json.dumps(shown), [s for s in facts.get("stitched", []) if s["threshold"] in (0.2, 0.5)], flush=True)
+    tensors = {}
+    if name == STORED and seed in SEEDS[name]:
+        tensors = {f"{name}/{seed}/target.{p}": target.get_parameter(p).detach().clone() for p in target.weights}
+        for components in parts.values():
+            for path in components.paths:
+                for factor in "AB":
+                    t = getattr(components, factor)[path]
+                    tensors[f"{name}/{seed}/{way}/{path}.{factor}"] = t.half().contiguous()
+    return facts, tensors
+
+
+def all_jobs() -> list[Job]:
+    """Every run, one seed of all targets before the next."""
+    jobs = [(name, seed, way) for name in SIZES for seed in SEEDS[name] for way in ways_of(name)]
+    return sorted(jobs, key=lambda job: job[1])
+
+
+def job_of(r: dict[str, Any]) -> Job:
+    """The job that a run is of."""
+    return r["target"], r["seed"], r["way"]
+
+
+def status(field: str) -> float:
+    """Memory of this process in megabytes: VmRSS now, VmHWM at its peak so far."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field + ":")]
+    return int(line.split()[1]) / 1024
+
+
+def cost_of(job: tuple[str, str, str]) -> dict[str, float]:
+    """What one group's run costs, in a fresh process: processor time and operations of a step, and peak memory.
+
+    Args:
+        job: target, way, group.
+    """
+    name, way, group = job
+    torch.set_num_threads(1)
+    target, weights = target_of(name, 0), groups_of(len(SIZES[name][2]), way)[group]
+    settings = {**settings_of(name), "attribution": target.attributions, "progress": False}
+    seconds: list[float] = []
+    flops: list[int] = []
+    peak: list[float] = []  # of the steps, without the scoring at the end
+
+    def note(step: int, components: apd.Components) -> None:  # at every step of a run as short as this
+        seconds.append(time.process_time())
+        flops.append(counter.get_total_flops())
+        peak.append(status("VmHWM"))
+
+    tiny = ResidualMLP(4, 8, (2,))  # so that what torch loads at the first step is not counted
+    apd.decompose(tiny, progress=False, **{**tiny.recipe, "steps": 2})
+    before = status("VmRSS")
+    settings |= {"steps": COST_STEPS, "watch": note}
+    counter = FlopCounterMode(display=False)
+    apd.decompose(target, target.recipe["batches"], weights, **settings)
+    cost = {
+        "seconds": float(np.median(np.diff(seconds))),
+        "peak_mb": peak[-1] - before,
+    }  # without the scoring at the end
+    with counter:
+        apd.decompose(target, target.recipe["batches"], weights, **{**settings, "steps": 3})
+    return {**cost, "flops": flops[-1] - flops[-2]}
+
+
+def costs() -> dict[str, Any]:
+    """Processor time, operations and memory of every way, on the large targets."""
+    found: dict[str, Any] = {}
+    for name in LARGE:
+        found[name] = {}
+        for way in ways_of(name):
+            found[name][way] = {}
+            for group in groups_of(len(SIZES[name][2]), way):
+                with multiprocessing.get_context("spawn").Pool(1) as fresh:
+                    found[name][way][group] = fresh.apply(cost_of, ((name, way, group),))
+            print(name, way, found[name][way], flush=True)
+    return found
+
+
+class Stored:
+    """The two files. They are read again before each write, so that runs of two targets can go on side by side."""
+
+    table, arrays = DATA / "layerwise.json", DATA / "layerwise.safetensors"
+
+    def read(self) -> dict[str, Any]:
+        """What is there, without runs that were made with other settings."""
+        if not self.table.exists():
+            return {"about": {"torch": torch.__version__, "threads": 1}, "costs": {}, "runs": []}
+        table = json.loads(self.table.read_text())
+        return {**table, "runs": [r for r in table["runs"] if r["settings"] == stored_settings(job_of(r))]}
+
+    def runs(self) -> list[dict[str, Any]]:
+        """The runs that are there."""
+        return self.read()["runs"]
+
+    def add_costs(self, found: dict[str, Any]) -> None:
+        """What `costs` found."""
+        self.table.write_text(json.dumps({**self.read(), "costs": found}, indent=1) + "\n")
+        write_manifest()
+
+    def add(self, facts: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """One more run."""
+        table = self.read()
+        table["runs"] = sorted([*table["runs"], facts], key=job_of)
+        self.table.write_text(json.dumps(table, indent=1) + "\n")
+        if tensors:
+            save_file((load_file(self.arrays) if self.arrays.exists() else {}) | tensors, self.arrays)
+        write_manifest()
+
+
+def main() -> None:
+    """Make what is missing, and write the files after each run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=SIZES, default=SIZES, help="the runs on some targets")
+    parser.add_argument("--processes", type=int, default=2, help="runs at a time")
+    parser.add_argument("--costs", action="store_true", help="only measure time and memory")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    stored = Stored()
+    if arguments.costs:
+        stored.add_costs(costs())
+        return
+    there = {job_of(r) for r in stored.runs()}
+    todo = [job for job in all_jobs() if job not in there and job[0] in arguments.only]
+    print(f"{len(there)} runs kept, {len(todo)} to make", flush=True)
+    with multiprocessing.get_context("spawn").Pool(arguments.processes) as pool:
+        for facts, tensors in pool.imap(run, todo):
+            stored.add(facts, tensors)
+
+
+if __name__ == "__main__":
+    main()

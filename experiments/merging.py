@@ -1,0 +1,240 @@
+"""Makes data/merging.*: runs that start with four times too many components, merged or not (chapter 20).
+
+python -m experiments.merging [--only tms-5-2 | tms-40-10] [--processes N]     (about 25 minutes on one core)
+
+Each target is taken apart by its recipe with C four times its number of features: merging by description length, by
+cosine as in the recipe, or not at all; and TMS 5-2 on three seeds, with two starts, with other alphas, with merging
+from the first moments on, and with two features that always come together. Afterwards, each result is shortened by
+description length with each alpha. The alpha that counts, 4, was fixed before any run: log2 of the 20 components to
+start with is 4.3, so that a unit of rank costs about as much as a name. TMS 40-10 has batches of 128, one start, and
+merging by bits from 40% of a run on (on seed 100 that was better than from the first moments, which is shown too); it
+is also run with the largest alpha. Runs that are there with the settings of today are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import time
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import apd_minimal as apd
+from apd_minimal.config import completed
+from apd_minimal.losses import mse
+from apd_minimal.targets import TMS
+from apd_minimal.tidy.merge import shortened
+from apd_minimal.train import Run
+from experiments.tms import write_manifest
+
+DATA = Path(__file__).parent.parent / "data"
+SIZES = {"tms-5-2": (5, 2), "tms-40-10": (40, 10)}
+SEEDS = {"tms-5-2": range(60, 70), "tms-40-10": range(60, 62)}
+FEW = range(60, 63)
+ALPHA, ALPHAS = 4.0, (0.5, 1.0, 2.0, 4.0, 8.0)
+MAIN = {"bits": ALPHA, "cosine": None, "none": None}
+TIMES = 4  # as many components as features
+Job = tuple[str, str, float | None, int]  # target, rule, alpha in training, seed
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Batches [B, 5] that are never empty, in which features 0 and 1 always come together, with values of their own."""
+
+    batch_size: int
+
+    def __call__(self, step: int, generator: torch.Generator) -> Tensor:
+        x = apd.data.SparseFeatures(4, 0.05, batch_size=self.batch_size, nonempty=True)(step, generator)
+        value = torch.rand(len(x), 1, generator=generator)
+        return torch.cat([x[:, :1], value * (x[:, :1] > 0), x[:, 1:]], dim=1)
+
+
+def jobs(name: str) -> list[Job]:
+    """The runs on one target."""
+    every: list[Job] = [(name, rule, alpha, seed) for rule, alpha in MAIN.items() for seed in SEEDS[name]]
+    if name == "tms-40-10":
+        every += [(name, "bits", ALPHAS[-1], seed) for seed in SEEDS[name]]
+        every += [(name, "bits from the start", ALPHA, seed) for seed in SEEDS[name]]
+    if name == "tms-5-2":
+        every += [(name, "bits", alpha, seed) for alpha in ALPHAS if alpha != ALPHA for seed in FEW]
+        every += [(name, "bits from the start", ALPHA, seed) for seed in FEW]
+        every += [(name, "cosine from the start", None, seed) for seed in FEW]
+        every += [(name, "bits, paired", ALPHA, seed) for seed in FEW]
+        every += [(name, "cosine, paired", None, seed) for seed in FEW]
+    return every
+
+
+@cache
+def target_of(name: str, seed: int) -> TMS:
+    """The trained target of a seed."""
+    return TMS(*SIZES[name]).fit(seed=seed)
+
+
+def settings_of(job: Job) -> dict[str, Any]:
+    """The arguments of `decompose` for a run."""
+    name, rule, alpha, seed = job
+    target = TMS(*SIZES[name])
+    settings = target.recipe | {"n_components": TIMES * target.n_features, "seed": 1000 + seed, "alpha": alpha}
+    if name == "tms-5-2" and (rule not in MAIN or alpha not in (ALPHA, None)):
+        settings |= {"restarts": 2}
+    if name == "tms-40-10":
+        settings |= {"batches": replace(settings["batches"], batch_size=128), "restarts": 1}
+        if rule == "bits":  # as for the smaller size: components have found their directions by then
+            settings |= {"tidy_from": 0.4, "reseed_until": 0.65}
+    if rule == "none":
+        settings |= {"tidy_every": 0.0}
+    if "from the start" in rule:
+        settings |= {"tidy_from": 0.0}
+    if "paired" in rule:
+        settings |= {"batches": Paired(settings["batches"].batch_size)}
+    return settings
+
+
+def stored_settings(job: Job) -> dict[str, Any]:
+    """The settings as they are stored, by which a run is known."""
+    settings = settings_of(job)
+    numbers = {k: v for k, v in settings.items() if k not in ("batches", "weights")}
+    config = asdict(apd.Config.from_dict(numbers))
+    return json.loads(json.dumps({"batch": settings["batches"].batch_size, **config}))
+
+
+def key_of(job: Job) -> str:
+    """A run's name among the tensors."""
+    return "/".join(map(str, job))
+
+
+def n_left(components: apd.Components) -> Any:
+    """How many components are not zero, a number or one for each restart."""
+    return (components.norms() > 0).sum(-1).tolist()
+
+
+def facts_of(target: TMS, components: apd.Components, x: Tensor, k: float) -> dict[str, Any]:
+    """What there is to say of some components: how many, whose, how wrong, how long to describe."""
+    own = apd.metrics.ownership(components, target.mechanisms())
+    network = apd.Network(target, target.weights)
+    k = min(k, components.n_components)
+    errors = apd.metrics.scrubbing(target, components, x, k)
+    there = components.subset((components.norms() > 0).nonzero().flatten().tolist())  # zeros have no name
+    mask = apd.selection.batch_top_k(apd.attributions.gradient(network, there, x), min(k, there.n_components))
+    return {
+        "left": n_left(components),
+        "owned": int(own.owned.sum()),
+        "length_ratio": own.length_ratio.mean().item(),
+        "relative_faithfulness": apd.metrics.relative_faithfulness(components, network.weights).item(),
+        "top_k": errors.top_k.mean().item(),
+        "scrubbed": errors.scrubbed.mean().item(),
+        "bits": apd.metrics.description_length(there, mask, ALPHA).item(),
+        "factor_bytes": sum(t.numel() * t.element_size() for t in components.parameters()),
+    }
+
+
+def peak_bytes(job: Job, n_components: int) -> int:
+    """Most memory that tensors take up in one step of a run with so many components: gradients, not what stays.
+
+    What stays between steps are factors and Adam's two moments, three times the bytes of the factors.
+    """
+    settings = settings_of(job)
+    k = settings["top_k"][0][1]
+    numbers = {a: b for a, b in settings.items() if a not in ("batches", "weights")}
+    config = apd.Config.from_dict(numbers | {"n_components": n_components, "top_k": k, "restarts": 1})
+    target = TMS(*SIZES[job[0]])
+    run = Run(apd.Network(target, target.weights), settings["batches"], config, mse, None)
+    run.advance()
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        run.advance()
+    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+def run(job: Job) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Take one target apart; what there is to say, and the tensors."""
+    name, rule, alpha, seed = job
+    torch.set_num_threads(1)
+    target, settings = target_of(name, seed), settings_of(job)
+    left: list[Any] = []
+    start = time.process_time()
+    result = apd.decompose(
+        target, watch=lambda step, components: left.append(n_left(components)), progress=False, **settings
+    )
+    seconds = time.process_time() - start
+    source = replace(settings["batches"], batch_size=8192)
+    x = source(0, torch.Generator().manual_seed(20_000 + seed))
+    k = settings["top_k"][-1][1]
+    network, found = apd.Network(target, target.weights), result.components
+    mask = apd.selection.batch_top_k(apd.attributions.gradient(network, found, x), k)
+    after = {}
+    for bits_of_rank in ALPHAS:
+        few = shortened(found, mask, bits_of_rank)
+        after[f"{bits_of_rank:g}"] = facts_of(target, few, x, k)
+    assert result.restarts is not None
+    facts = {
+        "target": name,
+        "rule": rule,
+        "alpha": alpha,
+        "seed": seed,
+        "seconds": round(seconds, 1),
+        "n_features": target.n_features,
+        "chosen": result.chosen,
+        "score": result.scores[result.chosen],
+        "left_in_each_restart": n_left(result.restarts),
+        "left_along_the_way": [row[result.chosen] for row in left],
+        "steps": result.history["step"],
+        **facts_of(target, found, x, k),
+        "after": after,
+        "peak_step_bytes": {
+            "before": peak_bytes(job, found.n_components),
+            "after": peak_bytes(job, after[f"{ALPHA:g}"]["left"]),
+        },
+        "settings": stored_settings(job),
+    }
+    tensors = {"target.encode.weight": target.encode.weight.detach(), "target.bias": target.bias.detach()}
+    tensors |= {f"A.{p}": found.A[p] for p in found.paths} | {f"B.{p}": found.B[p] for p in found.paths}
+    print(*job, f"left {facts['left']}, owned {facts['owned']}/{target.n_features}, {seconds:.0f} s", flush=True)
+    return facts, {f"{key_of(job)}/{n}": t.clone().contiguous() for n, t in tensors.items()}
+
+
+def job_of(facts: dict[str, Any]) -> Job:
+    """The job whose result this is."""
+    return facts["target"], facts["rule"], facts["alpha"], facts["seed"]
+
+
+def main() -> None:
+    """Make what is missing, and write everything after each run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=SIZES, help="the runs on one target")
+    parser.add_argument("--processes", type=int, default=2, help="runs at a time")
+    arguments = parser.parse_args()
+    table, arrays = DATA / "merging.json", DATA / "merging.safetensors"
+    old = json.loads(table.read_text())["runs"] if table.exists() else []
+    wanted = [job for name in SIZES for job in jobs(name)]
+    runs = [r for r in old if job_of(r) in wanted and completed(r["settings"]) == stored_settings(job_of(r))]
+    there = {job_of(r) for r in runs}
+    tensors = load_file(arrays) if arrays.exists() else {}
+    tensors = {name: t for name, t in tensors.items() if name.rsplit("/", 1)[0] in map(key_of, there)}
+    todo = [job for job in wanted if job not in there and arguments.only in (None, job[0])]
+    print(f"{len(runs)} runs kept, {len(todo)} to make", flush=True)
+    with multiprocessing.get_context("spawn").Pool(arguments.processes) as pool:
+        for facts, own in pool.imap_unordered(run, todo):
+            runs.append(facts)
+            runs.sort(key=lambda r: key_of(job_of(r)))
+            tensors |= own
+            about = {"torch": torch.__version__, "threads": 1, "alphas": ALPHAS, "alpha": ALPHA}
+            table.write_text(json.dumps({"about": about, "runs": runs}, separators=(",", ":")) + "\n")
+            save_file(dict(sorted(tensors.items())), arrays)
+            write_manifest()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""Makes the stored runs on several processes (chapter 22): the same result, seconds, memory, messages.
+
+python -m experiments.parallel     (about 6 minutes of both cores; leave the machine alone meanwhile)
+
+The same script is what torchrun starts on every rank: --rank says which part of the work it does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import apd_minimal as apd
+from apd_minimal import store
+from apd_minimal.scale import processes
+from apd_minimal.targets import TMS
+from experiments.tms import write_manifest
+
+ROOT = Path(__file__).parent.parent
+DATA = ROOT / "data"
+MESHES = ((1, 1), (2, 1), (1, 2), (2, 2))  # ranks along data, along components
+TIMED = ((1, 1), (2, 1), (1, 2))  # no more processes than cores
+SEEDS = (0, 1)
+WIDTHS = (256, 1024, 1024, 32)
+SIZE: dict[str, Any] = {"n_components": 256, "rank": 4, "top_k": 8.0, "tidy_every": 0.0, "steps": 10_000}
+BATCH, WARM_UP, STEPS = 256, 3, 10
+
+
+def perceptron() -> nn.Sequential:
+    """1.3 million weights, drawn: what a step costs does not depend on what they are."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layers = [nn.Linear(d, e) for d, e in pairwise(WIDTHS)]
+    return nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
+
+
+def inputs(step: int, generator: torch.Generator) -> Tensor:
+    """Dense inputs."""
+    return torch.randn(BATCH, WIDTHS[0], generator=generator)
+
+
+class Enough(BaseException):
+    """Ends a run whose steps were timed."""
+
+
+def decomposer(n_ranks: int, components: int) -> Callable[..., apd.Decomposition]:
+    """`decompose`, on these ranks or alone."""
+    if n_ranks == 1:
+        return apd.decompose
+    mesh = processes.mesh(components)
+    return lambda *given, **rest: processes.decompose(*given, mesh=mesh, **rest)
+
+
+def same(n_ranks: int, components: int, seed: int, folder: Path) -> dict[str, Any]:
+    """A whole run on TMS 5-2, whose components are compared with those of one process as it goes on."""
+    target = TMS().fit(seed=seed)
+    ranks = processes.Ranks(None if n_ranks == 1 else processes.mesh(components)["components"])
+    seen: dict[str, Tensor] = {}
+
+    def watch(step: int, own: apd.Components) -> None:
+        for i, t in enumerate(own.parameters()):
+            columns = [len(part) for part in torch.arange(target.recipe["n_components"]).tensor_split(ranks.size)]
+            seen[f"{step}.{i}"] = ranks.join(t, 1, columns).clone()
+
+    start = time.perf_counter()
+    settings = {**target.recipe, "seed": seed, "progress": False, "watch": watch}
+    result = decomposer(n_ranks, components)(target, **settings)
+    seconds = time.perf_counter() - start
+    file = folder / f"seed-{seed}"
+    if n_ranks == 1:
+        store.write_tensors(file, "seen", seen, {})
+    expected = store.read_tensors(file, "seen")[0]
+    steps = sorted({int(name.split(".")[0]) for name in seen})
+    away = [max(float((seen[f"{s}.{i}"] - expected[f"{s}.{i}"]).abs().max()) for i in range(2)) for s in steps]
+    own = apd.metrics.ownership(result.components, target.mechanisms())
+    return {
+        "seed": seed, "steps": steps, "difference": away, "largest": max(float(t.abs().max()) for t in seen.values()),
+        "owned": int(own.owned.sum()), "score": min(result.scores), "chosen": result.chosen, "seconds": seconds,
+    }  # fmt: skip
+
+
+class Talk(TorchDispatchMode):
+    """Counts the collectives, and the bytes that this rank gives to each kind of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: Counter[str] = Counter()
+        self.bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Every operation passes here."""
+        if function.namespace == "_c10d_functional" and function.__name__.startswith("all_"):
+            name = function.__name__.split(".")[0]
+            self.messages[name] += 1
+            self.bytes[name] += args[0].numel() * args[0].element_size()
+        return function(*args, **(kwargs or {}))
+
+
+def steps(n_ranks: int, components: int, n: int) -> list[float]:
+    """When each of n steps began, and the last one ended."""
+    times: list[float] = []
+
+    def source(step: int, generator: torch.Generator) -> Tensor:
+        times.append(time.perf_counter())
+        if len(times) == n + 2:  # it is asked once more before the first, when the network is checked
+            raise Enough
+        return inputs(step, generator)
+
+    try:
+        decomposer(n_ranks, components)(
+            perceptron(), source, ["0.weight", "2.weight", "4.weight"], progress=False, **SIZE
+        )
+    except Enough:
+        pass
+    return times[1:]
+
+
+def timed(n_ranks: int, components: int) -> dict[str, Any]:
+    """Seconds of a step, peak memory of a rank, and what its ranks tell each other in a step."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    seconds = sorted(b - a for a, b in pairwise(steps(n_ranks, components, WARM_UP + STEPS)[WARM_UP:]))
+    megabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
+    counted = []
+    for n in (1, 2):
+        with Talk() as talk:
+            steps(n_ranks, components, n)
+        counted.append(talk)
+    return {
+        "seconds": seconds[len(seconds) // 2],
+        "fastest": seconds[0],
+        "slowest": seconds[-1],
+        "megabytes": megabytes,
+        "messages": dict(counted[1].messages - counted[0].messages),
+        "bytes": dict(counted[1].bytes - counted[0].bytes),
+    }
+
+
+def rank(what: str, components: int, folder: Path) -> None:
+    """What one of the ranks does; the first one writes."""
+    torch.set_num_threads(1)
+    n_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if n_ranks > 1:
+        processes.mesh(components)
+    jobs = [same(n_ranks, components, seed, folder) for seed in SEEDS] if what == "same" else []
+    found = jobs or timed(n_ranks, components)
+    if n_ranks == 1 or dist.get_rank() == 0:
+        (folder / "found.json").write_text(json.dumps(found))
+    if n_ranks > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def start(what: str, n_data: int, components: int, folder: Path) -> Any:
+    """Start the ranks, wait, read what the first one wrote."""
+    n = n_data * components
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)] if n > 1 else []
+    command = [sys.executable, *launcher, "-m", "experiments.parallel", "--rank", what, str(components), str(folder)]
+    subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    found = json.loads((folder / "found.json").read_text())
+    print(what, n_data, components, json.dumps(found)[:300], flush=True)
+    return found
+
+
+def main() -> None:
+    """Measure all, store all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rank", nargs=3, metavar=("WHAT", "COMPONENTS", "FOLDER"))
+    parser.add_argument("--only", choices=("timed", "same"))
+    arguments = parser.parse_args()
+    if arguments.rank:
+        what, components, where = arguments.rank
+        rank(what, int(components), Path(where))
+        return
+    file = DATA / "parallel.json"
+    stored = json.loads(file.read_text()) if file.exists() else {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if arguments.only in (None, "timed"):
+            stored["times"] = [{"data": d, "components": c, **start("timed", d, c, folder)} for d, c in TIMED]
+        if arguments.only in (None, "same"):
+            stored["runs"] = [{"data": d, "components": c, **r} for d, c in MESHES for r in start("same", d, c, folder)]
+    about = {"torch": torch.__version__, "threads": 1, "widths": WIDTHS, "batch": BATCH, "steps": STEPS, **SIZE}
+    file.write_text(json.dumps({**stored, "about": about}, indent=1) + "\n")
+    write_manifest()
+
+
+if __name__ == "__main__":
+    main()

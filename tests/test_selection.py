@@ -1,0 +1,75 @@
+"""Counts, order, ties and ranges of the two kinds of top-k."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from apd_minimal.selection import batch_top_k, sample_top_k
+
+
+def scores(*shape: int, seed: int = 0) -> Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def holds(mask: Tensor, values: Tensor, n: int) -> None:
+    """n ones, and none of the dropped is larger than any of the kept."""
+    assert mask.shape == values.shape
+    assert mask.dtype == values.dtype
+    assert set(mask.unique().tolist()) <= {0.0, 1.0}
+    assert int(mask.sum()) == n
+    if 0 < n < mask.numel():
+        assert values[mask == 1].min() >= values[mask == 0].max()
+
+
+@given(st.integers(1, 20), st.integers(1, 6), st.floats(0.01, 1.0))
+def test_batch_top_k_keeps_exactly_that_many_of_the_largest(batch: int, C: int, share: float) -> None:
+    k = share * C
+    values = scores(batch, C)
+    holds(batch_top_k(values, k), values, max(1, int(k * batch)))
+
+
+@given(st.integers(1, 20), st.integers(1, 6), st.data())
+def test_sample_top_k_keeps_exactly_that_many_of_each(batch: int, C: int, data: st.DataObject) -> None:
+    k = data.draw(st.integers(1, C))
+    values = scores(batch, C)
+    for row, kept in zip(values, sample_top_k(values, k), strict=True):
+        holds(kept, row, k)
+
+
+def test_by_hand() -> None:
+    values = torch.tensor([[5.0, 1.0, 0.0], [4.0, 3.0, 2.0]])
+    assert batch_top_k(values, 1.5).tolist() == [[1, 0, 0], [1, 1, 0]]
+    assert batch_top_k(values, 0.6).tolist() == [[1, 0, 0], [0, 0, 0]]
+    assert batch_top_k(values, 3).tolist() == [[1, 1, 1], [1, 1, 1]]
+    assert sample_top_k(values, 1).tolist() == [[1, 0, 0], [1, 0, 0]]
+
+
+def test_ties_do_not_change_the_counts() -> None:
+    for values in (torch.zeros(6, 4), torch.ones(6, 4)):
+        assert batch_top_k(values, 1.5).sum() == 9
+        assert sample_top_k(values, 2).sum(1).tolist() == [2] * 6
+
+
+def test_restarts_are_treated_alone() -> None:
+    values = scores(3, 7, 4) * torch.tensor([1.0, 100.0, 0.01])[:, None, None]
+    for k in (0.4, 1, 2):
+        mask = batch_top_k(values, k)
+        for r in range(3):
+            assert torch.equal(mask[r], batch_top_k(values[r], k))
+    assert torch.equal(sample_top_k(values, 2)[1], sample_top_k(values[1], 2))
+
+
+@pytest.mark.parametrize("k", [0, -1, 4.01, float("nan")])
+def test_k_out_of_range(k: float) -> None:
+    for function in (batch_top_k, sample_top_k):
+        with pytest.raises(ValueError, match="k must be above 0 and at most the number of components, 4; got"):
+            function(scores(5, 4), k)
+
+
+def test_k_per_sample_is_whole() -> None:
+    with pytest.raises(ValueError, match=r"whole number, got 1\.5"):
+        sample_top_k(scores(5, 4), 1.5)

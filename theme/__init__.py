@@ -1,0 +1,1 @@
+"""Style sheet, offline assets and Sphinx extensions of the book."""
