@@ -24,7 +24,7 @@ import picture as front_picture
 import results
 import setup_cell
 from apd_minimal import frames, notebook
-from apd_minimal.glue import CLAIM, VERDICTS, claim, glue
+from apd_minimal.glue import CLAIM, VERDICTS, claim, floored, glue
 
 
 @pytest.fixture
@@ -60,6 +60,21 @@ def test_glue_refuses_what_is_no_single_value(shown: list) -> None:
     with pytest.raises(TypeError, match="got a list"):
         glue("x", [1, 2])
     assert not shown
+
+
+@pytest.mark.parametrize(
+    ("value", "arguments", "words"),
+    [
+        (0.0, {}, "below 1e-12"),
+        (torch.tensor(-3e-13, dtype=torch.float64), {}, "below 1e-12"),
+        (np.float64(2.4e-12), {}, "2e-12"),
+        (-2.46e-7, {"digits": 2}, "-2.5e-07"),
+        (2.46e-7, {"floor": 1e-6}, "below 1e-06"),
+        (float("nan"), {}, "nan"),
+    ],
+)
+def test_rounding_is_not_shown(value: Any, arguments: dict[str, Any], words: str) -> None:
+    assert floored(value, **arguments) == words
 
 
 def test_claim_shows_and_stores_the_same(shown: list) -> None:
