@@ -55,7 +55,7 @@ def floored(value: Any, digits: int = 1, floor: float = 1e-12) -> str:
         str: ``below 1e-12`` if the number is smaller than that in size, else the number, such as ``3.2e-07``.
     """
     value = float(value)
-    return f"below {floor:.0e}" if abs(value) < floor else f"{value:.{digits - 1}e}"
+    return f"below {floor:g}" if abs(value) < floor else f"{value:.{digits - 1}e}"
 
 
 def claim(number: int, verdict: str, finding: str, **numbers: float | int | str | bool) -> None:

@@ -69,7 +69,7 @@ def test_glue_refuses_what_is_no_single_value(shown: list) -> None:
         (torch.tensor(-3e-13, dtype=torch.float64), {}, "below 1e-12"),
         (np.float64(2.4e-12), {}, "2e-12"),
         (-2.46e-7, {"digits": 2}, "-2.5e-07"),
-        (2.46e-7, {"floor": 1e-6}, "below 1e-06"),
+        (2.46e-3, {"floor": 0.1}, "below 0.1"),
         (float("nan"), {}, "nan"),
     ],
 )
