@@ -1,13 +1,19 @@
-"""Chapters are run again as their outputs were made: in the same environment, and with a closing ; that counts."""
+"""Chapters are run again as their outputs were made: in the same environment, and with a closing ; that counts.
+
+Their outputs must be the stored ones, numbers within what another processor's rounding moves (tools/printed.py).
+"""
 
 import os
 from typing import Any
 
 from nbval.kernel import RunningKernel
+from nbval.plugin import IPyNbCell
 
 from tools.execute import ENVIRONMENT
+from tools.printed import Printed
 
 os.environ.update(ENVIRONMENT)
+_sanitize = IPyNbCell.sanitize
 
 
 def _execute(self: RunningKernel, source: str, allow_stdin: bool | None = None) -> Any:
@@ -15,4 +21,10 @@ def _execute(self: RunningKernel, source: str, allow_stdin: bool | None = None) 
     return self.kc.execute(source, store_history=True, allow_stdin=allow_stdin, stop_on_error=False)
 
 
+def _printed(self: IPyNbCell, output: Any) -> Any:
+    output = _sanitize(self, output)
+    return Printed(output) if isinstance(output, str) else output
+
+
 RunningKernel.execute_cell_input = _execute
+IPyNbCell.sanitize = _printed

@@ -19,7 +19,7 @@ import yaml
 from matplotlib.figure import Figure
 
 from apd_minimal.book import frames, notebook
-from apd_minimal.book.glue import CLAIM, VERDICTS, claim, glue
+from apd_minimal.book.glue import CLAIM, VERDICTS, claim, floored, glue
 from theme import results
 from tools import build, execute, setup_cell
 from tools import picture as front_picture
@@ -60,6 +60,21 @@ def test_glue_refuses_what_is_no_single_value(shown: list) -> None:
     with pytest.raises(TypeError, match="got a list"):
         glue("x", [1, 2])
     assert not shown
+
+
+@pytest.mark.parametrize(
+    ("value", "arguments", "words"),
+    [
+        (0.0, {}, "below 1e-12"),
+        (torch.tensor(-3e-13, dtype=torch.float64), {}, "below 1e-12"),
+        (np.float64(2.4e-12), {}, "2e-12"),
+        (-2.46e-7, {"digits": 2}, "-2.5e-07"),
+        (2.46e-3, {"floor": 0.1}, "below 0.1"),
+        (float("nan"), {}, "nan"),
+    ],
+)
+def test_rounding_is_not_shown(value: Any, arguments: dict[str, Any], words: str) -> None:
+    assert floored(value, **arguments) == words
 
 
 def test_claim_shows_and_stores_the_same(shown: list) -> None:

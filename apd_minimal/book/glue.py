@@ -43,6 +43,21 @@ def glue(name: str, value: Any, digits: int = 4) -> None:
     )
 
 
+def floored(value: Any, digits: int = 1, floor: float = 1e-12) -> str:
+    """Words for a number that may be nothing but rounding: another processor would show other digits.
+
+    Args:
+        value: number; a tensor or array with one entry counts as one.
+        digits: significant digits.
+        floor: what rounding alone can reach, with a margin.
+
+    Returns:
+        str: ``below 1e-12`` if the number is smaller than that in size, else the number, such as ``3.2e-07``.
+    """
+    value = float(value)
+    return f"below {floor:g}" if abs(value) < floor else f"{value:.{digits - 1}e}"
+
+
 def claim(number: int, verdict: str, finding: str, **numbers: float | int | str | bool) -> None:
     """Settles a claim of the ledger: shows the verdict in the notebook, and stores it for the ledger page.
 

@@ -1,0 +1,63 @@
+"""What a chapter printed on one processor, compared with what it prints on another.
+
+The text must be the same. Its numbers are compared in pairs: whole ones count things and must be equal; others may
+differ by what the last bits of a sum can move.
+"""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal
+
+RELATIVE = Decimal("0.01")  # of the larger number
+FLOOR = Decimal("1e-12")  # below it, rounding decides
+# No part of a name (float64), a version (2.10.1) or a range (5-7). The spaces before it go with its width.
+NUMBER = re.compile(r"[ \t]*(?<![\w.])((?:(?<![\w)\].])[-+−])?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)(?![\w]|\.\d)")
+
+
+def _number(text: str) -> Decimal:
+    return Decimal(text.replace("−", "-"))
+
+
+def _close(stored: str, new: str) -> bool:
+    """Whether two printed numbers agree: equal if both are whole, else within a digit, a per cent or the floor."""
+    a, b = _number(stored), _number(new)
+    if stored.lstrip("-+−").isdigit() and new.lstrip("-+−").isdigit():
+        return a == b
+    # The finer of the two: what prints as 0.1 and as 0.099 differs by 0.001.
+    digit = Decimal(1).scaleb(min(int(a.as_tuple().exponent), int(b.as_tuple().exponent)))
+    if "e" in (stored + new).lower() and not (a and b):
+        digit = FLOOR  # what has an exponent keeps its digits and does not round to 0
+    return abs(a - b) <= max(digit, RELATIVE * max(abs(a), abs(b)), FLOOR)
+
+
+def agree(stored: str, new: str) -> bool:
+    """Says whether two outputs are the same but for rounding.
+
+    Args:
+        stored: the output in the notebook.
+        new: the output of the same cell, run again.
+
+    Returns:
+        bool: whether their texts are equal and their numbers agree: whole numbers exactly, others within one unit of
+        the last printed digit, 1 % of the larger, or 1e-12.
+    """
+    if stored == new:
+        return True
+    if NUMBER.sub("0", stored) != NUMBER.sub("0", new):
+        return False
+    return all(map(_close, NUMBER.findall(stored), NUMBER.findall(new)))
+
+
+class Printed(str):
+    """An output that equals another one if they `agree`: nbval compares with ``!=``."""
+
+    def __eq__(self, other: object) -> bool:
+        """Says whether the two agree; what is no text is never equal."""
+        return isinstance(other, str) and agree(str(self), str(other))
+
+    def __ne__(self, other: object) -> bool:
+        """Says whether the two do not agree."""
+        return not self == other
+
+    __hash__ = str.__hash__
