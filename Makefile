@@ -1,15 +1,16 @@
-# make book    builds the pages from the stored outputs (no torch needed) and checks them
-# make run     executes the chapters again and stores their outputs
-# make test    everything: module, chapters, pages
-# make data    makes the stored artefacts in data/ again (long)
-# make bench   times a step against the paper's formulation; leave the machine alone meanwhile
+# make book      builds the pages from the stored outputs (no torch needed) and checks them
+# make run       executes the chapters again and stores their outputs
+# make test      everything: module, chapters, pages
+# make portable  runs module and chapters again under other kernels (an hour)
+# make data      makes the stored artefacts in data/ again (long)
+# make bench     times a step against the paper's formulation; leave the machine alone meanwhile
 
 PYTHON ?= python3
 BOOK := .venv-book/bin/
 TEST := .venv/bin/
 INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: book run test data bench clean
+.PHONY: book run test portable data bench clean
 
 book: .venv-book/installed
 	@$(BOOK)python -m tools.build
@@ -19,6 +20,9 @@ run: .venv/installed
 
 test: .venv/installed
 	@$(TEST)python -m tools.test_all
+
+portable: .venv/installed
+	@$(TEST)python -m tools.portable
 
 data: .venv/installed
 	$(TEST)python -m experiments.tms

@@ -1,8 +1,16 @@
-"""One thread, and property tests that draw the same examples on every run."""
+"""The chapters' number of threads, and property tests that draw the same examples on every run, however slowly."""
 
 import torch
-from hypothesis import settings
+from execute import THREADS
+from hypothesis import HealthCheck, settings
 
-torch.set_num_threads(1)
-settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=25, database=None)
+torch.set_num_threads(int(THREADS))
+settings.register_profile(
+    "repeatable",
+    deadline=None,
+    derandomize=True,
+    max_examples=25,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 settings.load_profile("repeatable")

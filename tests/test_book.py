@@ -218,7 +218,7 @@ def test_figures_move(chromium: Any, site: Path) -> None:
             assert len({label for _, _, label in shown}) == last + 1
             handle.evaluate("(e, v) => { e.value = v; e.dispatchEvent(new Event('input')); }", last - 1)
             box.locator("button").evaluate("e => e.click()")
-            page.wait_for_function("e => e.value == e.max", arg=handle.element_handle(), timeout=5000)
+            page.wait_for_function("e => e.value == e.max", arg=handle.element_handle(), timeout=30_000)
             moved += 1
         page.close()
     assert moved >= 1

@@ -90,7 +90,7 @@ def installed(colab: Path, folder: Path) -> dict[str, str]:
 EXECUTE = """
 import nbclient, nbformat
 chapter = nbformat.read("chapter.ipynb", as_version=4)
-nbclient.NotebookClient(chapter, timeout=600, kernel_name="python3").execute()
+nbclient.NotebookClient(chapter, timeout=1800, kernel_name="python3").execute()
 """
 FETCH = """
 import hashlib, sys

@@ -46,7 +46,8 @@ def test_the_target_the_component_model_and_one_ablation(name: str) -> None:
     ones = {path: torch.ones(len(x), 4, dtype=torch.float64) for path in components.paths}
     target = one.target.eval()(x)
     assert torch.equal(one.network(x), target)
-    assert torch.equal(one.network(x, components, remainder=True), target.expand(2, *target.shape))
+    whole = one.network(x, components, remainder=True)  # other shapes, and so perhaps other kernels
+    torch.testing.assert_close(whole, target.expand(2, *target.shape))
     for r in range(2):
         alone = components.restart(r)
         torch.testing.assert_close(one.network(x, components)[r], gated(one, alone, ones, x))

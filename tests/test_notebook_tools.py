@@ -221,7 +221,7 @@ def test_execution_gives_the_same_notebook_twice(tmp_path: Path) -> None:
     assert [cell["execution_count"] for cell in made["cells"] if cell["cell_type"] == "code"] == [1, 2, 3]
     assert made["cells"][1]["metadata"]["tags"] == setup_cell.TAGS
     assert "image/svg+xml" in first, "notebook.setup() makes figures SVG"
-    assert "('1', '1')" in json.dumps(made["cells"][-1]["outputs"])
+    assert f"('1', '{execute.THREADS}')" in json.dumps(made["cells"][-1]["outputs"])
     assert "widgets" not in made["metadata"]
 
 

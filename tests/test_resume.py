@@ -71,7 +71,7 @@ def test_a_real_ctrl_c_gives_the_result_so_far(tmp_path: Path) -> None:
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)
-    out, errors = process.communicate(timeout=120)
+    out, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     finished, hooks, logged, _ = json.loads(out.splitlines()[-1])
     assert finished is False

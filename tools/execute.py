@@ -27,17 +27,18 @@ from nbclient.exceptions import CellExecutionError
 from tools import setup_cell
 
 ROOT = Path(__file__).parent.parent
+THREADS = os.environ.get("APD_THREADS", "1")  # another number only to see that nothing depends on it (portable.py)
 # What stored outputs may not depend on: thread count, progress bars, live widgets, hash order.
 ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-    "OPENBLAS_NUM_THREADS": "1",
+    "OMP_NUM_THREADS": THREADS,
+    "MKL_NUM_THREADS": THREADS,
+    "OPENBLAS_NUM_THREADS": THREADS,
     "TQDM_DISABLE": "1",
     "APD_STATIC": "1",
     "PYTHONHASHSEED": "0",
 }
 KEPT_METADATA = ("tags", "mystnb")
-CELL_SECONDS = 600
+CELL_SECONDS = 1800  # the longest cell takes a tenth of it
 
 
 def _processor() -> str:

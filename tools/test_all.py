@@ -15,7 +15,8 @@ ROOT = Path(__file__).parent.parent
 PYTEST = [sys.executable, "-m", "pytest", "-n", "2", "-p", "no:cacheprovider"]
 BOOK_TEST = "tests/test_book.py"
 NBVAL = ["--nbval", "--nbval-current-env", "--nbval-sanitize-with", "tests/nbval.cfg",
-         "--nbval-cell-timeout", str(CELL_SECONDS), "--dist", "loadfile"]  # fmt: skip
+         "--nbval-cell-timeout", str(CELL_SECONDS), "--nbval-kernel-startup-timeout", "300",
+         "--dist", "loadfile"]  # fmt: skip
 
 
 def parts() -> dict[str, list[str]]:
