@@ -54,17 +54,17 @@ class Rows:
         """The job that a row comes from."""
         return tuple(tuple(v) if isinstance(v, list) else v for v in (row[name] for name in self.fields))
 
-    def whole(self, job: Job, row: Row) -> Row:
-        """A row as it is stored: with its job and its settings."""
+    def complete(self, job: Job, row: Row) -> Row:
+        """A row as it is stored: with its job and its settings, and as JSON has it."""
         settings = {"settings": self.settings(job)} if self.settings else {}
-        whole: Row = json.loads(json.dumps({**dict(zip(self.fields, job, strict=True)), **row, **settings}))
-        return whole
+        stored: Row = json.loads(json.dumps({**dict(zip(self.fields, job, strict=True)), **row, **settings}))
+        return stored
 
     def kept(self, rows: list[Row]) -> list[Row]:
         """The rows of jobs that there still are, made with the settings of today."""
         jobs, today = set(self.jobs(rows)), {}
         for job in jobs & set(map(self.job_of, rows)):
-            today[job] = _comparable(self.whole(job, {}))
+            today[job] = _comparable(self.complete(job, {}))
         return [row for row in rows if today.get(self.job_of(row)) == _comparable(row)]
 
 
@@ -86,7 +86,7 @@ class Study:
     Attributes:
         name: of the files in data/.
         lists: name in the table to what fills it; made in this order.
-        wholes: name in the table to a function that measures all that stands there.
+        measurements: name in the table to a function that measures all that stands there.
         about: facts about the making, given the number of processes.
         prefixes: of a job, what the names of its tensors start with.
         compact: write JSON without spaces.
@@ -95,7 +95,7 @@ class Study:
 
     name: str
     lists: dict[str, Rows]
-    wholes: dict[str, Callable[[], Any]] = field(default_factory=dict)
+    measurements: dict[str, Callable[[], Any]] = field(default_factory=dict)
     about: Callable[[int], Row] = lambda processes: {}
     prefixes: Callable[[Any], tuple[str, ...]] = lambda job: (prefix(job),)
     compact: bool = False
@@ -136,7 +136,7 @@ class Study:
     def add(self, name: str, job: Job, found: list[Row], own: Tensors, processes: int) -> None:
         """Store what a job found beside what is in the files by now: another command may have added its own."""
         rows, (table, tensors) = self.lists[name], self.read()
-        new = [rows.whole(job, row) for row in found]
+        new = [rows.complete(job, row) for row in found]
         table[name] = [row for row in table[name] if rows.job_of(row) != job] + new
         table[name].sort(key=lambda row: rows.order(rows.job_of(row)))
         self.write(table, tensors | own, processes)
@@ -150,7 +150,7 @@ class Study:
 
     def choices(self) -> list[str]:
         """What can be made alone: a part of the table where there are several, or what jobs have as first field."""
-        parts = [*self.lists, *self.wholes]
+        parts = [*self.lists, *self.measurements]
         groups = [job[0] for rows in self.lists.values() for job in rows.jobs([]) if isinstance(job[0], str)]
         return list(dict.fromkeys([*(parts if len(parts) > 1 else []), *groups]))
 
@@ -175,7 +175,7 @@ class Study:
                         self.add(name, job, found, own, given.processes)
                         tried.add(job)
                         print(*job, *map(_in_short, found), flush=True)
-        for name, measure in self.wholes.items():
+        for name, measure in self.measurements.items():
             chosen = given.only is None or name in given.only
             if chosen and (given.again or not self.stored().get(name)):
                 print(f"{self.name}, {name}", flush=True)

@@ -190,7 +190,7 @@ def runs() -> list[Row]:
 STUDY = Study(
     "parallel",
     lists={},
-    wholes={"runs": runs, "times": times},
+    measurements={"runs": runs, "times": times},
     about=lambda processes: {"widths": WIDTHS, "batch": BATCH, "steps": STEPS, **SIZE},
 )
 

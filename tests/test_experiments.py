@@ -47,7 +47,7 @@ def test_nothing_would_be_made_again_and_files_are_written_back_as_they_are(
     study = STUDIES[name]
     about = study.stored()["about"]
     assert {part: study.todo(part) for part in study.lists} == {part: [] for part in study.lists}
-    assert all(study.stored()[part] for part in study.wholes)
+    assert all(study.stored()[part] for part in study.measurements)
     monkeypatch.setattr(torch, "__version__", about["torch"])
     copied = replace(study, folder=tmp_path)
     copied.write(*study.read(), about.get("processes", 1))
