@@ -8,6 +8,7 @@
 PYTHON ?= python3
 BOOK := .venv-book/bin/
 TEST := .venv/bin/
+STUDIES := tms gated failures residual grid lp attributions merging layerwise tricks parallel larger
 INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: book run test portable data bench clean
@@ -25,19 +26,8 @@ portable: .venv/installed
 	@$(TEST)python -m tools.portable
 
 data: .venv/installed
-	$(TEST)python -m experiments.tms
-	$(TEST)python -m experiments.gated
-	$(TEST)python -m experiments.failures
-	$(TEST)python -m experiments.residual
-	$(TEST)python -m experiments.grid
-	$(TEST)python -m experiments.lp
-	$(TEST)python -m experiments.attributions
-	$(TEST)python -m experiments.merging
-	$(TEST)python -m experiments.layerwise
+	@for study in $(STUDIES); do $(TEST)python -m experiments.$$study || exit 1; done
 	$(TEST)python -m benchmarks.price
-	$(TEST)python -m experiments.tricks
-	$(TEST)python -m experiments.parallel
-	$(TEST)python -m experiments.larger
 
 bench: .venv/installed
 	OMP_NUM_THREADS=1 $(TEST)python -m benchmarks.run

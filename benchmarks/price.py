@@ -26,8 +26,9 @@ from apd_minimal import Components
 from apd_minimal.attributions import gradients
 from benchmarks import machine
 from benchmarks.steps import Paper, Plain, Size, Step, ours, peak, timed
+from experiments.experiment import DATA, write_manifest
 
-STORED = Path(__file__).parent.parent / "data" / "price.json"
+STORED = DATA / "price.json"
 BASE = Size()
 GROWTH: dict[str, list[Size]] = {
     "n_out": [replace(BASE, n_out=n) for n in (1, 4, 16, 64, 256, 1024)],
@@ -93,6 +94,7 @@ def main() -> None:
         "seconds": time.perf_counter() - start,
     }
     arguments.out.write_text(json.dumps(stored, indent=1) + "\n")
+    write_manifest()
 
 
 if __name__ == "__main__":

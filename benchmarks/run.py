@@ -30,9 +30,9 @@ from benchmarks import cost, machine, ours, table
 from benchmarks.cases import CASES, GROWTH, Case
 from benchmarks.paper import Paper
 from benchmarks.stacked import Plain
+from experiments.experiment import DATA, write_manifest
 
-HERE = Path(__file__).parent
-STORED = HERE.parent / "data" / "benchmarks.json"
+STORED = DATA / "benchmarks.json"
 KINDS = ("plain", "loaded", "paper", "ours", "special")
 Times = list[tuple[float, float]]  # by the clock, and of the processor
 
@@ -127,7 +127,7 @@ def measured_memory(case: Case) -> dict[str, dict[str, float]]:
             continue
         command = [sys.executable, "-m", "benchmarks.run", "--memory", case.name, kind]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=HERE.parent)
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=DATA.parent)
         found[kind] = json.loads(done.stdout.splitlines()[-1])
     return found
 
@@ -194,6 +194,7 @@ def main() -> None:
     stored["growth"] = growth() if arguments.only is None else {}
     stored["seconds"] = time.perf_counter() - start
     arguments.out.write_text(json.dumps(stored, indent=1) + "\n")
+    write_manifest()
     print(table.text(stored))
 
 

@@ -1,18 +1,18 @@
-"""Time and memory of a step with each trick off and on, for chapter 19: called by experiments/tricks.py  (5 minutes)
+"""Time and memory of a step with each trick off and on, for chapter 19.
 
-It writes the key `steps` of data/tricks.json. One thread, seconds of the processor, both sides of a ratio in turns in
+python -m experiments.tricks --only steps --again     (5 minutes)
+
+One thread, seconds of the processor, both sides of a ratio in turns in
 one run; memory in a process of its own each. Leave the machine alone meanwhile.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -27,10 +27,9 @@ from apd_minimal.attributions.gradients import _cheapest
 from apd_minimal.kernels import grouped
 from apd_minimal.kernels.totals import Totals
 from apd_minimal.targets import ResidualMLP
+from benchmarks.small_moments import has_torchao, optimiser_of
 from benchmarks.steps import Plain, Size, Step, ours, peak, timed
-from experiments.tricks import has_torchao, optimiser_of
 
-STORED = Path(__file__).parent.parent / "data" / "tricks.json"
 MLP = Size(512, 4, 32, 256, 32, 4)  # 0.8 million entries
 MOMENTS = ("float32", "both", "8-bit")
 LARGE_BATCH = replace(MLP, batch=1024, n_out=4)
@@ -291,16 +290,21 @@ def agreement(size: Size) -> dict[str, float]:
     return differences | {"grouped in": share}
 
 
-def main() -> None:
-    """Measure memory, then time; store."""
-    torch.set_num_threads(1)
+def steps(stored: dict[str, Any]) -> dict[str, Any]:
+    """Measure memory, then time.
+
+    Args:
+        stored: data/tricks.json as it is, for the moments where torchao is missing.
+
+    Returns:
+        dict[str, Any]: the new value of its key `steps`.
+    """
     start = time.perf_counter()
 
     def say(what: str) -> None:
         print(f"{time.perf_counter() - start:4.0f} s  {what}", file=sys.stderr, flush=True)
 
     made = comparisons()
-    stored = json.loads(STORED.read_text()) if STORED.exists() else {"runs": []}
     before = {c["name"]: c for c in stored.get("steps", {}).get("comparisons", [])}
     memory = {
         name: {kind: peak(make) for kind, make in kinds.items()} for name, kinds in made.items() if name != "moments"
@@ -316,15 +320,8 @@ def main() -> None:
     if not has_torchao() and "moments" in before:
         rows = [before["moments"] if row["name"] == "moments" else row for row in rows]
     sizes = {"MLP": MLP.asdict(), "residual MLP": asdict(Residual())}
-    stored["steps"] = {"sizes": sizes, "comparisons": rows, "modes": modes()}
+    found: dict[str, Any] = {"sizes": sizes, "comparisons": rows, "modes": modes()}
     say("modes")
     shape = (64, 4, 8, 512, 32, 32)
     same = {"float32": agreement(Size(*shape)), "float64": agreement(Doubled(*shape))}
-    stored["steps"] |= {"compiled": compiled(), "agreement": same, "seconds": time.perf_counter() - start}
-    now = json.loads(STORED.read_text()) if STORED.exists() else {"runs": []}  # there may be new runs
-    STORED.write_text(json.dumps(now | {"steps": stored["steps"]}, indent=1) + "\n")
-    say("done")
-
-
-if __name__ == "__main__":
-    main()
+    return found | {"compiled": compiled(), "agreement": same, "seconds": time.perf_counter() - start}

@@ -6,20 +6,14 @@ Three targets, five seeds each. A target's recipe, with smaller batches where it
 changed but the attributions and k: at equal compute, where a run has as many steps as take the floating-point
 operations of the run with gradients, and for some at equal steps. k is scaled by the factor that did best on the search
 seeds, which are reported nowhere else; on TMS 5-2 all estimators are also run with the recipe's own k. The smaller
-batches come from chapter 11's grid (TMS 40-10) and from seeds 100 to 102 (residual MLP). Runs that are there with the
-settings of today are kept.
+batches come from chapter 11's grid (TMS 40-10) and from seeds 100 to 102 (residual MLP).
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import multiprocessing
-import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,11 +22,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import apd_minimal as apd
 from apd_minimal import attributions
 from apd_minimal.attributions import Attribution
-from apd_minimal.config import at_progress, completed
+from apd_minimal.config import Schedule, at_progress
 from apd_minimal.targets import TMS, ResidualMLP
-from experiments.tms import write_manifest
+from experiments.experiment import Row, Rows, Study, Tensors, numbers, ownership_means, taken_apart
 
-TABLE = Path(__file__).parent.parent / "data" / "attributions.json"
 TARGETS = ("tms-5-2", "tms-40-10", "residual-20-10")
 SEEDS = range(60, 65)
 SEARCH_SEEDS = {"tms-5-2": (100, 102), "tms-40-10": (100,), "residual-20-10": (100,)}  # 101 lacks a feature in 5-2
@@ -48,7 +41,6 @@ OPTIONS: dict[str, dict[str, Any]] = {  # few samples, since they are taken at e
 }
 MOMENTS = 8  # of a run, at which masks are compared
 Job = tuple[str, str, str, float, int]  # target, estimator, budget, factor of k, seed
-Run = dict[str, Any]
 
 
 def estimator_of(name: str) -> Attribution:
@@ -60,18 +52,26 @@ def estimator_of(name: str) -> Attribution:
     return partial(function, **options) if options else function
 
 
+def untrained(name: str, seed: int = 0) -> TMS | ResidualMLP:
+    """The target before training."""
+    if name == "residual-20-10":
+        return ResidualMLP(20, 200, (10,), seed=seed)
+    n_features, d_hidden = map(int, name.removeprefix("tms-").split("-"))
+    return TMS(n_features, d_hidden)
+
+
 @cache
 def target_of(name: str, seed: int) -> TMS | ResidualMLP:
     """The trained target of a seed."""
-    if name == "residual-20-10":
-        return ResidualMLP(20, 200, (10,), seed=seed).fit(seed=seed, steps=3000, batch_size=1024)
-    n_features, d_hidden = map(int, name.removeprefix("tms-").split("-"))
-    return TMS(n_features, d_hidden).fit(seed=seed)
+    target = untrained(name, seed)
+    if isinstance(target, ResidualMLP):
+        return target.fit(seed=seed, steps=3000, batch_size=1024)
+    return target.fit(seed=seed)
 
 
 def recipe_of(name: str) -> dict[str, Any]:
     """A target's recipe, for generic attributions and short runs."""
-    recipe = {k: v for k, v in target_of(name, SEEDS[0]).recipe.items() if k != "attribution"}
+    recipe = {k: v for k, v in untrained(name).recipe.items() if k != "attribution"}
     if name == "tms-40-10":
         recipe["batches"] = replace(recipe["batches"], batch_size=128)
     if name == "residual-20-10":
@@ -79,9 +79,21 @@ def recipe_of(name: str) -> dict[str, Any]:
     return recipe
 
 
+def but_last(schedule: tuple[tuple[float, float], ...], factor: float) -> Schedule:
+    """k times a factor; after the simplicity loss is gone, k is large enough for everything."""
+    *points, last = schedule
+    return (*((t, factor * k) for t, k in points), last)
+
+
 @cache
 def operations(name: str, estimator: str, steps: int = 100) -> int:
-    """Floating-point operations of one step, in the mean over a short run, every step of which is watched."""
+    """Floating-point operations of one step, in the mean over a short run; measured once, then taken from the table.
+
+    Budgets, by which runs are known, would change with every change in how gradients are computed otherwise.
+    """
+    for row in STUDY.stored().get("runs", []):
+        if (row["target"], row["estimator"]) == (name, estimator):
+            return int(row["operations"])
     settings = {**recipe_of(name), "steps": steps + 1, "tidy_every": 0.0, "seed": 0}
     counts: list[int] = []
     with FlopCounterMode(display=False) as counter:
@@ -102,22 +114,13 @@ def settings_of(job: Job) -> dict[str, Any]:
     steps = recipe.get("steps", apd.Config(1, 1).steps)
     if budget == "compute":
         steps = round(steps * operations(name, "gradient") / operations(name, estimator))
-    *points, last = recipe["top_k"]  # after the simplicity loss is gone, k is large enough for everything
-    top_k = (*((t, factor * k) for t, k in points), last)
-    return {**recipe, "steps": steps, "top_k": top_k, "seed": seed}
+    return {**recipe, "steps": steps, "top_k": but_last(recipe["top_k"], factor), "seed": seed}
 
 
-def stored_settings(job: Job) -> dict[str, Any]:
+def stored_settings(job: Job) -> Row:
     """The settings as they are stored, by which a run is known."""
     settings = settings_of(job)
-    estimator = {"estimator": job[1], **OPTIONS[job[1]]}
-    return json.loads(json.dumps({**estimator, "batch": settings["batches"].batch_size, **asdict(config_of(settings))}))
-
-
-def config_of(settings: dict[str, Any]) -> apd.Config:
-    """What is in `Config` among the arguments of `decompose`."""
-    not_numbers = ("batches", "weights", "hidden_modules")
-    return apd.Config.from_dict({k: v for k, v in settings.items() if k not in not_numbers})
+    return {"estimator": job[1], **OPTIONS[job[1]], **numbers(settings, batch=settings["batches"].batch_size)}
 
 
 def watcher(
@@ -145,45 +148,27 @@ def watcher(
     return look
 
 
-def run(job: Job) -> dict[str, Any]:
+def run(job: Job) -> tuple[list[Row], Tensors]:
     """Take one target apart with one estimator."""
-    name, estimator, budget, factor, seed = job
-    torch.set_num_threads(1)
+    name, estimator, _, _, seed = job
     target, settings, estimate = target_of(name, seed), settings_of(job), estimator_of(estimator)
     network = apd.Network(target, target.weights)
     x = settings["batches"](0, torch.Generator().manual_seed(20_000 + seed))
     agreement: list[dict[str, float]] = []
-    start = time.process_time()
-    watch = watcher(network, config_of(settings), estimate, x, agreement)
-    result = apd.decompose(target, attribution=estimate, watch=watch, progress=False, **settings)
-    seconds = time.process_time() - start
+    watch = watcher(network, apd.Config.from_dict(numbers(settings)), estimate, x, agreement)
+    result, seconds = taken_apart(target, settings, attribution=estimate, watch=watch)
     components = result.components
     own = target.ownership(components)
     facts = {
-        "target": name,
-        "estimator": estimator,
-        "budget": budget,
-        "factor": factor,
-        "seed": seed,
-        "seconds": round(seconds, 1),
+        "seconds": seconds,
         "operations": operations(name, estimator),
-        "owned": int(own.owned.sum()),
+        **ownership_means(own),
         "n": len(own.owned),
-        "cosine": own.cosine.mean().item(),
-        "length_ratio": own.length_ratio.mean().item(),
-        "purity": own.purity.mean().item(),
         "relative_faithfulness": apd.metrics.relative_faithfulness(components, network.weights).item(),
         "score": min(result.scores),
         "agreement": agreement,
-        "settings": stored_settings(job),
     }
-    print(*job, f"owned {facts['owned']}/{facts['n']}, {seconds:.0f} s", flush=True)
-    return facts
-
-
-def job_of(facts: Run) -> Job:
-    """The job whose result this is."""
-    return facts["target"], facts["estimator"], facts["budget"], facts["factor"], facts["seed"]
+    return [facts], {}
 
 
 def budget_of(estimator: str) -> str:
@@ -201,18 +186,18 @@ def search_jobs(name: str) -> list[Job]:
     ]
 
 
-def chosen(runs: list[Run], name: str, estimator: str) -> float:
+def chosen(runs: list[Row], name: str, estimator: str) -> float:
     """The factor of k with the most owned mechanisms on the search seeds; of equals, that with the smallest error."""
 
     def merit(factor: float) -> tuple[int, float]:
-        some = [r for r in runs if job_of(r)[:2] == (name, estimator) and r["factor"] == factor]
+        some = [r for r in runs if (r["target"], r["estimator"]) == (name, estimator) and r["factor"] == factor]
         some = [r for r in some if r["seed"] in SEARCH_SEEDS[name]]
         return sum(r["owned"] for r in some), -sum(r["score"] for r in some)
 
     return max(FACTORS, key=merit)
 
 
-def report_jobs(runs: list[Run], name: str) -> list[Job]:
+def report_jobs(runs: list[Row], name: str) -> list[Job]:
     """The runs that are reported."""
     jobs: list[Job] = []
     for seed in SEEDS:
@@ -226,30 +211,18 @@ def report_jobs(runs: list[Run], name: str) -> list[Job]:
     return jobs
 
 
-def main() -> None:
-    """Make what is missing, and write the table after each run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=TARGETS, help="the runs on one target")
-    parser.add_argument("--processes", type=int, default=2, help="runs at a time")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    names = [arguments.only] if arguments.only else list(TARGETS)
-    old = json.loads(TABLE.read_text())["runs"] if TABLE.exists() else []
-    runs = [r for r in old if r["target"] not in names or completed(r["settings"]) == stored_settings(job_of(r))]
-    with multiprocessing.get_context("spawn").Pool(arguments.processes) as pool:
-        for name in names:
-            for searching in (True, False):  # what is reported depends on the search
-                there = {job_of(r) for r in runs}
-                jobs = search_jobs(name) if searching else report_jobs(runs, name)
-                todo = [job for job in jobs if job not in there]
-                print(f"{name}: {len(runs)} runs kept, {len(todo)} to make", flush=True)
-                for facts in pool.imap_unordered(run, todo):
-                    runs.append(facts)
-                    runs.sort(key=job_of)
-                    about = {"torch": torch.__version__, "threads": 1, "processes": arguments.processes}
-                    TABLE.write_text(json.dumps({"about": about, "runs": runs}, indent=1) + "\n")
-                    write_manifest()
+def jobs(rows: list[Row]) -> list[Job]:
+    """Every run; which ones are reported is known when a target's search is done."""
+    found: list[Job] = []
+    for name in TARGETS:
+        searched = search_jobs(name)
+        there = [RUNS.job_of(row) for row in rows if row["target"] == name]
+        found += searched + (report_jobs(rows, name) if set(searched) <= set(there) else there)
+    return list(dict.fromkeys(found))
 
+
+RUNS = Rows(("target", "estimator", "budget", "factor", "seed"), jobs, run, stored_settings)
+STUDY = Study("attributions", {"runs": RUNS}, about=lambda processes: {"processes": processes})
 
 if __name__ == "__main__":
-    main()
+    STUDY.main(__doc__)

@@ -1,26 +1,19 @@
-"""Remake data/gated.json and data/gated.safetensors: hand-coded gated functions taken apart, ten seeds (chapter 10).
+"""Makes data/gated.*: hand-coded gated functions taken apart, ten seeds (chapter 10).
 
-Two processes with one thread each; about ten minutes on two cores. Runs that the file holds already, made with the
-same settings, are kept. The seeds 0 to 9 were not used while the recipe was made: that was done on seeds from 100 up.
+python -m experiments.gated [--only ours | plain] [--processes N]     (about ten minutes on two cores)
+
+The seeds 0 to 9 were not used while the recipe was made: that was done on seeds from 100 up.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import multiprocessing
-import time
-from dataclasses import asdict
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
-
 import apd_minimal as apd
-from apd_minimal.config import completed
-from experiments.tms import DATA, write_manifest
+from experiments.experiment import Row, Rows, Study, Tensors, factors, numbers, prefix, taken_apart
 
 SEEDS = {"ours": range(10), "plain": range(5)}
+Job = tuple[str, int]  # recipe, seed
 
 
 def settings_of(recipe: str, seed: int) -> tuple[apd.targets.GatedFunctions, dict[str, Any]]:
@@ -49,22 +42,17 @@ def settings_of(recipe: str, seed: int) -> tuple[apd.targets.GatedFunctions, dic
     }
 
 
-def run(job: tuple[str, int]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def run(job: Job) -> tuple[list[Row], Tensors]:
     """Take one target apart and measure."""
     recipe, seed = job
-    torch.set_num_threads(1)
     target, settings = settings_of(recipe, seed)
-    start = time.process_time()
-    result = apd.decompose(target, seed=seed, progress=False, **settings)
-    seconds = time.process_time() - start
+    result, seconds = taken_apart(target, settings, seed=seed)
     truth, components, every = target.mechanisms(), result.components, result.restarts
     assert every is not None
     owned = [apd.metrics.ownership(every.restart(r), truth) for r in range(result.config.restarts)]
     own = owned[result.chosen]
-    facts: dict[str, Any] = {
-        "recipe": recipe,
-        "seed": seed,
-        "seconds": round(seconds, 1),
+    facts = {
+        "seconds": seconds,
         "owned": own.owned.tolist(),
         "cosine": own.cosine.tolist(),
         "length_ratio": own.length_ratio.tolist(),
@@ -76,46 +64,17 @@ def run(job: tuple[str, int]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         "chosen": result.chosen,
         "restarts_owned": [int(o.owned.sum()) for o in owned],
         "restarts_least_cosine": [o.cosine.min().item() for o in owned],
-        "settings": json.loads(json.dumps(asdict(result.config))),
     }
-    print(recipe, seed, f"owned {sum(facts['owned'])}/4, {seconds:.0f} s", flush=True)
-    kept = components.subset((components.norms() > 0).nonzero().flatten().tolist())
-    tensors = {f"{recipe}/{seed}/{path}.A": t.contiguous() for path, t in kept.A.items()}
-    return facts, tensors | {f"{recipe}/{seed}/{path}.B": t.contiguous() for path, t in kept.B.items()}
+    return [facts], factors(components, prefix(job))
 
 
-def is_kept(job: tuple[str, int], runs: list[dict[str, Any]]) -> bool:
-    """Is this run there already, made with the settings of today? Batches and functions are not compared."""
-    recipe, seed = job
-    own = {k: v for k, v in settings_of(recipe, seed)[1].items() if k not in ("batches", "weights", "attribution")}
-    settings = json.loads(json.dumps(asdict(apd.Config.from_dict(own | {"seed": seed}))))
-    return any((r["recipe"], r["seed"]) == job and completed(r["settings"]) == settings for r in runs)
-
-
-def main() -> None:
-    """Make what is missing and write the files after each run."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--processes", type=int, default=2, choices=(1, 2), help="runs at a time")
-    processes = parser.parse_args().processes
-    table, arrays = DATA / "gated.json", DATA / "gated.safetensors"
-    old = json.loads(table.read_text())["runs"] if table.exists() else []
-    jobs = [(recipe, seed) for recipe, seeds in SEEDS.items() for seed in seeds]
-    runs = [r for r in old if any(is_kept(job, [r]) for job in jobs)]
-    names = {f"{r['recipe']}/{r['seed']}/" for r in runs}
-    tensors = load_file(arrays) if arrays.exists() else {}
-    tensors = {name: t for name, t in tensors.items() if any(name.startswith(start) for start in names)}
-    todo = [job for job in jobs if not is_kept(job, runs)]
-    print(f"{len(runs)} runs kept, {len(todo)} to make", flush=True)
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        for facts, own in pool.imap_unordered(run, todo):
-            runs.append(facts)
-            tensors.update(own)
-            runs.sort(key=lambda r: (r["recipe"], r["seed"]))
-            about = {"torch": torch.__version__, "threads": 1, "processes": processes}
-            table.write_text(json.dumps({"about": about, "runs": runs}, indent=1) + "\n")
-            save_file(tensors, arrays)
-            write_manifest()
-
+RUNS = Rows(
+    fields=("recipe", "seed"),
+    jobs=lambda rows: [(recipe, seed) for recipe, seeds in SEEDS.items() for seed in seeds],
+    run=run,
+    settings=lambda job: numbers(settings_of(*job)[1], seed=job[1]),
+)
+STUDY = Study("gated", {"runs": RUNS}, about=lambda processes: {"processes": processes})
 
 if __name__ == "__main__":
-    main()
+    STUDY.main(__doc__)

@@ -4,32 +4,23 @@ python -m experiments.grid [--only tms-40-10 | residual] [--processes N]     (ab
 
 Two targets: TMS 40-10, and the residual MLP of one layer, for which the recipe is cut to 1,000 steps. Each of the
 three weights and the learning rate is scaled by 1/4, 1/2, 2, 4, k by 1/2 to 2, one at a time and jointly at random;
-then the other weights, p, C, m, the batch and the number of steps. Runs that are there with the settings of today
-are kept.
-The seeds are of targets that no recipe was made on.
+then the other weights, p, C, m, the batch and the number of steps. The seeds are of targets that no recipe was made on.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import multiprocessing
-import time
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import apd_minimal as apd
-from apd_minimal.config import Schedule, at_progress, completed
+from apd_minimal.config import at_progress
 from apd_minimal.targets import TMS, ResidualMLP
+from experiments.experiment import Row, Rows, Study, Tensors, numbers, scaled, taken_apart
 from experiments.residual import SINGLE_FAILS, single_errors
-from experiments.tms import write_manifest
 
-TABLE = Path(__file__).parent.parent / "data" / "grid.json"
 SEEDS = {"tms-40-10": range(40, 43), "residual": range(5, 7)}
 N_RANDOM = {"tms-40-10": 16, "residual": 8}
 WEIGHTS = ("faithfulness", "minimality", "simplicity")
@@ -73,13 +64,6 @@ def recipe_of(name: str) -> dict[str, Any]:
     return recipe if name == "tms-40-10" else recipe | {"steps": 1000}
 
 
-def scaled(schedule: Schedule, factor: float) -> Schedule:
-    """A number or a schedule, times a factor."""
-    if isinstance(schedule, tuple):
-        return tuple((t, value * factor) for t, value in schedule)
-    return schedule * factor
-
-
 def variants(name: str) -> dict[str, dict[str, Any]]:
     """Name of a variant to the settings that it changes; `batch` is the batch size."""
     base = {**asdict(apd.Config(1, 1)), **recipe_of(name)}
@@ -111,14 +95,6 @@ def settings_of(job: Job) -> dict[str, Any]:
     settings = {**recipe_of(name), **variants(name)[variant], "seed": seed}
     batch = settings.pop("batch", settings["batches"].batch_size)
     return settings | {"batches": replace(settings["batches"], batch_size=batch)}
-
-
-def stored_settings(job: Job) -> dict[str, Any]:
-    """The settings as they are stored, by which a run is known."""
-    settings = settings_of(job)
-    not_numbers = ("batches", "weights", "attribution", "hidden_modules")
-    config = apd.Config.from_dict({k: v for k, v in settings.items() if k not in not_numbers})
-    return json.loads(json.dumps({"batch": settings["batches"].batch_size, **asdict(config)}))
 
 
 def true_positives(target: TMS, components: apd.Components, k: int) -> tuple[float, float]:
@@ -156,69 +132,38 @@ def measure(target: TMS | ResidualMLP, components: apd.Components) -> dict[str, 
     }
 
 
-def run(job: Job) -> dict[str, Any]:
+def run(job: Job) -> tuple[list[Row], Tensors]:
     """Take one target apart with one setting changed."""
-    name, variant, seed = job
-    torch.set_num_threads(1)
-    target = target_of(name, seed)
-    settings = settings_of(job)
-    settings["attribution"] = target.attributions  # the trained target's own, not those of the recipe's
-    start = time.process_time()
-    result = apd.decompose(target, progress=False, **settings)
-    seconds = time.process_time() - start
+    name, _, seed = job
+    target, settings = target_of(name, seed), settings_of(job)
+    # The attributions are the trained target's own, not those of the recipe's.
+    result, seconds = taken_apart(target, settings, attribution=target.attributions)
     x = target.data(4096)(0, torch.Generator().manual_seed(10_000 + seed))
     k = at_progress(result.config.top_k, 1.0)
     if settings["batches"].nonempty:
         k *= settings["batches"].share_nonempty  # measured on ordinary samples, empty ones too
     errors = apd.metrics.scrubbing(target, result.components, x, k, attribution=target.attributions)
     facts = {
-        "target": name,
-        "variant": variant,
-        "seed": seed,
-        "seconds": round(seconds, 1),
+        "seconds": seconds,
         **measure(target, result.components),
         "score": min(result.scores),
         "top_k_error": errors.top_k.mean().item(),
         "scrubbed_error": errors.scrubbed.mean().item(),
-        "settings": stored_settings(job),
     }
-    print(name, variant, seed, f"owned {facts['owned']}, {seconds:.0f} s", flush=True)
-    return facts
+    return [facts], {}
 
 
-def job_of(facts: dict[str, Any]) -> Job:
-    """The job whose result this is."""
-    return facts["target"], facts["variant"], facts["seed"]
+def stored_settings(job: Job) -> Row:
+    """The settings as they are stored, by which a run is known."""
+    settings = settings_of(job)
+    return numbers(settings, batch=settings["batches"].batch_size)
 
 
-def all_jobs() -> Iterator[Job]:
-    """Every run of the grid."""
-    for name, seeds in SEEDS.items():
-        for seed in seeds:
-            for variant in variants(name):
-                yield name, variant, seed
-
-
-def main() -> None:
-    """Make what is missing, and write the table after each run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=SEEDS, help="the runs on one target")
-    parser.add_argument("--processes", type=int, default=2, help="runs at a time")
-    arguments = parser.parse_args()
-    wanted = list(all_jobs())
-    old = json.loads(TABLE.read_text())["runs"] if TABLE.exists() else []
-    runs = [r for r in old if job_of(r) in wanted and completed(r["settings"]) == stored_settings(job_of(r))]
-    there = {job_of(r) for r in runs}
-    todo = [job for job in wanted if job not in there and arguments.only in (None, job[0])]
-    print(f"{len(runs)} runs kept, {len(todo)} to make", flush=True)
-    with multiprocessing.get_context("spawn").Pool(arguments.processes) as pool:
-        for facts in pool.imap_unordered(run, todo):
-            runs.append(facts)
-            runs.sort(key=lambda r: wanted.index(job_of(r)))
-            about = {"torch": torch.__version__, "threads": 1, "processes": arguments.processes}
-            TABLE.write_text(json.dumps({"about": about, "runs": runs}, indent=1) + "\n")
-            write_manifest()
-
+JOBS: list[Job] = [
+    (name, variant, seed) for name, seeds in SEEDS.items() for seed in seeds for variant in variants(name)
+]
+RUNS = Rows(("target", "variant", "seed"), lambda rows: JOBS, run, stored_settings, JOBS.index)
+STUDY = Study("grid", {"runs": RUNS}, about=lambda processes: {"processes": processes})
 
 if __name__ == "__main__":
-    main()
+    STUDY.main(__doc__)

@@ -1,32 +1,31 @@
 """Makes data/larger.*: a transformer of 270,000 parameters with six tasks, taken apart (chapter 23).
 
-python -m experiments.larger [--only answer-0 ...]     (on one core, two minutes for the target and ten for each run)
+python -m experiments.larger [--only answer-0 ...] [--processes N]     (two minutes for the target, ten for each run)
 
 One target, of seed 0, rounded to half precision before it is taken apart: all twelve matrices ("answer"), or the
 queries and keys alone ("reading"). The seeds are those of the decomposition; the recipes were found on the target of
-seed 100. What is there with the settings of today is kept.
+seed 100.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import resource
 import time
-from dataclasses import asdict
+from functools import cache
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 import apd_minimal as apd
 from apd_minimal.losses import kl
 from apd_minimal.selection import batch_top_k
 from apd_minimal.targets.transformer import Transformer, answer_shares, last_position
-from experiments.tms import DATA, write_manifest
+from experiments.experiment import DATA, Row, Rows, Study, Tensors, numbers, taken_apart
 
-TABLE, ARRAYS = DATA / "larger.json", DATA / "larger.safetensors"
+ARRAYS = DATA / "larger.safetensors"
 QUESTIONS = 4096  # for everything that is measured
 RUNS = ("answer-0", "answer-1", "reading-0", "reading-1")
 READING: dict[str, Any] = {  # what differs where queries and keys are taken apart, and nothing else
@@ -38,18 +37,26 @@ READING: dict[str, Any] = {  # what differs where queries and keys are taken apa
     "faithfulness": 1000.0,
     "simplicity": ((0.0, 75.0), (0.7, 1.0)),  # a loss over a quarter of the weights counts four times as much
 }
-BUILT_IN = ("batches", "weights", "output", "attribution", "divergence")
 
 
-def stored_target(tensors: dict[str, Tensor]) -> Transformer:
-    """The target, trained now if it is not among the tensors."""
-    target = Transformer(seed=0)
+def state_of(target: Transformer) -> Tensors:
+    """The target as it is stored, in half precision."""
+    return {f"target.{k}": v.half() if v.is_floating_point() else v for k, v in target.state_dict().items()}
+
+
+@cache
+def stored_target() -> Transformer:
+    """The target, trained now if it is not stored."""
+    target, tensors = Transformer(seed=0), load_file(ARRAYS) if ARRAYS.exists() else {}
     if not any(name.startswith("target.") for name in tensors):
-        state = target.fit(seed=0).state_dict()
-        half = {f"target.{k}": v.half() if v.is_floating_point() else v for k, v in state.items()}
-        tensors.update(half)
+        tensors = state_of(target.fit(seed=0))
     target.load_state_dict({k.removeprefix("target."): v for k, v in tensors.items() if k.startswith("target.")})
     return target.requires_grad_(False)
+
+
+def short(found: Any) -> Any:
+    """The same with six digits: the data have a budget."""
+    return json.loads(json.dumps(found), parse_float=lambda number: float(f"{float(number):.6g}"))
 
 
 def questions(target: Transformer) -> Tensor:
@@ -129,15 +136,9 @@ def recipe_of(target: Transformer, name: str) -> dict[str, Any]:
     return recipe | READING if kind == "reading" else recipe
 
 
-def settings_of(target: Transformer, name: str) -> dict[str, Any]:
-    """The numbers among the arguments of `decompose`, as they are stored."""
-    recipe = recipe_of(target, name)
-    config = asdict(apd.Config.from_dict({k: v for k, v in recipe.items() if k not in BUILT_IN}))
-    return json.loads(json.dumps({"batch": recipe["batches"].batch_size, **config}))
-
-
-def run(target: Transformer, name: str) -> tuple[dict[str, Any], apd.Components]:
+def run(job: tuple[str]) -> tuple[list[Row], Tensors]:
     """Take the target apart and measure."""
+    (name,), target = job, stored_target()
     recipe = recipe_of(target, name)
     network = apd.Network(target, recipe["weights"], output=last_position)
     x = questions(target)
@@ -154,13 +155,11 @@ def run(target: Transformer, name: str) -> tuple[dict[str, Any], apd.Components]
 
     start = time.process_time()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        result = apd.decompose(target, **recipe, watch=watch, progress=False)
-    seconds = time.process_time() - start
+        result, seconds = taken_apart(target, recipe, watch=watch)
     order = result.components.norms().argsort(descending=True).tolist()
     components = result.components.subset(order).map(lambda t: t.half().float())
     mask = batch_top_k(answer_shares(network, components, x), recipe["top_k"])
     facts = {
-        "name": name,
         "seconds": round(seconds),
         "peak_megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         "history": {k: [v if k == "step" else v[0] for v in values] for k, values in result.history.items()},
@@ -172,49 +171,33 @@ def run(target: Transformer, name: str) -> tuple[dict[str, Any], apd.Components]
         "causal": causal(network, components, x, groups),
         "scrubbing": scrubbed(network, components, x, mask),
         "control": causal(network, control(network, components), x, groups),
-        "settings": settings_of(target, name),
     }
-    return facts, components
+    both = (("A", components.A), ("B", components.B))
+    tensors = {f"{name}.{f}.{path}": t.half().contiguous() for f, own in both for path, t in own.items()}
+    return [short(facts)], tensors | state_of(target)
 
 
-def kept(target: Transformer) -> list[dict[str, Any]]:
-    """The runs that are there with the settings of today."""
-    runs = json.loads(TABLE.read_text())["runs"] if TABLE.exists() else []
-    return [r for r in runs if r["settings"] == settings_of(target, r["name"])]
+def settings_of(job: tuple[str]) -> Row:
+    """The settings as they are stored."""
+    recipe = recipe_of(Transformer(seed=0), job[0])
+    return numbers(recipe, batch=recipe["batches"].batch_size)
 
 
-def store(target: Transformer, facts: dict[str, Any], components: apd.Components) -> None:
-    """Add a run to what is in the files by now: another process may have added its own."""
-    name = facts["name"]
-    runs = sorted([*(r for r in kept(target) if r["name"] != name), facts], key=lambda r: r["name"])
+def accuracy() -> Row:
+    """How many of each task's questions the target answers."""
+    target = stored_target()
     x = questions(target)
     right = (target(x)[:, -1].argmax(-1) == target.answers(x)).float()
-    about = {"torch": torch.__version__, "threads": 1, "accuracy": means(right, x[:, 0] - target.n_letters)}
-    tensors = {k: v for k, v in load_file(ARRAYS).items() if k.split(".")[0] in ("target", *(r["name"] for r in runs))}
-    for letter, factors in (("A", components.A), ("B", components.B)):
-        tensors |= {f"{name}.{letter}.{path}": t.half().contiguous() for path, t in factors.items()}
-    text = json.dumps({"about": about, "runs": runs})
-    short = json.loads(text, parse_float=lambda number: float(f"{float(number):.6g}"))  # the data have a budget
-    TABLE.write_text(json.dumps(short, separators=(",", ":")) + "\n")
-    save_file(tensors, ARRAYS)
-    write_manifest()
+    return {"accuracy": short(means(right, x[:, 0] - target.n_letters))}
 
 
-def main() -> None:
-    """Make what is missing and write the files after each run."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="*", default=RUNS, choices=RUNS)
-    names = parser.parse_args().only
-    torch.set_num_threads(1)
-    tensors = load_file(ARRAYS) if ARRAYS.exists() else {}
-    known = len(tensors)
-    target = stored_target(tensors)
-    if len(tensors) > known:
-        save_file(tensors, ARRAYS)
-    for name in names:
-        if all(r["name"] != name for r in kept(target)):
-            store(target, *run(target, name))
-
+STUDY = Study(
+    "larger",
+    {"runs": Rows(("name",), lambda rows: [(name,) for name in RUNS], run, settings_of)},
+    about=lambda processes: accuracy(),
+    prefixes=lambda job: (f"{job[0]}.", "target."),
+    compact=True,
+)
 
 if __name__ == "__main__":
-    main()
+    STUDY.main(__doc__)

@@ -1,37 +1,33 @@
-"""Makes data/layerwise.json and .safetensors: residual MLPs taken apart jointly and layer by layer (chapter 21).
+"""Makes data/layerwise.*: residual MLPs taken apart jointly and layer by layer (chapter 21).
 
-python -m experiments.layerwise [--only 20 10-10 50 25-25]     (about 45 minutes of one core)
-python -m experiments.layerwise --costs                              (2 minutes of one core)
+python -m experiments.layerwise [--only 20 10-10 50 25-25 runs] [--processes N]     (about 45 minutes of one core)
+python -m experiments.layerwise --only costs --again                                (2 minutes of one core)
 
 Every target is decomposed in up to three ways: jointly, each block (a layer's two weights) alone, and each matrix
 alone. All with the target's recipe, which was found for joint runs. The large targets and their joint decompositions
-are those of chapters 8 and 9. Runs that are there with the settings of today are kept.
+are those of chapters 8 and 9.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import time
-from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 import apd_minimal as apd
 from apd_minimal.scale.layerwise import decompose_groups
 from apd_minimal.targets import ResidualMLP
+from experiments.experiment import DATA, Row, Rows, Study, Tensors, numbers, prefix
 from experiments.layerwise_measures import groups_of, measure
-from experiments.tms import write_manifest
 
-DATA = Path(__file__).parent.parent / "data"
 SIZES = {"20": (40, 400, (20,)), "10-10": (40, 400, (10, 10)), "50": (100, 1000, (50,)), "25-25": (100, 1000, (25, 25))}
 LARGE = ("50", "25-25")
 SEEDS = {"20": range(60, 65), "10-10": range(60, 65), "50": range(1), "25-25": range(1)}
@@ -66,11 +62,10 @@ def settings_of(name: str) -> dict[str, Any]:
     return {k: v for k, v in recipe.items() if k not in ("batches", "weights", "attribution")} | {"steps": STEPS[name]}
 
 
-def stored_settings(job: Job) -> dict[str, Any]:
+def stored_settings(job: Job) -> Row:
     """The settings as they are stored, by which a run is known."""
-    settings = {k: v for k, v in settings_of(job[0]).items() if k != "hidden_modules"}
-    facts = {"groups": groups_of(len(SIZES[job[0]][2]), job[2])}
-    return json.loads(json.dumps(facts | asdict(apd.Config.from_dict(settings | {"seed": job[1]}))))
+    name, seed, way = job
+    return numbers(settings_of(name), seed=seed, groups=groups_of(len(SIZES[name][2]), way))
 
 
 def joint_of_chapters(name: str, seed: int) -> tuple[apd.Components, float]:
@@ -84,13 +79,12 @@ def joint_of_chapters(name: str, seed: int) -> tuple[apd.Components, float]:
     return apd.Components(*factors), seconds
 
 
-def run(job: Job) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def run(job: Job) -> tuple[list[Row], Tensors]:
     """Take one target apart in one way, and measure."""
     name, seed, way = job
-    torch.set_num_threads(1)
     target = target_of(name, seed)
-    seconds = {}
-    parts = {}
+    seconds: dict[str, float] = {}
+    parts: dict[str, apd.Components] = {}
     if way == "joint" and name in LARGE:
         parts["all"], seconds["all"] = joint_of_chapters(name, seed)
     else:
@@ -101,30 +95,20 @@ def run(job: Job) -> tuple[dict[str, Any], dict[str, Tensor]]:
             parts[group] = result[group].components.map(lambda t: t.half().float())
             seconds[group] = round(time.process_time() - start, 1)
     x = target.data(4096)(0, torch.Generator().manual_seed(12_345))
-    facts: dict[str, Any] = {"target": name, "seed": seed, "way": way, "seconds": seconds}
-    facts |= {**measure(target, parts, x), "settings": stored_settings(job)}
-    shown = {k: v for k, v in facts.items() if k not in ("settings", "stitched")}
-    print(json.dumps(shown), [s for s in facts.get("stitched", []) if s["threshold"] in (0.2, 0.5)], flush=True)
-    tensors = {}
-    if name == STORED and seed in SEEDS[name]:
-        tensors = {f"{name}/{seed}/target.{p}": target.get_parameter(p).detach().clone() for p in target.weights}
-        for components in parts.values():
-            for path in components.paths:
-                for factor in "AB":
-                    t = getattr(components, factor)[path]
-                    tensors[f"{name}/{seed}/{way}/{path}.{factor}"] = t.half().contiguous()
-    return facts, tensors
+    facts = {"seconds": seconds, **measure(target, parts, x)}
+    if name != STORED:
+        return [facts], {}
+    tensors = {f"{name}/{seed}/target.{p}": target.get_parameter(p).detach().clone() for p in target.weights}
+    for components in parts.values():
+        for factor, own in (("A", components.A), ("B", components.B)):
+            tensors |= {f"{prefix(job)}{path}.{factor}": t.half().contiguous() for path, t in own.items()}
+    return [facts], tensors
 
 
 def all_jobs() -> list[Job]:
     """Every run, one seed of all targets before the next."""
     jobs = [(name, seed, way) for name in SIZES for seed in SEEDS[name] for way in ways_of(name)]
     return sorted(jobs, key=lambda job: job[1])
-
-
-def job_of(r: dict[str, Any]) -> Job:
-    """The job that a run is of."""
-    return r["target"], r["seed"], r["way"]
 
 
 def status(field: str) -> float:
@@ -181,56 +165,13 @@ def costs() -> dict[str, Any]:
     return found
 
 
-class Stored:
-    """The two files. They are read again before each write, so that runs of two targets can go on side by side."""
-
-    table, arrays = DATA / "layerwise.json", DATA / "layerwise.safetensors"
-
-    def read(self) -> dict[str, Any]:
-        """What is there, without runs that were made with other settings."""
-        if not self.table.exists():
-            return {"about": {"torch": torch.__version__, "threads": 1}, "costs": {}, "runs": []}
-        table = json.loads(self.table.read_text())
-        return {**table, "runs": [r for r in table["runs"] if r["settings"] == stored_settings(job_of(r))]}
-
-    def runs(self) -> list[dict[str, Any]]:
-        """The runs that are there."""
-        return self.read()["runs"]
-
-    def add_costs(self, found: dict[str, Any]) -> None:
-        """What `costs` found."""
-        self.table.write_text(json.dumps({**self.read(), "costs": found}, indent=1) + "\n")
-        write_manifest()
-
-    def add(self, facts: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        """One more run."""
-        table = self.read()
-        table["runs"] = sorted([*table["runs"], facts], key=job_of)
-        self.table.write_text(json.dumps(table, indent=1) + "\n")
-        if tensors:
-            save_file((load_file(self.arrays) if self.arrays.exists() else {}) | tensors, self.arrays)
-        write_manifest()
-
-
-def main() -> None:
-    """Make what is missing, and write the files after each run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=SIZES, default=SIZES, help="the runs on some targets")
-    parser.add_argument("--processes", type=int, default=2, help="runs at a time")
-    parser.add_argument("--costs", action="store_true", help="only measure time and memory")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    stored = Stored()
-    if arguments.costs:
-        stored.add_costs(costs())
-        return
-    there = {job_of(r) for r in stored.runs()}
-    todo = [job for job in all_jobs() if job not in there and job[0] in arguments.only]
-    print(f"{len(there)} runs kept, {len(todo)} to make", flush=True)
-    with multiprocessing.get_context("spawn").Pool(arguments.processes) as pool:
-        for facts, tensors in pool.imap(run, todo):
-            stored.add(facts, tensors)
-
+RUNS = Rows(("target", "seed", "way"), lambda rows: all_jobs(), run, stored_settings)
+STUDY = Study(
+    "layerwise",
+    {"runs": RUNS},
+    {"costs": costs},
+    prefixes=lambda job: (prefix(job), f"{job[0]}/{job[1]}/target."),
+)
 
 if __name__ == "__main__":
-    main()
+    STUDY.main(__doc__)

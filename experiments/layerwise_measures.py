@@ -13,6 +13,7 @@ from torch import Tensor
 import apd_minimal as apd
 from apd_minimal.scale.layerwise import Member, cluster, stitch
 from apd_minimal.targets import ResidualMLP
+from experiments.experiment import ownership_means, scrubbing_means
 
 THRESHOLDS = tuple(round(0.1 * i, 1) for i in range(1, 10))
 TOP_K = 0.006  # active components for each feature, as at the end of the runs
@@ -113,20 +114,15 @@ def look(target: ResidualMLP, components: apd.Components, mask: Tensor) -> dict[
 
 def whole_facts(target: ResidualMLP, components: apd.Components, x: Tensor) -> dict[str, Any]:
     """Ownership over all weights, and errors."""
-    own, serving = target.ownership(components), service(target, components)
+    serving = service(target, components)
     k = TOP_K * target.n_features
     errors = apd.metrics.scrubbing(target, components, x, k, attribution=target.attributions)
     return {
         "n_components": components.n_components,
-        "owned": int(own.owned.sum()),
-        "cosine": own.cosine.mean().item(),
-        "length_ratio": own.length_ratio.mean().item(),
-        "purity": own.purity.mean().item(),
+        **ownership_means(target.ownership(components)),
         "served": int(serving.served.sum()),
         "share": serving.share.mean().item(),
-        "top_k_error": errors.top_k.mean().item(),
-        "scrubbed_error": errors.scrubbed.mean().item(),
-        "anti_scrubbed_error": errors.anti_scrubbed.mean().item(),
+        **scrubbing_means(errors),
     }
 
 

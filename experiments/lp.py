@@ -1,24 +1,26 @@
-"""Remake data/lp.json: TMS taken apart with the L_p form of APD, which has no top-k (chapter 17).
+"""Makes data/lp.json: TMS taken apart with the L_p form of APD, which has no top-k (chapter 17).
 
-One process, one thread, a few minutes. All targets and restarts of a setting are one batch of tensors. The settings
-were chosen on target seeds 100, 102 and 103 (101 does not represent one of its features), for TMS 40-10 on seed 100.
-They are reported on the targets of data/tms.safetensors: seeds 10 to 19, and 20 to 29 for TMS 40-10, one start each.
+python -m experiments.lp [--only grid | runs | large] [--processes N]     (a few minutes of one core)
+
+All targets and restarts of a setting are one batch of tensors. The settings were chosen on target seeds 100, 102 and
+103 (101 does not represent one of its features), for TMS 40-10 on seed 100. They are reported on the targets of
+data/tms.safetensors: seeds 10 to 19, and 20 to 29 for TMS 40-10, one start each.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import time
+from functools import cache
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 import apd_minimal as apd
 from apd_minimal.selection import batch_top_k
-from experiments.tms import DATA, write_manifest
+from experiments.experiment import Row, Rows, Study, Tensors
+from experiments.tms import stored_target
 
 PATH = "encode.weight"
 TRIED_ON, REPORTED, REPORTED_LARGE = (100, 102, 103), range(10, 20), range(20, 30)
@@ -189,78 +191,73 @@ def measure(target: apd.targets.TMS, P: Tensor, k: float) -> dict[str, Any]:
     }
 
 
-def stored_target(seed: int, sizes: tuple[int, int], tensors: dict[str, Tensor]) -> apd.targets.TMS:
-    """One of the targets of chapter 7."""
-    target, begin = apd.targets.TMS(*sizes), f"tms-{sizes[0]}-{sizes[1]}/ours/{seed}/target."
-    state = {name.removeprefix(begin): t for name, t in tensors.items() if name.startswith(begin)}
-    target.load_state_dict(state, strict=False)  # the decoder is tied
-    return target
+def k_of() -> float:
+    """The paper's k, per sample that is not empty."""
+    return 0.211 / apd.targets.TMS(5, 2).data(nonempty=True).share_nonempty
 
 
-def tune(k: float) -> list[dict[str, Any]]:
-    """The grids, on the targets that nothing is reported on."""
-    targets = [apd.targets.TMS(5, 2).fit(seed=seed) for seed in TRIED_ON]
-    grid: list[dict[str, Any]] = []
-    for kind, (extra, powers, weights) in GRIDS.items():
-        for first, second in powers:
-            minimality, simplicity = (torch.tensor(w) for w in zip(*weights, strict=True))
-            s = USUAL | extra | {"attribution_p": first, "rank_p": second}
-            found = train(*stacked(targets), s, minimality, simplicity)
-            for target, seed, every in zip(targets, TRIED_ON, found, strict=True):
-                for weight, own in zip(weights, every, strict=True):
-                    row = {"kind": kind, "powers": [first, second], "weights": weight, "seed": seed}
-                    grid.append(row | measure(target, own, k))
-            print(kind, first, second, [row["owned"] for row in grid[-len(targets) * len(weights) :]], flush=True)
-    return grid
+@cache
+def tried_on(seed: int) -> apd.targets.TMS:
+    """A target that nothing is reported on."""
+    return apd.targets.TMS(5, 2).fit(seed=seed)
 
 
-def report(k: float, tensors: dict[str, Tensor]) -> list[dict[str, Any]]:
-    """Every setting on the ten targets of TMS 5-2."""
-    targets = [stored_target(seed, (5, 2), tensors) for seed in REPORTED]
-    runs: list[dict[str, Any]] = []
-    for name, other in REPORTED_SETTINGS.items():
-        s, begun = USUAL | other, time.process_time()
-        every = torch.ones(RESTARTS)
-        found = train(*stacked(targets), s, s["minimality"] * every, s["simplicity"] * every, seed=1)
-        seconds = round((time.process_time() - begun) / len(targets), 2)
-        for target, seed, P in zip(targets, REPORTED, found, strict=True):
-            rows = [measure(target, own, k) for own in P]
-            runs.append({"name": name, "seed": seed, "settings": s, "seconds": seconds, "restarts": rows})
-        complete = sum(row["owned"] == 5 for run in runs[-len(targets) :] for row in run["restarts"])
-        print(name, f"{complete} of {len(targets) * RESTARTS} complete, {seconds} s a target", flush=True)
-    return runs
+def tune(job: tuple[str, tuple[float, float]]) -> tuple[list[Row], Tensors]:
+    """Two powers of a grid, with all weights, on the targets that nothing is reported on."""
+    kind, (first, second) = job
+    extra, _, weights = GRIDS[kind]
+    targets = list(map(tried_on, TRIED_ON))
+    minimality, simplicity = (torch.tensor(w) for w in zip(*weights, strict=True))
+    s = USUAL | extra | {"attribution_p": first, "rank_p": second}
+    found = train(*stacked(targets), s, minimality, simplicity)
+    grid = [
+        {"weights": weight, "seed": seed, **measure(target, own, k_of())}
+        for target, seed, every in zip(targets, TRIED_ON, found, strict=True)
+        for weight, own in zip(weights, every, strict=True)
+    ]
+    return grid, {}
 
 
-def report_large(tensors: dict[str, Tensor]) -> list[dict[str, Any]]:
-    """The relative form on the ten targets of TMS 40-10."""
-    runs: list[dict[str, Any]] = []
-    data = apd.targets.TMS(40, 10).data(nonempty=True)
-    s = USUAL | LARGE_TARGET
-    for seed in REPORTED_LARGE:
-        target, begun = stored_target(seed, (40, 10), tensors), time.process_time()
-        one = torch.ones(1)
-        found = train(*stacked([target]), s, s["minimality"] * one, s["simplicity"] * one, seed=1)
-        seconds = round(time.process_time() - begun, 1)
-        row = measure(target, found[0, 0], data.mean_active)
-        runs.append({"name": "TMS 40-10", "seed": seed, "settings": s, "seconds": seconds, "restarts": [row]})
-        print("TMS 40-10", seed, f"{row['owned']} of 40 owned, {seconds} s", flush=True)
-    return runs
+def report(job: tuple[str]) -> tuple[list[Row], Tensors]:
+    """A setting on the ten targets of TMS 5-2."""
+    targets = [stored_target("tms-5-2", seed) for seed in REPORTED]
+    s, begun = settings_of(job), time.process_time()
+    every = torch.ones(RESTARTS)
+    found = train(*stacked(targets), s, s["minimality"] * every, s["simplicity"] * every, seed=1)
+    seconds = round((time.process_time() - begun) / len(targets), 2)
+    rows = [
+        {"seed": seed, "seconds": seconds, "restarts": [measure(target, own, k_of()) for own in P]}
+        for target, seed, P in zip(targets, REPORTED, found, strict=True)
+    ]
+    return rows, {}
 
 
-def main() -> None:
-    """Make the grids and the runs that are reported."""
-    torch.set_num_threads(1)
-    k = 0.211 / apd.targets.TMS(5, 2).data(nonempty=True).share_nonempty  # the paper's, per sample that is not empty
-    tensors = load_file(DATA / "tms.safetensors")
-    contents = {
-        "about": {"torch": torch.__version__, "threads": 1, "tried_on": TRIED_ON, "k": k},
-        "grid": tune(k),
-        "runs": report(k, tensors),
-        "large": report_large(tensors),
-    }
-    (DATA / "lp.json").write_text(json.dumps(contents, indent=1) + "\n")
-    write_manifest()
+def report_large(job: tuple[str, int]) -> tuple[list[Row], Tensors]:
+    """The relative form on a target of TMS 40-10."""
+    target, s = stored_target("tms-40-10", job[1]), USUAL | LARGE_TARGET
+    begun, one = time.process_time(), torch.ones(1)
+    found = train(*stacked([target]), s, s["minimality"] * one, s["simplicity"] * one, seed=1)
+    seconds = round(time.process_time() - begun, 1)
+    row = measure(target, found[0, 0], apd.targets.TMS(40, 10).data(nonempty=True).mean_active)
+    return [{"seconds": seconds, "restarts": [row]}], {}
 
+
+def settings_of(job: tuple[str]) -> Row:
+    """The settings of a setting by name."""
+    return USUAL | REPORTED_SETTINGS[job[0]]
+
+
+PAIRS = [(kind, pair) for kind, (_, powers, _) in GRIDS.items() for pair in powers]
+NAMES = [(name,) for name in REPORTED_SETTINGS]
+SEEDS = [("TMS 40-10", seed) for seed in REPORTED_LARGE]
+GRID = Rows(("kind", "powers"), lambda rows: PAIRS, tune, None, PAIRS.index)
+RUNS = Rows(("name",), lambda rows: NAMES, report, settings_of, NAMES.index)
+LARGE_RUNS = Rows(("name", "seed"), lambda rows: SEEDS, report_large, lambda job: USUAL | LARGE_TARGET)
+STUDY = Study(
+    "lp",
+    {"grid": GRID, "runs": RUNS, "large": LARGE_RUNS},
+    about=lambda processes: {"tried_on": TRIED_ON, "k": k_of()},
+)
 
 if __name__ == "__main__":
-    main()
+    STUDY.main(__doc__)

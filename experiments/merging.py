@@ -8,33 +8,25 @@ from the first moments on, and with two features that always come together. Afte
 description length with each alpha. The alpha that counts, 4, was fixed before any run: log2 of the 20 components to
 start with is 4.3, so that a unit of rank costs about as much as a name. TMS 40-10 has batches of 128, one start, and
 merging by bits from 40% of a run on (on seed 100 that was better than from the first moments, which is shown too); it
-is also run with the largest alpha. Runs that are there with the settings of today are kept.
+is also run with the largest alpha.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import multiprocessing
-import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import apd_minimal as apd
-from apd_minimal.config import completed
 from apd_minimal.losses import mse
 from apd_minimal.targets import TMS
 from apd_minimal.tidy.merge import shortened
 from apd_minimal.train import Run
-from experiments.tms import write_manifest
+from experiments.experiment import Row, Rows, Study, Tensors, numbers, prefix, taken_apart
 
-DATA = Path(__file__).parent.parent / "data"
 SIZES = {"tms-5-2": (5, 2), "tms-40-10": (40, 10)}
 SEEDS = {"tms-5-2": range(60, 70), "tms-40-10": range(60, 62)}
 FEW = range(60, 63)
@@ -97,17 +89,10 @@ def settings_of(job: Job) -> dict[str, Any]:
     return settings
 
 
-def stored_settings(job: Job) -> dict[str, Any]:
+def stored_settings(job: Job) -> Row:
     """The settings as they are stored, by which a run is known."""
     settings = settings_of(job)
-    numbers = {k: v for k, v in settings.items() if k not in ("batches", "weights")}
-    config = asdict(apd.Config.from_dict(numbers))
-    return json.loads(json.dumps({"batch": settings["batches"].batch_size, **config}))
-
-
-def key_of(job: Job) -> str:
-    """A run's name among the tensors."""
-    return "/".join(map(str, job))
+    return numbers(settings, batch=settings["batches"].batch_size)
 
 
 def n_left(components: apd.Components) -> Any:
@@ -142,8 +127,7 @@ def peak_bytes(job: Job, n_components: int) -> int:
     """
     settings = settings_of(job)
     k = settings["top_k"][0][1]
-    numbers = {a: b for a, b in settings.items() if a not in ("batches", "weights")}
-    config = apd.Config.from_dict(numbers | {"n_components": n_components, "top_k": k, "restarts": 1})
+    config = apd.Config.from_dict(numbers(settings | {"n_components": n_components, "top_k": k, "restarts": 1}))
     target = TMS(*SIZES[job[0]])
     run = Run(apd.Network(target, target.weights), settings["batches"], config, mse, None)
     run.advance()
@@ -158,33 +142,21 @@ def peak_bytes(job: Job, n_components: int) -> int:
     return most
 
 
-def run(job: Job) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def run(job: Job) -> tuple[list[Row], Tensors]:
     """Take one target apart; what there is to say, and the tensors."""
-    name, rule, alpha, seed = job
-    torch.set_num_threads(1)
+    name, _, _, seed = job
     target, settings = target_of(name, seed), settings_of(job)
     left: list[Any] = []
-    start = time.process_time()
-    result = apd.decompose(
-        target, watch=lambda step, components: left.append(n_left(components)), progress=False, **settings
-    )
-    seconds = time.process_time() - start
+    result, seconds = taken_apart(target, settings, watch=lambda step, components: left.append(n_left(components)))
     source = replace(settings["batches"], batch_size=8192)
     x = source(0, torch.Generator().manual_seed(20_000 + seed))
     k = settings["top_k"][-1][1]
     network, found = apd.Network(target, target.weights), result.components
     mask = apd.selection.batch_top_k(apd.attributions.gradient(network, found, x), k)
-    after = {}
-    for bits_of_rank in ALPHAS:
-        few = shortened(found, mask, bits_of_rank)
-        after[f"{bits_of_rank:g}"] = facts_of(target, few, x, k)
+    after = {f"{bits:g}": facts_of(target, shortened(found, mask, bits), x, k) for bits in ALPHAS}
     assert result.restarts is not None
     facts = {
-        "target": name,
-        "rule": rule,
-        "alpha": alpha,
-        "seed": seed,
-        "seconds": round(seconds, 1),
+        "seconds": seconds,
         "n_features": target.n_features,
         "chosen": result.chosen,
         "score": result.scores[result.chosen],
@@ -197,44 +169,20 @@ def run(job: Job) -> tuple[dict[str, Any], dict[str, Tensor]]:
             "before": peak_bytes(job, found.n_components),
             "after": peak_bytes(job, after[f"{ALPHA:g}"]["left"]),
         },
-        "settings": stored_settings(job),
     }
     tensors = {"target.encode.weight": target.encode.weight.detach(), "target.bias": target.bias.detach()}
     tensors |= {f"A.{p}": found.A[p] for p in found.paths} | {f"B.{p}": found.B[p] for p in found.paths}
-    print(*job, f"left {facts['left']}, owned {facts['owned']}/{target.n_features}, {seconds:.0f} s", flush=True)
-    return facts, {f"{key_of(job)}/{n}": t.clone().contiguous() for n, t in tensors.items()}
+    return [facts], {prefix(job) + name: t.clone().contiguous() for name, t in tensors.items()}
 
 
-def job_of(facts: dict[str, Any]) -> Job:
-    """The job whose result this is."""
-    return facts["target"], facts["rule"], facts["alpha"], facts["seed"]
-
-
-def main() -> None:
-    """Make what is missing, and write everything after each run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=SIZES, help="the runs on one target")
-    parser.add_argument("--processes", type=int, default=2, help="runs at a time")
-    arguments = parser.parse_args()
-    table, arrays = DATA / "merging.json", DATA / "merging.safetensors"
-    old = json.loads(table.read_text())["runs"] if table.exists() else []
-    wanted = [job for name in SIZES for job in jobs(name)]
-    runs = [r for r in old if job_of(r) in wanted and completed(r["settings"]) == stored_settings(job_of(r))]
-    there = {job_of(r) for r in runs}
-    tensors = load_file(arrays) if arrays.exists() else {}
-    tensors = {name: t for name, t in tensors.items() if name.rsplit("/", 1)[0] in map(key_of, there)}
-    todo = [job for job in wanted if job not in there and arguments.only in (None, job[0])]
-    print(f"{len(runs)} runs kept, {len(todo)} to make", flush=True)
-    with multiprocessing.get_context("spawn").Pool(arguments.processes) as pool:
-        for facts, own in pool.imap_unordered(run, todo):
-            runs.append(facts)
-            runs.sort(key=lambda r: key_of(job_of(r)))
-            tensors |= own
-            about = {"torch": torch.__version__, "threads": 1, "alphas": ALPHAS, "alpha": ALPHA}
-            table.write_text(json.dumps({"about": about, "runs": runs}, separators=(",", ":")) + "\n")
-            save_file(dict(sorted(tensors.items())), arrays)
-            write_manifest()
-
+RUNS = Rows(
+    fields=("target", "rule", "alpha", "seed"),
+    jobs=lambda rows: [job for name in SIZES for job in jobs(name)],
+    run=run,
+    settings=stored_settings,
+    order=lambda job: "/".join(map(str, job)),
+)
+STUDY = Study("merging", {"runs": RUNS}, about=lambda processes: {"alphas": ALPHAS, "alpha": ALPHA}, compact=True)
 
 if __name__ == "__main__":
-    main()
+    STUDY.main(__doc__)

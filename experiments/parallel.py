@@ -1,13 +1,13 @@
-"""Makes the stored runs on several processes (chapter 22): the same result, seconds, memory, messages.
+"""Makes data/parallel.json, runs on several processes (chapter 22): the same result, seconds, memory, messages.
 
-python -m experiments.parallel     (about 6 minutes of both cores; leave the machine alone meanwhile)
+python -m experiments.parallel [--only runs | times] [--again]     (about 6 minutes of both cores)
 
-The same script is what torchrun starts on every rank: --rank says which part of the work it does.
+Leave the machine alone meanwhile. The same script is what torchrun starts on every rank: --rank says which part of the
+work it does.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import resource
@@ -30,10 +30,8 @@ import apd_minimal as apd
 from apd_minimal import store
 from apd_minimal.scale import processes
 from apd_minimal.targets import TMS
-from experiments.tms import write_manifest
+from experiments.experiment import DATA, Row, Study
 
-ROOT = Path(__file__).parent.parent
-DATA = ROOT / "data"
 MESHES = ((1, 1), (2, 1), (1, 2), (2, 2))  # ranks along data, along components
 TIMED = ((1, 1), (2, 1), (1, 2))  # no more processes than cores
 SEEDS = (0, 1)
@@ -171,34 +169,33 @@ def start(what: str, n_data: int, components: int, folder: Path) -> Any:
     n = n_data * components
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)] if n > 1 else []
     command = [sys.executable, *launcher, "-m", "experiments.parallel", "--rank", what, str(components), str(folder)]
-    subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    subprocess.run(command, check=True, cwd=DATA.parent, env={**os.environ, "OMP_NUM_THREADS": "1"})
     found = json.loads((folder / "found.json").read_text())
     print(what, n_data, components, json.dumps(found)[:300], flush=True)
     return found
 
 
-def main() -> None:
-    """Measure all, store all."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rank", nargs=3, metavar=("WHAT", "COMPONENTS", "FOLDER"))
-    parser.add_argument("--only", choices=("timed", "same"))
-    arguments = parser.parse_args()
-    if arguments.rank:
-        what, components, where = arguments.rank
-        rank(what, int(components), Path(where))
-        return
-    file = DATA / "parallel.json"
-    stored = json.loads(file.read_text()) if file.exists() else {}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        if arguments.only in (None, "timed"):
-            stored["times"] = [{"data": d, "components": c, **start("timed", d, c, folder)} for d, c in TIMED]
-        if arguments.only in (None, "same"):
-            stored["runs"] = [{"data": d, "components": c, **r} for d, c in MESHES for r in start("same", d, c, folder)]
-    about = {"torch": torch.__version__, "threads": 1, "widths": WIDTHS, "batch": BATCH, "steps": STEPS, **SIZE}
-    file.write_text(json.dumps({**stored, "about": about}, indent=1) + "\n")
-    write_manifest()
+def times() -> list[Row]:
+    """What a step costs on each mesh."""
+    with tempfile.TemporaryDirectory() as folder:
+        return [{"data": d, "components": c, **start("timed", d, c, Path(folder))} for d, c in TIMED]
 
+
+def runs() -> list[Row]:
+    """Whole runs on each mesh; one process is first, with which the others are compared."""
+    with tempfile.TemporaryDirectory() as folder:
+        return [{"data": d, "components": c, **r} for d, c in MESHES for r in start("same", d, c, Path(folder))]
+
+
+STUDY = Study(
+    "parallel",
+    lists={},
+    measurements={"runs": runs, "times": times},
+    about=lambda processes: {"widths": WIDTHS, "batch": BATCH, "steps": STEPS, **SIZE},
+)
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["--rank"]:
+        rank(sys.argv[2], int(sys.argv[3]), Path(sys.argv[4]))
+    else:
+        STUDY.main(__doc__)

@@ -1,6 +1,6 @@
 """Makes data/tricks.json: every trick that makes a step cheaper, on and off (chapter 19).
 
-python -m experiments.tricks [--only runs | steps] [--processes N]     (about 20 minutes, 5 of them the timings)
+python -m experiments.tricks [--only runs | steps] [--processes N] [--again]     (20 minutes, 5 of them the timings)
 
 `runs`: whole decompositions with a trick on, for who owns what, on two small targets and five seeds each. The recipes
 are those of chapter 16 (TMS 5-2 with its own k, the residual MLP with the k that its search chose); a trick changes one
@@ -11,29 +11,25 @@ are.
 
 from __future__ import annotations
 
-import argparse
-import json
-import multiprocessing
-import subprocess
-import sys
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
-from functools import cache, partial
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import apd_minimal as apd
 from apd_minimal.algorithm import begin, follow
 from apd_minimal.attributions import gradient
 from apd_minimal.targets import TMS, ResidualMLP
 from apd_minimal.train import Run
+from benchmarks import trick_steps
+from benchmarks.small_moments import has_torchao, optimiser_of
+from experiments import attributions
+from experiments.attributions import but_last, target_of
+from experiments.experiment import Row, Rows, Study, Tensors
 
-ROOT = Path(__file__).parent.parent
-TABLE = ROOT / "data" / "tricks.json"
 SEEDS = range(5)
 FACTOR = 0.8  # of the residual MLP's k, chosen in chapter 16 on seed 100
 SETTINGS: dict[str, dict[str, Any]] = {  # what a trick changes
@@ -55,67 +51,11 @@ TRICKS = {  # "off" is full rank for TMS 5-2 and rank 1 for the residual MLP, so
 Job = tuple[str, str, int]  # target, trick, seed
 
 
-class SmallMoments(torch.optim.Optimizer):
-    """Adam whose moments are kept in bfloat16, rounded to the nearest: the first alone, or both.
-
-    Args:
-        parameters: to train.
-        lr: learning rate.
-        both: the second moment too.
-    """
-
-    def __init__(self, parameters: list[Tensor], lr: float, both: bool) -> None:
-        super().__init__(parameters, {"lr": lr})
-        self.both = both
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One update, as Adam's with its usual constants."""
-        group = self.param_groups[0]
-        for p in group["params"]:
-            state = self.state[p]
-            if not state:
-                state["step"] = 0
-                state["exp_avg"] = torch.zeros_like(p, dtype=torch.bfloat16)
-                state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.bfloat16 if self.both else p.dtype)
-            state["step"] += 1
-            first = state["exp_avg"].to(p.dtype).lerp_(p.grad, 0.1)
-            second = state["exp_avg_sq"].to(p.dtype).mul_(0.999).addcmul_(p.grad, p.grad, value=0.001)
-            state["exp_avg"].copy_(first)
-            state["exp_avg_sq"].copy_(second)
-            scale = (second / (1 - 0.999 ** state["step"])).sqrt_().add_(1e-8)
-            p.addcdiv_(first, scale, value=-group["lr"] / (1 - 0.9 ** state["step"]))
-
-
-def optimiser_of(kind: str, parameters: list[Tensor], lr: float) -> torch.optim.Optimizer:
-    """An optimiser with small states.
-
-    Raises:
-        ImportError: 8-bit states without torchao.
-    """
-    if kind != "8-bit":
-        return SmallMoments(parameters, lr, both=kind == "both")
-    from torchao.optim import Adam8bit
-
-    return Adam8bit(parameters, lr=torch.tensor(lr))
-
-
-@cache
-def target_of(name: str, seed: int) -> TMS | ResidualMLP:
-    """The trained target of a seed."""
-    if name == "residual-20-10":
-        return ResidualMLP(20, 200, (10,), seed=seed).fit(seed=seed, steps=3000, batch_size=1024)
-    return TMS(5, 2).fit(seed=seed)
-
-
 def recipe_of(name: str, seed: int) -> dict[str, Any]:
     """The arguments of `decompose` with every trick off."""
-    target = target_of(name, seed)
-    recipe = {k: v for k, v in target.recipe.items() if k != "attribution"} | {"seed": seed}
+    recipe = attributions.recipe_of(name) | {"seed": seed}
     if name == "residual-20-10":
-        *points, last = recipe["top_k"]
-        top_k = (*((t, FACTOR * k) for t, k in points), last)
-        recipe |= {"batches": replace(recipe["batches"], batch_size=32), "steps": 1500, "top_k": top_k}
+        recipe |= {"top_k": but_last(recipe["top_k"], FACTOR)}
     return recipe
 
 
@@ -166,29 +106,25 @@ def shared(components: apd.Components, target: TMS | ResidualMLP) -> int:
     return sum(holders.count(c) > 1 for c in holders)
 
 
-def stored_settings(job: Job) -> dict[str, Any]:
+def stored_settings(job: Job) -> Row:
     """The settings as they are stored, by which a run is known."""
     name, trick, seed = job
     recipe = recipe_of(name, seed)
     numbers = {k: v for k, v in recipe.items() if k not in ("weights", "hidden_modules", "batches")}
-    return json.loads(json.dumps(numbers | {"batch": recipe["batches"].batch_size, "trick": SETTINGS[trick]}))
+    return numbers | {"batch": recipe["batches"].batch_size, "trick": SETTINGS[trick]}
 
 
-def run(job: Job) -> dict[str, Any]:
+def run(job: Job) -> tuple[list[Row], Tensors]:
     """Take one target apart with one trick."""
     name, trick, seed = job
-    torch.set_num_threads(1)
-    target, recipe = target_of(name, seed), recipe_of(name, seed)
+    target = target_of(name, seed)
     start = time.process_time()
-    result = decompose(target, recipe, SETTINGS[trick], seed)
+    result = decompose(target, recipe_of(name, seed), SETTINGS[trick], seed)
     seconds = time.process_time() - start
     components = result.components
     own = target.ownership(components)
     weights = apd.Network(target, target.weights).weights
     facts = {
-        "target": name,
-        "trick": trick,
-        "seed": seed,
         "owned": int(own.owned.sum()),
         "n": len(own.owned),
         "shared": shared(components, target),
@@ -196,50 +132,24 @@ def run(job: Job) -> dict[str, Any]:
         "relative_faithfulness": apd.metrics.relative_faithfulness(components, weights).item(),
         "score": min(result.scores),
         "seconds": round(seconds, 1),
-        "settings": stored_settings(job),
     }
-    print(*job, f"owned {facts['owned']}/{facts['n']}, {facts['shared']} share, {seconds:.0f} s", flush=True)
-    return facts
+    return [facts], {}
 
 
-def has_torchao() -> bool:
-    """Is the 8-bit optimiser there?"""
-    try:
-        import torchao.optim  # noqa: F401
-    except ImportError:
-        return False
-    return True
+def jobs(rows: list[Row]) -> Sequence[Job]:
+    """Every run that can be made here or that is there."""
+    every = [(name, trick, seed) for seed in SEEDS for name, tricks in TRICKS.items() for trick in tricks]
+    there = set(map(RUNS.job_of, rows))
+    return [job for job in every if job[1] != "8-bit moments" or has_torchao() or job in there]
 
 
-def job_of(facts: dict[str, Any]) -> Job:
-    """The job whose result this is."""
-    return facts["target"], facts["trick"], facts["seed"]
+def steps() -> dict[str, Any]:
+    """Time and memory of a step with each trick."""
+    return trick_steps.steps(STUDY.stored())
 
 
-def main() -> None:
-    """Make what is missing, and write the table after each run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("runs", "steps"), help="one half of the table")
-    parser.add_argument("--processes", type=int, default=2, help="runs at a time")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    stored = json.loads(TABLE.read_text()) if TABLE.exists() else {"runs": []}
-    jobs = [(name, trick, seed) for seed in SEEDS for name, tricks in TRICKS.items() for trick in tricks]
-    if arguments.only != "steps":
-        runs = [r for r in stored["runs"] if job_of(r) in jobs and r["settings"] == stored_settings(job_of(r))]
-        todo = [job for job in jobs if job not in set(map(job_of, runs))]
-        if not has_torchao():
-            todo = [job for job in todo if job[1] != "8-bit moments"]
-        print(f"{len(runs)} runs kept, {len(todo)} to make", flush=True)
-        with multiprocessing.get_context("spawn").Pool(arguments.processes) as pool:
-            for facts in pool.imap_unordered(run, todo):
-                runs = sorted([*runs, facts], key=job_of)
-                about = {"torch": torch.__version__, "threads": 1}
-                stored = json.loads(TABLE.read_text()) if TABLE.exists() else {}  # the timings may be new
-                TABLE.write_text(json.dumps(stored | {"about": about, "runs": runs}, indent=1) + "\n")
-    if arguments.only != "runs":
-        subprocess.run([sys.executable, "-m", "benchmarks.trick_steps"], check=True, cwd=ROOT)
-
+RUNS = Rows(("target", "trick", "seed"), jobs, run, stored_settings)
+STUDY = Study("tricks", {"runs": RUNS}, {"steps": steps})
 
 if __name__ == "__main__":
-    main()
+    STUDY.main(__doc__)

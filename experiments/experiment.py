@@ -1,0 +1,241 @@
+"""What the studies share: results are kept by their settings, the rest is made in processes and stored as it comes.
+
+A study fills one table, data/NAME.json, and its tensors, data/NAME.safetensors. A job gives a row of one of the table's
+lists, or a few rows; it is not done again while it is there with the settings of today. What is measured in one go
+stands in the table as a whole. Chapters read the files, so their format stays.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import apd_minimal as apd
+from apd_minimal.config import Schedule, completed
+
+DATA = Path(__file__).resolve().parent.parent / "data"
+Job = tuple[Any, ...]
+Row = dict[str, Any]
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A list of a table.
+
+    Attributes:
+        fields: of a row, whose values in this order are the job that it comes from.
+        jobs: all jobs, given the rows that are there: which runs are reported may depend on what a search found.
+        run: does a job, on one thread of a process of its own; its rows without `fields` and settings, and tensors.
+        settings: of a job; they are stored in its rows, which are made again when they change. None if the job itself
+            says everything.
+        order: of a job, what its rows are sorted by.
+    """
+
+    fields: tuple[str, ...]
+    jobs: Callable[[list[Row]], Sequence[Job]]
+    run: Callable[[Any], tuple[list[Row], Tensors]]
+    settings: Callable[[Any], Row] | None = None
+    order: Callable[[Any], Any] = lambda job: job
+
+    def job_of(self, row: Row) -> Job:
+        """The job that a row comes from."""
+        return tuple(tuple(v) if isinstance(v, list) else v for v in (row[name] for name in self.fields))
+
+    def complete(self, job: Job, row: Row) -> Row:
+        """A row as it is stored: with its job and its settings, and as JSON has it."""
+        settings = {"settings": self.settings(job)} if self.settings else {}
+        stored: Row = json.loads(json.dumps({**dict(zip(self.fields, job, strict=True)), **row, **settings}))
+        return stored
+
+    def kept(self, rows: list[Row]) -> list[Row]:
+        """The rows of jobs that there still are, made with the settings of today."""
+        jobs, today = set(self.jobs(rows)), {}
+        for job in jobs & set(map(self.job_of, rows)):
+            today[job] = _comparable(self.complete(job, {}))
+        return [row for row in rows if today.get(self.job_of(row)) == _comparable(row)]
+
+
+def _comparable(row: Row) -> Row:
+    """Settings with the defaults of what came into `Config` since they were stored."""
+    settings = row.get("settings", {})
+    return completed(settings) if {"n_components", "top_k"} <= set(settings) else settings
+
+
+def _work(run: Callable[[Job], tuple[list[Row], Tensors]], job: Job) -> tuple[Job, list[Row], Tensors]:
+    torch.set_num_threads(1)
+    return job, *run(job)
+
+
+@dataclass(frozen=True)
+class Study:
+    """A table, and how it is made.
+
+    Attributes:
+        name: of the files in data/.
+        lists: name in the table to what fills it; made in this order.
+        measurements: name in the table to a function that measures all that stands there.
+        about: facts about the making, given the number of processes.
+        prefixes: of a job, what the names of its tensors start with.
+        compact: write JSON without spaces.
+        folder: where the files are.
+    """
+
+    name: str
+    lists: dict[str, Rows]
+    measurements: dict[str, Callable[[], Any]] = field(default_factory=dict)
+    about: Callable[[int], Row] = lambda processes: {}
+    prefixes: Callable[[Any], tuple[str, ...]] = lambda job: (prefix(job),)
+    compact: bool = False
+    folder: Path = DATA
+
+    @property
+    def table(self) -> Path:
+        """The file of numbers."""
+        return self.folder / f"{self.name}.json"
+
+    @property
+    def arrays(self) -> Path:
+        """The file of tensors, if there are any."""
+        return self.folder / f"{self.name}.safetensors"
+
+    def stored(self) -> Row:
+        """The table as it is in the file."""
+        return json.loads(self.table.read_text()) if self.table.exists() else {"about": {}}
+
+    def read(self) -> tuple[Row, Tensors]:
+        """The table and the tensors, without what was made with other settings than those of today."""
+        table = self.stored()
+        table |= {name: rows.kept(table.get(name, [])) for name, rows in self.lists.items()}
+        jobs = {rows.job_of(row) for name, rows in self.lists.items() for row in table[name]}
+        starts = {start for job in jobs for start in self.prefixes(job)}
+        tensors = load_file(self.arrays) if self.arrays.exists() else {}
+        return table, {name: t for name, t in tensors.items() if name.startswith(tuple(starts))}
+
+    def write(self, table: Row, tensors: Tensors, processes: int) -> None:
+        """Write both files and the manifest; the tensors first, since the table says what is there."""
+        if tensors:
+            save_file(tensors, self.arrays)
+        about = {"torch": str(torch.__version__), "threads": 1, **self.about(processes)}
+        style: dict[str, Any] = {"separators": (",", ":")} if self.compact else {"indent": 1}
+        self.table.write_text(json.dumps(table | {"about": about}, **style) + "\n")
+        write_manifest(self.folder)
+
+    def add(self, name: str, job: Job, found: list[Row], own: Tensors, processes: int) -> None:
+        """Store what a job found beside what is in the files by now: another command may have added its own."""
+        rows, (table, tensors) = self.lists[name], self.read()
+        new = [rows.complete(job, row) for row in found]
+        table[name] = [row for row in table[name] if rows.job_of(row) != job] + new
+        table[name].sort(key=lambda row: rows.order(rows.job_of(row)))
+        self.write(table, tensors | own, processes)
+
+    def todo(self, name: str, only: Iterable[str] | None = None, again: bool = False) -> list[Job]:
+        """The jobs of a list that are not there; those of some groups or all of them again if so wanted."""
+        rows, table = self.lists[name], self.read()[0]
+        there = set() if again else set(map(rows.job_of, table[name]))
+        wanted = [job for job in rows.jobs(table[name]) if only is None or {name, str(job[0])} & set(only)]
+        return [job for job in wanted if job not in there]
+
+    def choices(self) -> list[str]:
+        """What can be made alone: a part of the table where there are several, or what jobs have as first field."""
+        parts = [*self.lists, *self.measurements]
+        groups = [job[0] for rows in self.lists.values() for job in rows.jobs([]) if isinstance(job[0], str)]
+        return list(dict.fromkeys([*(parts if len(parts) > 1 else []), *groups]))
+
+    def main(self, doc: str | None) -> None:
+        """Make what is missing, from the command line, and write the files after each job.
+
+        Args:
+            doc: what the study says of itself, for `--help`.
+        """
+        parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser.add_argument("--only", nargs="+", choices=self.choices(), metavar="PART", help=", ".join(self.choices()))
+        parser.add_argument("--processes", type=int, default=2, help="jobs at a time, each on one thread")
+        parser.add_argument("--again", action="store_true", help="make what is there as well")
+        given = parser.parse_args()
+        torch.set_num_threads(1)
+        with multiprocessing.get_context("spawn").Pool(given.processes) as pool:
+            for name, rows in self.lists.items():
+                tried: set[Job] = set()
+                while todo := [job for job in self.todo(name, given.only, given.again) if job not in tried]:
+                    print(f"{self.name}, {name}: {len(todo)} jobs", flush=True)
+                    for job, found, own in pool.imap_unordered(partial(_work, rows.run), todo):
+                        self.add(name, job, found, own, given.processes)
+                        tried.add(job)
+                        print(*job, *map(_in_short, found), flush=True)
+        for name, measure in self.measurements.items():
+            chosen = given.only is None or name in given.only
+            if chosen and (given.again or not self.stored().get(name)):
+                print(f"{self.name}, {name}", flush=True)
+                value = measure()  # before the files are read, since it takes long
+                table, tensors = self.read()
+                self.write(table | {name: value}, tensors, given.processes)
+
+
+def _in_short(row: Row) -> str:
+    """What is said of a row while others are made."""
+    found = {name: row[name] for name in ("owned", "seconds") if name in row}
+    return str({name: sum(v) if isinstance(v, list) else v for name, v in found.items()})
+
+
+def prefix(job: Job) -> str:
+    """What the names of a job's tensors start with, as a rule."""
+    return "/".join(map(str, job)) + "/"
+
+
+def write_manifest(folder: Path = DATA) -> None:
+    """Note every artefact's hash, by which a fetched copy is checked."""
+    names = sorted(p.name for p in folder.iterdir() if p.name not in ("manifest.json", "README.md"))
+    hashes = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
+    (folder / "manifest.json").write_text(json.dumps(hashes, indent=1) + "\n")
+
+
+def numbers(recipe: Row, **more: Any) -> Row:
+    """The settings among the arguments of `decompose`, with the defaults of all others, and what else counts."""
+    own, given = {f.name for f in fields(apd.Config)}, recipe | more
+    extra = {name: value for name, value in more.items() if name not in own}
+    return extra | asdict(apd.Config.from_dict({name: value for name, value in given.items() if name in own}))
+
+
+def scaled(schedule: Schedule, factor: float) -> Schedule:
+    """A number or a schedule, times a factor."""
+    if isinstance(schedule, tuple):
+        return tuple((t, factor * value) for t, value in schedule)
+    return factor * schedule
+
+
+def taken_apart(target: nn.Module, recipe: Row, **more: Any) -> tuple[apd.Decomposition, float]:
+    """What `decompose` finds, and how many seconds of the processor it took."""
+    start = time.process_time()
+    result = apd.decompose(target, progress=False, **{**recipe, **more})
+    return result, round(time.process_time() - start, 1)
+
+
+def factors(components: apd.Components, start: str, dtype: torch.dtype = torch.float32) -> Tensors:
+    """The factors of those components that are not zero, by name."""
+    kept = components.subset((components.norms() > 0).nonzero().flatten().tolist())
+    both = (("A", kept.A), ("B", kept.B))
+    return {f"{start}{path}.{f}": t.to(dtype).contiguous() for f, own in both for path, t in own.items()}
+
+
+def ownership_means(own: apd.metrics.Ownership) -> Row:
+    """How many mechanisms are owned, and the means of what that is judged by."""
+    means = {name: getattr(own, name).mean().item() for name in ("cosine", "length_ratio", "purity")}
+    return {"owned": int(own.owned.sum()), **means}
+
+
+def scrubbing_means(errors: apd.metrics.Scrubbing) -> Row:
+    """The mean errors with the active components, with some more, and without some."""
+    return {f"{name}_error": getattr(errors, name).mean().item() for name in ("top_k", "scrubbed", "anti_scrubbed")}
