@@ -1,8 +1,9 @@
 """The chapters' number of threads, and property tests that draw the same examples on every run, however slowly."""
 
 import torch
-from execute import THREADS
 from hypothesis import HealthCheck, settings
+
+from tools.execute import THREADS
 
 torch.set_num_threads(int(THREADS))
 settings.register_profile(

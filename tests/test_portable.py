@@ -11,7 +11,7 @@ from tools import portable
 
 SEEN = """
 import os, sys
-sys.path[:0] = [".", "tools"]
+sys.path[:0] = ["."]
 import conftest  # the chapters' environment, last word before torch
 import torch
 print(os.environ["OMP_NUM_THREADS"], torch.get_num_threads(), os.environ.get("MKL_CBWR"))
