@@ -165,7 +165,7 @@ class Network:
                 new = shift if new is None else new + shift
             if record is not None:
                 width = self.shapes[site.path][0 if site.transposed else 1]
-                zeros = rows.new_zeros(*rows.shape[:-1], width, requires_grad=torch.is_grad_enabled())
+                zeros = rows.new_zeros(*rows.shape[:-1], width, requires_grad=True)
                 record.append(Use(site, rows, zeros))
                 new = zeros if new is None else new + zeros
             assert new is not None

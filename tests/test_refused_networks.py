@@ -52,11 +52,7 @@ def detached(net: Any, x: Tensor) -> Tensor:
 
 def sorted_by_sum(net: Any, x: Tensor) -> Tensor:
     order = x.flatten(1).sum(1).argsort()
-    return net.a(x[order])[order.argsort()]
-
-
-def resized(net: Any, x: Tensor) -> Tensor:
-    return net.a(x)[:, :, 0].squeeze() if len(x) > 1 else net.a(x).squeeze(0)
+    return net.b(torch.tanh(net.a(x[order]))[order.argsort()])
 
 
 REFUSED: dict[str, tuple[Forward, tuple[int, ...], str]] = {
@@ -76,7 +72,7 @@ REFUSED: dict[str, tuple[Forward, tuple[int, ...], str]] = {
         "a.weight: the network uses this weight in a way",
     ),
     "two views, stacked": (
-        lambda net, x: torch.stack(torch.tanh(net.a(torch.cat([x[:, 0], x[:, 1]]))).chunk(2), 1),
+        lambda net, x: torch.stack(torch.tanh(net.b(net.a(torch.cat([x[:, 0], x[:, 1]])))).chunk(2), 1),
         (5, 2, 4),
         "a.weight: the network uses this weight in a way .*samples in their order",
     ),
@@ -150,12 +146,11 @@ def test_a_batch_norm_without_statistics_is_named(alone: bool) -> None:
 
 
 def test_the_default_layout_of_an_encoder_is_refused() -> None:
-    target = nn.Module()
     layer = nn.TransformerEncoderLayer(4, 2, 8)
     target = Net(lambda net, x: net.layer(x.transpose(0, 1)).transpose(0, 1), layer=layer)
     for T in (3, 4, 5):
         x = torch.randn(5, T, 4, generator=torch.Generator().manual_seed(0))
-        with pytest.raises(ValueError, match="layer.linear1.weight: "):
+        with pytest.raises(ValueError, match=r"layer.linear1.weight: "):
             apd.Network(target, ["layer.linear1.weight", "layer.self_attn.in_proj_weight"]).check(x)
 
 
@@ -166,7 +161,7 @@ def test_learning_needs_gradients(what: Callable[[], Any]) -> None:
         one.network.check(one.x())
     with torch.inference_mode():
         target, x = nn.Linear(3, 2).double(), one.x().clone()
-    with pytest.raises(ValueError, match="weight must .* be made outside torch.inference_mode"):
+    with pytest.raises(ValueError, match=r"weight must .* be made outside torch.inference_mode"):
         apd.Network(target, ["weight"])
     one.network.check(x)  # inputs may come from there
 
@@ -184,7 +179,7 @@ def test_targets_that_are_none() -> None:
             apd.Network(target, ["weight"])
     inside = first(nn.Linear(3, 4))
     inside[0].compile()
-    with pytest.raises(TypeError, match="module '0' is compiled.*give it uncompiled"):
+    with pytest.raises(TypeError, match=r"module '0' is compiled.*give it uncompiled"):
         apd.Network(inside, ["0.weight"])
 
 
@@ -207,12 +202,12 @@ def test_weights_that_cannot_be_decomposed_as_they_are() -> None:
     apd.Network(normed, ["2.weight"]).check(torch.ones(2, 3))
     nn.utils.parametrize.remove_parametrizations(normed[0], "weight")
     apd.Network(normed, ["0.weight"]).check(torch.ones(2, 3))
-    with pytest.raises(ValueError, match="0.weight is lazy.*run the target on a batch first"):
+    with pytest.raises(ValueError, match=r"0.weight is lazy.*run the target on a batch first"):
         apd.Network(first(nn.LazyLinear(4)), ["0.weight"])
-    with pytest.raises(ValueError, match="weight must hold real numbers.*complex64"):
+    with pytest.raises(ValueError, match=r"weight must hold real numbers.*complex64"):
         apd.Network(nn.Linear(3, 2, dtype=torch.complex64), ["weight"])
     mixed = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2).double())
-    with pytest.raises(ValueError, match="weights must have one type and one device.*float32.*float64"):
+    with pytest.raises(ValueError, match=r"weights must have one type and one device.*float32.*float64"):
         apd.Network(mixed, ["0.weight", "1.weight"])
 
 
@@ -232,7 +227,7 @@ def test_one_tensor_in_two_layouts() -> None:
         return apd.rules.Rule(matrix=lambda w: w.flatten(0, 1), weight=lambda m: m.reshape(4, 3, 2))
 
     apd.rules.rule.register(Odd, odd)
-    with pytest.raises(TypeError, match="cannot decompose 0.weight: module '1' uses it as a matrix of another layout"):
+    with pytest.raises(TypeError, match=r"cannot decompose 0.weight: module '1' uses it as a matrix of another layout"):
         apd.Network(nn.Sequential(other, Odd()), ["0.weight"])
 
 
