@@ -19,10 +19,13 @@ from .config import Config
 from .network import Network
 
 
-def fingerprint(state: Mapping[str, Tensor]) -> str:
-    """Hash of a target's `state_dict()`, biases and buffers too, by which a stored decomposition knows it."""
+def fingerprint(state: Mapping[str, Any]) -> str:
+    """Hash of the tensors of a target's `state_dict()`, biases and buffers too, by which a stored one knows it.
+
+    Extra state that is no tensor (`get_extra_state`) is left out: it has no bytes that are the same everywhere.
+    """
     digest = hashlib.sha256()
-    for path in sorted(state):
+    for path in sorted(path for path, value in state.items() if isinstance(value, Tensor)):
         tensor = state[path].detach().cpu().contiguous()
         digest.update(f"{path} {list(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())

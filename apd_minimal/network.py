@@ -4,8 +4,9 @@ For inputs x [B, ...] and gates g [B, C], sample b is run with the weights
 
     sum_c g[b, c] P_c  +  r (theta* - sum_c P_c)          (biases as in the target; r, the remainder, is 0 or 1).
 
-Chapter 3 (parameter space) builds it. The target is never changed: forward hooks add what is missing to the
-outputs of the layers, and are removed before a call returns.
+Chapter 3 (parameter space) builds it. The target is never changed: forward hooks edit the outputs of the layers, and
+are removed before a call returns. A layer's new output is its own output, less the product of its input and its
+weight, plus what the gated components make of that input.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from .components import Components
 from .kernels import grouped
-from .sites import Site, Use, find_sites, lookup
+from .rules import Rule, Site, Use, by_sample, find_parameter, find_sites, lookup, rules_of
 
 Gates = Tensor | Mapping[str, Tensor]
+Edit = Callable[[Site, Tensor, Tensor], Tensor]  # (site, input, output) -> the output to go on with
 
 
 class Network:
@@ -35,13 +36,13 @@ class Network:
         weights: parameter paths such as "encode.weight"; tied weights count once, under the path given.
         output: picks the outputs that count from what the target returns, giving a tensor [B, ...];
             None takes the target's output as it is.
-        hidden: paths of modules whose outputs are recorded for the hidden-activation loss.
+        hidden: paths of modules whose outputs [B, ...] are recorded for the hidden-activation loss.
         recompute: let autograd work out what the components do in a layer again instead of keeping it.
 
     Raises:
         KeyError: a path that is not a parameter or a module of the target.
-        TypeError: a kind of module without a rule.
-        ValueError: no weight, or the same weight under two names.
+        TypeError: a target that is no module, or compiled; a kind of module without a rule.
+        ValueError: no weight, the same weight under two names, a weight that cannot be decomposed as it is.
     """
 
     def __init__(
@@ -52,8 +53,12 @@ class Network:
         hidden: Sequence[str] = (),
         recompute: bool = False,
     ) -> None:
-        if isinstance(weights, str) or not weights:
+        if not isinstance(target, nn.Module):
+            raise TypeError(f"the target must be a torch.nn.Module, got {type(target).__name__}")
+        if not _paths(weights) or not weights:
             raise ValueError(f"weights must be a list of at least one parameter path, got {weights!r}")
+        if not _paths(hidden):
+            raise ValueError(f"hidden must be a list of module paths, got {hidden!r}")
         self.target = target
         self.output = output
         self.hidden = list(hidden)
@@ -61,9 +66,13 @@ class Network:
         self.sites: list[Site] = []
         self.weights: dict[str, Tensor] = {}
         parameters = dict(target.named_parameters(remove_duplicate=False))
+        modules = dict(target.named_modules(remove_duplicate=False))
+        for name, module in modules.items():
+            if type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None:
+                raise TypeError(f"module {name!r} is compiled, and hooks do not reach into it: give it uncompiled")
         seen: dict[int, str] = {}
         for path in weights:
-            parameter = lookup(parameters, path, "parameter")
+            parameter = find_parameter(parameters, modules, path)
             if id(parameter) in seen:
                 raise ValueError(f"{path} and {seen[id(parameter)]} are the same tensor: name it once")
             seen[id(parameter)] = path
@@ -72,7 +81,16 @@ class Network:
             # The module named by the path fixes the matrix's orientation.
             own = next(site.rule for site in sites if not site.transposed)
             self.weights[path] = own.matrix(parameter.detach())
-        modules = dict(target.named_modules())
+        kinds = {path: (matrix.dtype, matrix.device) for path, matrix in self.weights.items()}
+        if len(set(kinds.values())) > 1:
+            raise ValueError(f"the weights must have one type and one device, got {kinds}")
+        # What is computed by a rule instead: modules whose output is not the product plus something.
+        self.replaced: list[tuple[nn.Module, dict[str, Rule]]] = []
+        for module in dict.fromkeys(modules.values()):
+            # Attention uses the weight of its child without calling it.
+            attends = isinstance(module, nn.MultiheadAttention) and any(id(p) in seen for p in module.parameters())
+            if attends or any(site.module is module and site.rule.forward for site in self.sites):
+                self.replaced.append((module, rules_of(module)))
         for name in hidden:
             lookup(modules, name, "module")
 
@@ -110,7 +128,8 @@ class Network:
             Tensor: the outputs that count, [B, ...], or [restarts, B, ...] if the components have restarts.
 
         Raises:
-            ValueError: gates or components of the wrong shape.
+            ValueError: gates or components of the wrong shape, a layer whose input does not begin with the samples, a
+                module of `hidden` that gives no tensor [B, ...].
         """
         stacked = None if components is None else self._fit(components).stacked()
         copies = 1 if stacked is None else stacked.A[stacked.paths[0]].shape[0]
@@ -118,6 +137,7 @@ class Network:
         full_gates = _stack_gates(gates, components, batch)
         calls = iter(shifts) if shifts is not None else None
         group = cache(_group)  # most often all weights share their gates
+        plain = {id(site) for site in self.sites if site.plain}
 
         def edit(site: Site, value: Tensor, out: Tensor) -> Tensor:
             # With every gate at 1 the remainder completes the sum to the target's own weight.
@@ -125,26 +145,32 @@ class Network:
             uses = stacked is not None and site.path in stacked.paths and not whole
             if not uses and record is None and calls is None:
                 return out
-            rows = site.rule.rows(value)
+            # Of a copy, since the target may overwrite what the layer has read.
+            own = site.rule.rows(value.clone() if uses or record is not None else value)
+            rows = by_sample(own, copies * batch, site)
+            if len(own) == 1:
+                out = out.expand(copies * batch, *out.shape[1:])
             new = None
             if uses:
                 assert stacked is not None
                 mix = partial(checkpoint, _mixture, use_reentrant=False) if self.recompute else _mixture
                 new = self.leave(mix(site, self.enter(rows), stacked, full_gates, remainder, batch, group))
-                bias = getattr(site.module, "bias", None)  # an embedding has no such attribute
-                if not remainder and bias is not None:
-                    new = new + bias
+                if not remainder and id(site) not in plain:
+                    weight = self.weights[site.path]
+                    new = new - rows @ (weight.T if site.transposed else weight)
+                elif not remainder and site.bias is not None:
+                    new = new + site.bias
             if calls is not None:
                 shift = next(calls).reshape(*rows.shape[:-1], -1)
                 new = shift if new is None else new + shift
             if record is not None:
                 width = self.shapes[site.path][0 if site.transposed else 1]
-                zeros = rows.new_zeros(*rows.shape[:-1], width, requires_grad=torch.is_grad_enabled())
+                zeros = rows.new_zeros(*rows.shape[:-1], width, requires_grad=True)
                 record.append(Use(site, rows, zeros))
                 new = zeros if new is None else new + zeros
             assert new is not None
-            laid = site.rule.unrows(new, out)
-            return laid if uses and not remainder else out + laid
+            laid = site.rule.unrows(new if rows.ndim == own.ndim else new.flatten(0, 1), out)
+            return laid if uses and not remainder and id(site) in plain else out + laid
 
         repeated = x if copies == 1 else x.expand(copies, *x.shape).flatten(0, 1)
         result = self._run(repeated, edit, activations)
@@ -171,20 +197,31 @@ class Network:
                 raise ValueError(f"{path}: components of shape {shape}, but the weight is {self.shapes[path]}")
         return components
 
-    def _run(
-        self, x: Tensor, edit: Callable[[Site, Tensor, Tensor], Tensor], activations: list[Tensor] | None = None
-    ) -> Tensor:
+    def _run(self, x: Tensor, edit: Edit, activations: list[Tensor] | None = None) -> Tensor:
+        found: list[str] = []
+
+        def keep(name: str, module: nn.Module, args: Any, out: Any) -> None:
+            if not isinstance(out, Tensor) or out.ndim == 0 or len(out) != len(x):
+                what = f"a tensor {list(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
+                raise ValueError(f"hidden module {name!r} must give a tensor of {len(x)} samples, it gives {what}")
+            found.append(name)
+            activations.append(out.clone())  # type: ignore[union-attr]  # what comes next may overwrite it
+
         with ExitStack() as undo:
             for site in self.sites:
-                hook = partial(_hook, partial(edit, site))
-                undo.callback(site.module.register_forward_hook(hook, with_kwargs=True).remove)
-            if activations is not None:
-                for name in self.hidden:
-                    module = self.target.get_submodule(name)
-                    keep = module.register_forward_hook(lambda module, args, out: activations.append(out))
-                    undo.callback(keep.remove)
+                if site.rule.forward is None:
+                    hook = partial(_hook, partial(edit, site))
+                    undo.callback(site.module.register_forward_hook(hook, with_kwargs=True).remove)
+            for module, rules in self.replaced:
+                forward = next(rule.forward for rule in rules.values() if rule.forward)
+                product = partial(self._product, edit, module, rules)
+                undo.enter_context(_with_forward(module, partial(forward, product)))
+            for name in self.hidden if activations is not None else ():
+                undo.callback(self.target.get_submodule(name).register_forward_hook(partial(keep, name)).remove)
             undo.enter_context(evaluating(self.target))
             out = self.target(x)
+        if activations is not None and set(found) != set(self.hidden):
+            raise ValueError(f"hidden modules {sorted(set(self.hidden) - set(found))} were never called")
         if self.output is not None:
             out = self.output(out)
         if not isinstance(out, Tensor):
@@ -195,54 +232,46 @@ class Network:
             )
         return out
 
-    def check(self, x: Tensor, tolerance: float = 1e-3) -> None:
-        """Make sure that the hooks reach everything that the network does with the decomposed weights.
+    def _product(self, edit: Edit, module: nn.Module, rules: Mapping[str, Rule], name: str, value: Tensor) -> Tensor:
+        """An input times a parameter, for the forward pass that a rule gives."""
+        rule = rules[name]
+        out = rule.unrows(rule.rows(value) @ rule.matrix(getattr(module, name)), value)
+        site = next((site for site in self.sites if site.module is module and site.parameter == name), None)
+        return out if site is None else edit(site, value, out)
 
-        Every weight in turn is perturbed, once through the hooks and once for real (functional_call); the
-        outputs must change alike.
+    def check(self, x: Tensor, tolerance: float = 1e-3) -> None:
+        """Make sure that this network does what its definition says, on a few inputs; see `check`.
 
         Args:
-            x: a few inputs [B, ...].
-            tolerance: largest accepted difference, relative to the change of the output.
+            x: inputs [B, ...].
+            tolerance: largest accepted difference, relative to the change of the outputs and to the gradients.
 
         Raises:
-            ValueError: an empty batch, inputs or outputs that are not finite, a target that is not
-                deterministic, a weight whose module is never called or which is used in another way.
+            ValueError: what is not reproduced, with the parameter path and the module; inputs or outputs that are
+                empty or not finite; a target that is not deterministic or in which samples mix.
         """
-        if len(x) == 0:
-            raise ValueError("an empty batch: the first axis of x has size 0")
-        if x.is_floating_point() and not torch.isfinite(x).all():
-            raise ValueError("x holds NaN or infinite values")
-        used: list[Use] = []
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            before = self(x, record=used)
-            if not torch.isfinite(before).all():
-                raise ValueError("the target's outputs hold NaN or infinite values")
-            if not torch.equal(before, self(x)):
-                raise ValueError("the target gives other outputs when run again on the same inputs")
-            called = {id(use.site.module) for use in used}
-            for site in self.sites:
-                if id(site.module) not in called:
-                    raise ValueError(f"{site.path}: its module {site.name!r} is never called as a module")
-            for path, matrix in self.weights.items():
-                noise = torch.randn(matrix.shape, generator=torch.Generator().manual_seed(0)).to(matrix)
-                noise *= 0.1 * matrix.square().mean().sqrt() + 1e-3
-                owner = next(site.rule for site in self.sites if site.path == path and not site.transposed)
-                weight = self.target.get_parameter(path).detach() + owner.weight(noise)
-                delta = Components({path: noise[None]}, {path: torch.eye(noise.shape[1]).to(noise)[None]})
-                twice = torch.full((len(x), 1), 2.0).to(noise)
-                hooked = self(x, delta, twice, remainder=True)
-                with evaluating(self.target):
-                    # Every user by name: functional_call's own tying does not put back a module with two names.
-                    users = {f"{site.name}.weight".lstrip("."): weight for site in self.sites if site.path == path}
-                    out = functional_call(self.target, users, (x,), tie_weights=False)
-                real = self.output(out) if self.output is not None else out
-                error, change = (hooked - real).norm(), (real - before).norm()
-                if error > tolerance * change + 8 * torch.finfo(before.dtype).eps * before.norm():
-                    raise ValueError(
-                        f"{path}: the network uses this weight in a way that its modules' calls do not show "
-                        f"(changing it moves the output by {change:.3g}, of which the hooks miss {error:.3g})"
-                    )
+        from .check import check
+
+        check(self, x, tolerance)
+
+
+def _paths(names: object) -> bool:
+    return isinstance(names, Sequence) and not isinstance(names, str) and all(isinstance(name, str) for name in names)
+
+
+@contextmanager
+def _with_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Another forward pass inside, the module's own afterwards."""
+    own = vars(module).get("forward")
+    hook = module.register_forward_hook(lambda *args: None)  # fused kernels look for hooks, and leave such modules be
+    module.forward = forward
+    try:
+        yield
+    finally:
+        hook.remove()
+        del module.forward
+        if own is not None:
+            module.forward = own
 
 
 def _hook(edit: Callable[[Tensor, Tensor], Tensor], module: nn.Module, args: Any, kwargs: Any, out: Tensor) -> Tensor:

@@ -265,14 +265,15 @@ def test_unknown_hidden_module() -> None:
 @pytest.mark.parametrize(
     ("module", "path", "message"),
     [
-        (nn.Linear(2, 3), "bias", "cannot decompose bias: only the `weight`"),
+        (nn.Linear(2, 3), "bias", "cannot decompose bias: of Linear, only `weight`"),
         (nn.LayerNorm(3), "weight", "LayerNorm has no rule"),
-        (nn.LSTM(2, 3), "weight_ih_l0", "LSTM has no rule"),
-        (nn.MultiheadAttention(4, 2), "in_proj_weight", "MultiheadAttention has no rule"),
-        (nn.Conv2d(4, 4, 3, groups=2), "weight", "Conv2d is supported with groups=1.*groups=2"),
-        (nn.Conv2d(4, 4, 3, padding="same"), "weight", "padding='same'"),
-        (nn.Conv1d(4, 4, 3, padding=1, padding_mode="circular"), "weight", "Conv1d.*padding_mode='circular'"),
-        (nn.ConvTranspose2d(2, 2, 2), "weight", "ConvTranspose2d has no rule"),
+        (nn.LSTM(2, 3), "weight_ih_l0", "LSTM is one fused kernel.*write its step with nn.Linear layers"),
+        (nn.GRUCell(2, 3), "weight_hh", "GRUCell is one fused kernel"),
+        (nn.MultiheadAttention(4, 2, add_bias_kv=True), "in_proj_weight", "without add_bias_kv"),
+        (nn.MultiheadAttention(4, 2), "in_proj_bias", "only `in_proj_weight` can be decomposed"),
+        (nn.ConvTranspose2d(2, 2, 2, groups=2), "weight", "ConvTranspose2d is supported with groups=1.*groups=2"),
+        (nn.ConvTranspose1d(2, 2, 2, dilation=3, output_padding=1), "weight", "output_padding below stride"),
+        (nn.Conv3d(2, 2, 2), "weight", "Conv3d has no rule"),
         (nn.Embedding(4, 2, max_norm=1.0), "weight", "max_norm must be None"),
         (nn.Bilinear(2, 2, 2), "weight", "Bilinear has no rule"),
     ],
@@ -332,13 +333,15 @@ def test_the_check_knows_the_precision_of_bfloat16() -> None:
     apd.Network(target, ["0.weight", "2.weight"]).check(torch.linspace(-1, 1, 20).reshape(5, 4).bfloat16())
 
 
-class Attends(nn.Module):
+class Reads(nn.Module):
+    """Reads the weight of a layer that it never calls."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.layer = nn.Linear(4, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.attention(x, x, x)[0]
+        return F.linear(x, self.layer.weight)
 
 
 class Functional(nn.Module):
@@ -373,7 +376,7 @@ class Noise(nn.Module):
 @pytest.mark.parametrize(
     ("target", "path", "message"),
     [
-        (Attends(), "attention.out_proj.weight", "'attention.out_proj' is never called as a module"),
+        (Reads(), "layer.weight", "'layer' is never called as a module"),
         (Functional("decode"), "encode.weight", r"encode.weight: the network uses this weight in a way"),
         (Functional("sum"), "encode.weight", r"encode.weight: the network uses this weight in a way"),
         (Doubles(4, 3), "weight", r"weight: the network uses this weight in a way"),
@@ -381,7 +384,7 @@ class Noise(nn.Module):
     ],
 )
 def test_the_check_catches_what_hooks_do_not_see(target: nn.Module, path: str, message: str) -> None:
-    x = torch.randn(5, *([2, 4] if isinstance(target, Attends) else [4]), generator=torch.Generator().manual_seed(0))
+    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
     before = state(target)
     with pytest.raises(ValueError, match=message):
         apd.Network(target, [path]).check(x)

@@ -1,0 +1,124 @@
+"""Rules for the rarer kinds of modules; `rules` looks here before it refuses one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .rules import Rule, rule
+
+Product = Callable[[str, Tensor], Tensor]  # (name of a parameter, its input) -> their product
+
+
+def named(module: nn.Module) -> Rule | None:
+    """The rule for a kind that is known by its name, since its library need not be there."""
+    names = {cls.__name__ for cls in type(module).__mro__}
+    if "Conv1D" in names and hasattr(module, "nf"):  # Hugging Face's linear layer, with its weight [d_in, d_out]
+        return Rule(matrix=lambda w: w, weight=lambda m: m)
+    return None
+
+
+@rule.register(nn.ConvTranspose1d)
+@rule.register(nn.ConvTranspose2d)
+def _(module: nn.ConvTranspose1d | nn.ConvTranspose2d) -> Rule:
+    shape, dims = module.weight.shape, range(len(module.kernel_size))
+    kernel, stride, dilation, padding, added = (
+        [int(size[i]) for i in dims]
+        for size in (module.kernel_size, module.stride, module.dilation, module.padding, module.output_padding)
+    )
+    if module.groups != 1 or any(add >= step for add, step in zip(added, stride, strict=True)):
+        raise TypeError(
+            f"{type(module).__name__} is supported with groups=1 and output_padding below stride, got "
+            f"groups={module.groups}, output_padding={module.output_padding}, stride={module.stride}"
+        )
+    flat = len(shape) == 3  # then a picture of height one
+    one = (1,) if flat else ()
+
+    def unrows(y: Tensor, like: Tensor) -> Tensor:
+        """Add up the patches [B, L, C k k] that the inputs spread, and cut the padding off."""
+        sizes: list[int] = [*one]
+        cuts: list[int] = []
+        for i in dims:
+            whole = like.shape[2 + i] + 2 * padding[i]  # with what the call may have added, see `output_size`
+            more = (whole - dilation[i] * (kernel[i] - 1) - 1) % stride[i]
+            sizes.append(whole - more)
+            cuts = [-padding[i], more - padding[i], *cuts]
+        unfolded = F.fold(y.transpose(1, 2), tuple(sizes), (*one, *kernel), (*one, *dilation), 0, (*one, *stride))
+        return F.pad(unfolded.squeeze(-2) if flat else unfolded, cuts)
+
+    return Rule(
+        matrix=lambda w: w.flatten(1),
+        weight=lambda m: m.reshape(shape),
+        rows=lambda x: x.flatten(2).transpose(1, 2),
+        unrows=unrows,
+    )
+
+
+@rule.register
+def _(module: nn.MultiheadAttention) -> dict[str, Rule]:
+    if module.bias_k is not None or module.add_zero_attn:
+        raise TypeError("MultiheadAttention is supported without add_bias_kv and add_zero_attn")
+    names = ["in_proj_weight"] if module._qkv_same_embed_dim else ["q_proj_weight", "k_proj_weight", "v_proj_weight"]
+
+    def project(product: Product, inputs: list[Tensor]) -> list[Tensor]:
+        if len(names) == 3:
+            found = [product(name, x) for name, x in zip(names, inputs, strict=True)]
+        else:
+            once = {id(x): product("in_proj_weight", x).chunk(3, -1) for x in inputs}
+            found = [once[id(x)][i] for i, x in enumerate(inputs)]
+        biases = (0, 0, 0) if module.in_proj_bias is None else module.in_proj_bias.chunk(3)
+        return [y + bias for y, bias in zip(found, biases, strict=True)]
+
+    def forward(
+        product: Product,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,  # a hint; the mask is given all the same
+    ) -> tuple[Tensor, Tensor | None]:
+        if query.ndim != 3:
+            raise ValueError(f"MultiheadAttention needs inputs with a batch axis, got shape {list(query.shape)}")
+        inputs = [query, key, value]
+        if not module.batch_first:
+            turned = {id(x): x.transpose(0, 1) for x in inputs}
+            inputs = [turned[id(x)] for x in inputs]
+        q, k, v = (y.unflatten(-1, (module.num_heads, -1)).transpose(1, 2) for y in project(product, inputs))
+        scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5  # [B, heads, T, S]
+        if attn_mask is not None:
+            mask = attn_mask.unflatten(0, (-1, module.num_heads)) if attn_mask.ndim == 3 else attn_mask
+            scores = scores + _added(mask, scores)
+        if key_padding_mask is not None:
+            scores = scores + _added(key_padding_mask, scores)[:, None, None]
+        pattern = scores.softmax(-1)
+        out = module.out_proj((pattern @ v).transpose(1, 2).flatten(2))
+        if not module.batch_first:
+            out = out.transpose(0, 1)
+        if not need_weights:
+            return out, None
+        return out, pattern.mean(1) if average_attn_weights else pattern
+
+    return {name: Rule(matrix=lambda w: w.T, weight=lambda m: m.T, forward=forward) for name in names}
+
+
+def _added(mask: Tensor, scores: Tensor) -> Tensor:
+    """A mask as what is added to the scores; True means: do not look there."""
+    return (
+        torch.zeros_like(mask, dtype=scores.dtype).masked_fill(mask, -torch.inf) if mask.dtype == torch.bool else mask
+    )
+
+
+@rule.register(nn.RNNBase)
+@rule.register(nn.RNNCellBase)
+def _(module: Any) -> Rule:
+    raise TypeError(
+        f"{type(module).__name__} is one fused kernel, and has no rule: write its step with nn.Linear layers (the same "
+        "weights), and call them at every position"
+    )

@@ -1,0 +1,424 @@
+"""Networks of other people: what is right, against brute force; what is refused, with a line that says why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracles import Case, assert_same_state, attributed, convolution, gated, kept, linear, state
+from torch import Tensor, nn
+
+import apd_minimal as apd
+from apd_minimal.attributions.gradients import MODES
+from apd_minimal.rules import Rule
+
+
+def normal(*shape: int) -> Callable[[int, torch.Generator], Tensor]:
+    return lambda b, g: torch.randn(b, *shape, generator=g, dtype=torch.float64)
+
+
+class Then(nn.Module):
+    """A layer, a bend, and a head that sees all of it."""
+
+    def __init__(self, layer: nn.Module, width: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head = nn.Linear(width, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.layer(x)
+        return self.head(torch.tanh(h).flatten(1))
+
+
+class Adds(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
+class LoRA(nn.Linear):
+    """As in loralib: what it learned is added inside of the layer."""
+
+    def __init__(self, d: int, d_out: int) -> None:
+        super().__init__(d, d_out)
+        self.lora_A, self.lora_B = nn.Parameter(torch.randn(2, d)), nn.Parameter(torch.randn(d_out, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias) + 1.5 * (x @ self.lora_A.T @ self.lora_B.T)
+
+
+class Wrapped(nn.Module):
+    """As in peft: the layer is a child of the adapter."""
+
+    def __init__(self, d: int, d_out: int) -> None:
+        super().__init__()
+        self.base_layer = nn.Linear(d, d_out)
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(d, 2, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(2, d_out, bias=False)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base_layer(x) + 2 * self.lora_B["default"](self.lora_A["default"](x))
+
+
+def hooked(d: int, d_out: int) -> nn.Linear:
+    layer = nn.Linear(d, d_out)
+    layer.register_forward_pre_hook(lambda module, args: (1.5 * args[0],))
+    layer.register_forward_hook(lambda module, args, out: out + args[0].square().sum(-1, keepdim=True))
+    return layer
+
+
+class Shifted(nn.Module):
+    """A bias under another name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.offset = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight + self.offset
+
+
+apd.rules.rule.register(Shifted, lambda module: Rule(matrix=lambda w: w, weight=lambda m: m))
+
+
+class Flattened(nn.Module):
+    """Samples and positions as one axis, sample by sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.layer(x.reshape(-1, 3))).view(len(x), -1, 4).cumsum(1)
+
+
+class Positions(nn.Module):
+    """Position ids [1, T], the same for all samples, and 32-bit tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.position, self.head = nn.Embedding(6, 4), nn.Embedding(5, 4), nn.Linear(4, 2)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        ids = torch.arange(tokens.shape[1], dtype=torch.int32)[None]
+        return self.head(torch.tanh(self.token(tokens) + self.position(ids)))
+
+
+class Conv1D(nn.Module):
+    """Hugging Face's linear layer, written anew."""
+
+    def __init__(self, nf: int, nx: int) -> None:
+        super().__init__()
+        self.nf = nf
+        self.weight, self.bias = nn.Parameter(torch.randn(nx, nf)), nn.Parameter(torch.randn(nf))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(*x.shape[:-1], self.nf)
+
+
+class Attends(nn.Module):
+    """Attention, masked or not, to the sequence itself or from one to another."""
+
+    def __init__(self, how: str = "", **settings: Any) -> None:
+        super().__init__()
+        self.how = how
+        self.attention = nn.MultiheadAttention(4, 2, **settings)
+
+    def forward(self, x: Tensor) -> Tensor:
+        T = x.shape[1]
+        mask = torch.ones(T, T, dtype=torch.bool).triu(1)
+        query, key, value = x, x, x
+        more: dict[str, Any] = {"need_weights": False}
+        if self.how == "causal":
+            more |= {"attn_mask": mask, "is_causal": True}
+        if self.how == "padded":  # and additive masks for each head
+            pads = x[..., 0] > 1.0
+            pads = pads & (torch.arange(T) > 0)
+            bias = torch.linspace(0, 1, 2 * T * T, dtype=x.dtype).view(2, T, T).repeat(len(x), 1, 1)
+            more = {"key_padding_mask": torch.zeros_like(x[..., 0]).masked_fill(pads, -torch.inf), "attn_mask": bias}
+        if self.how == "cross":
+            query, key, value = torch.sin(x[:, :2]), x[..., :3], x[..., 1:]
+        if self.how == "crossed":  # with one size, and two of the three inputs alike
+            query = torch.sin(x[:, :2])
+        if not self.attention.batch_first:
+            if query is key:
+                query = key = value = x.transpose(0, 1)
+            else:
+                query, key, value = (t.transpose(0, 1) for t in (query, key, value))
+        out, pattern = self.attention(query, key, value, **more)
+        out = out if self.attention.batch_first else out.transpose(0, 1)
+        return out if pattern is None else torch.cat([out, pattern], -1)
+
+
+class ThreeAxes(nn.Module):
+    """Attention with matrices [heads, d, d_head], and [heads, d_head, d] on the way out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("W_q", "W_k", "W_v"):
+            self.register_parameter(name, nn.Parameter(torch.randn(2, 3, 4)))
+        self.W_o = nn.Parameter(torch.randn(2, 4, 3))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.einsum("bths,bshe->bthe", torch.einsum("bthe,bshe->bths", q, k).softmax(-1), v)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (torch.einsum("btd,hde->bthe", x, W) for W in (self.W_q, self.W_k, self.W_v))
+        return torch.einsum("bthe,hed->btd", self.attend(q, k, v), self.W_o)
+
+
+@apd.rules.rule.register
+def _(module: ThreeAxes) -> dict[str, Rule]:
+    h, _, e = module.W_q.shape
+
+    def forward(product: Callable[[str, Tensor], Tensor], x: Tensor) -> Tensor:
+        return product("W_o", module.attend(product("W_q", x), product("W_k", x), product("W_v", x)))
+
+    heads = Rule(
+        matrix=lambda w: w.transpose(0, 1).flatten(1),
+        weight=lambda m: m.unflatten(1, (h, e)).transpose(0, 1),
+        unrows=lambda y, like: y.unflatten(-1, (h, e)),
+        forward=forward,
+    )
+    out = Rule(lambda w: w.flatten(0, 1), lambda m: m.unflatten(0, (h, e)), lambda z: z.flatten(-2), forward=forward)
+    return {"W_q": heads, "W_k": heads, "W_v": heads, "W_o": out}
+
+
+def heads_stored(P: Tensor) -> Tensor:
+    return P.unflatten(-1, (2, 4)).transpose(-3, -2)
+
+
+class StateSpace(nn.Module):
+    """A diagonal recurrence h = a h + B x, as in an SSM."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.enter = nn.Parameter(torch.rand(4)), nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, found = x.new_zeros(len(x), 4), []
+        for step in self.enter(x).unbind(1):
+            h = torch.tanh(self.a * h + step)
+            found.append(h)
+        return torch.stack(found, 1)
+
+
+@apd.rules.rule.register
+def _(module: StateSpace) -> dict[str, Rule]:
+    def forward(product: Callable[[str, Tensor], Tensor], x: Tensor) -> Tensor:
+        h, found = x.new_zeros(len(x), 4), []
+        for step in module.enter(x).unbind(1):
+            h = torch.tanh(product("a", h) + step)
+            found.append(h)
+        return torch.stack(found, 1)
+
+    return {"a": diagonal(forward)}
+
+
+class Scale(nn.Module):
+    """One number for each feature, and nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale + 1
+
+
+def diagonal(forward: Callable[..., Tensor] | None = None) -> Rule:
+    unrows = lambda y, like: y.diagonal(dim1=-2, dim2=-1)  # noqa: E731
+    return Rule(lambda w: w[None], lambda m: m[0], lambda x: x[..., None], unrows, forward)
+
+
+apd.rules.rule.register(Scale, lambda module: {"scale": diagonal()})
+
+
+class Recurrent(nn.Module):
+    """The steps of an LSTM or a GRU, written with linear layers."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        n = {"lstm": 4, "gru": 3}[kind]
+        self.kind, self.enter, self.again = kind, nn.Linear(3, n * 2), nn.Linear(2, n * 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = c = x.new_zeros(len(x), 2)
+        for step in x.unbind(1):
+            if self.kind == "lstm":
+                i, f, g, o = (self.enter(step) + self.again(h)).chunk(4, -1)
+                c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+                h = o.sigmoid() * c.tanh()
+            else:
+                (a, b, c), (d, e, f) = self.enter(step).chunk(3, -1), self.again(h).chunk(3, -1)
+                z = (b + e).sigmoid()
+                h = (1 - z) * (c + (a + d).sigmoid() * f).tanh() + z * h
+        return h
+
+
+def one_layer(layer: nn.Module, width: int, stored: Callable[[Tensor], Tensor], *shape: int) -> Case:
+    return Case(Then(layer, width), {"layer.weight": stored, "head.weight": linear}, normal(*shape))
+
+
+def encoder() -> Case:
+    layer = nn.TransformerEncoderLayer(4, 2, 5, batch_first=True)
+    paths = ("self_attn.in_proj_weight", "self_attn.out_proj.weight", "linear1.weight", "linear2.weight")
+    return Case(layer, dict.fromkeys(paths, linear), normal(3, 4))
+
+
+def attends(how: str = "", **settings: Any) -> Case:
+    names = ["q_proj_weight", "k_proj_weight", "v_proj_weight"] if "kdim" in settings else ["in_proj_weight"]
+    paths = [f"attention.{name}" for name in [*names, "out_proj.weight"]]
+    return Case(Attends(how, **settings), dict.fromkeys(paths, linear), normal(3, 4))
+
+
+def conv(width: int, *shape: int, **settings: Any) -> Case:
+    kind = nn.Conv1d if len(shape) == 2 else nn.Conv2d
+    layer = kind(**settings)
+    return one_layer(layer, width, convolution(*layer.weight.shape), *shape)
+
+
+def transposed(width: int, *shape: int, **settings: Any) -> Case:
+    layer = (nn.ConvTranspose1d if len(shape) == 2 else nn.ConvTranspose2d)(**settings)
+    stored = lambda P: P.reshape(*P.shape[:-2], *layer.weight.shape)  # noqa: E731
+    return one_layer(layer, width, stored, *shape)
+
+
+def tokens(b: int, g: torch.Generator) -> Tensor:
+    return torch.randint(0, 6, (b, 5), generator=g, dtype=torch.int32)
+
+
+three = {"W_q": heads_stored, "W_k": heads_stored, "W_v": heads_stored, "W_o": lambda P: P.unflatten(-2, (2, 4))}
+vector = lambda P: P.squeeze(-2)  # noqa: E731
+
+RIGHT: dict[str, Callable[[], Case]] = {
+    "a subclass that adds its input": lambda: one_layer(Adds(3, 3), 3, linear, 3),
+    "an adapter in the layer": lambda: one_layer(LoRA(3, 4), 4, linear, 3),
+    "an adapter around the layer": lambda: Case(
+        Then(Wrapped(3, 4), 4),
+        dict.fromkeys(("layer.base_layer.weight", "layer.lora_A.default.weight"), linear),
+        normal(3),
+    ),
+    "hooks of the user's": lambda: one_layer(hooked(3, 4), 4, linear, 3),
+    "a bias of another name": lambda: one_layer(Shifted(), 4, kept, 3),
+    "samples and positions as one axis": lambda: Case(Flattened(), {"layer.weight": linear}, normal(5, 3)),
+    "position ids": lambda: Case(Positions(), {"token.weight": kept, "position.weight": kept}, tokens),
+    "Conv1D": lambda: one_layer(Conv1D(4, 3), 8, kept, 2, 3),
+    "groups": lambda: conv(12, 4, 4, in_channels=4, out_channels=6, kernel_size=3, groups=2, stride=3, padding=2),
+    "groups of pictures": lambda: conv(80, 4, 4, 3, in_channels=4, out_channels=4, kernel_size=2, groups=2, padding=1),
+    "depthwise": lambda: conv(24, 2, 2, 3, in_channels=2, out_channels=4, kernel_size=3, groups=2, padding=1),
+    "padding same": lambda: conv(24, 2, 4, 3, in_channels=2, out_channels=2, kernel_size=(2, 3), padding="same"),
+    "padding valid": lambda: conv(4, 2, 4, in_channels=2, out_channels=2, kernel_size=3, padding="valid"),
+    "padding reflect": lambda: conv(
+        12, 2, 4, in_channels=2, out_channels=2, kernel_size=(3,), padding=2, padding_mode="reflect"
+    ),
+    "padding circular": lambda: conv(
+        30, 2, 3, 3, in_channels=2, out_channels=2, kernel_size=3, padding=(1, 2), padding_mode="circular"
+    ),
+    "padding replicate": lambda: conv(
+        12, 2, 4, in_channels=2, out_channels=3, kernel_size=4, padding="same", padding_mode="replicate"
+    ),
+    "transposed convolution": lambda: transposed(
+        24, 2, 4, in_channels=2, out_channels=3, kernel_size=3, stride=2, padding=1, output_padding=1
+    ),
+    "transposed convolution of pictures": lambda: transposed(
+        80,
+        2,
+        3,
+        2,
+        in_channels=2,
+        out_channels=2,
+        kernel_size=(3, 2),
+        stride=(2, 1),
+        padding=(1, 0),
+        dilation=(2, 3),
+        output_padding=(1, 0),
+        bias=False,
+    ),
+    "attention": lambda: attends(batch_first=True),
+    "attention, its default layout, causal": lambda: attends("causal"),
+    "attention, padded": lambda: attends("padded", batch_first=True),
+    "attention to something else": lambda: attends("cross", kdim=3, vdim=3, bias=False),
+    "attention, crossed": lambda: attends("crossed"),
+    "a layer of an encoder": encoder,
+    "three axes": lambda: Case(ThreeAxes(), three, normal(3, 3)),
+    "a state space": lambda: Case(StateSpace(), {"a": vector, "enter.weight": linear}, normal(4, 3)),
+    "a scale": lambda: Case(Then(Scale(), 3), {"layer.scale": vector, "head.weight": linear}, normal(3)),
+    "an LSTM of linear layers": lambda: Case(
+        Recurrent("lstm"), {"enter.weight": linear, "again.weight": linear}, normal(4, 3)
+    ),
+    "a GRU of linear layers": lambda: Case(
+        Recurrent("gru"), {"enter.weight": linear, "again.weight": linear}, normal(4, 3)
+    ),
+}
+every_network = pytest.mark.parametrize("name", RIGHT)
+
+
+def right(name: str) -> Case:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        one = RIGHT[name]()
+        for p in one.target.parameters():  # torch gives attention biases of zero
+            p.data += 0.1 * torch.randn_like(p)
+        return Case(one.target, one.stored, one.inputs)
+
+
+@every_network
+def test_the_check_accepts_it_in_either_precision_and_leaves_it_as_it_was(name: str) -> None:
+    one = right(name)
+    before = state(one.target)
+    one.network.check(one.x(5))
+    one.network.check(one.x(1))
+    assert_same_state(before, state(one.target))
+    one.target.float()
+    x = one.x()
+    apd.Network(one.target, list(one.stored)).check(x.float() if x.is_floating_point() else x)
+
+
+@every_network
+def test_gates_per_sample_and_restart_are_brute_force(name: str) -> None:
+    """Five samples: not as many as there are positions."""
+    one = right(name)
+    generator = torch.Generator().manual_seed(0)
+    for batch in (5, 3):
+        x, components = one.x(batch), one.components(restarts=2)
+        g = {path: torch.randn(2, batch, 3, generator=generator, dtype=torch.float64) for path in components.paths}
+        ones = {path: torch.ones(batch, 3, dtype=torch.float64) for path in components.paths}
+        for remainder in (False, True):
+            got = one.network(x, components, g, remainder)
+            for r in range(2):
+                alone = components.restart(r)
+                expected = gated(one, alone, {path: g[path][r] for path in g}, x, remainder)
+                torch.testing.assert_close(got[r], expected)
+        plain = one.network(x, components)
+        torch.testing.assert_close(plain[1], gated(one, components.restart(1), ones, x))
+        torch.testing.assert_close(one.network(x), one.target(x))
+
+
+@every_network
+@pytest.mark.parametrize("at", ["target", "components"])
+def test_gradient_attributions_are_brute_force_in_every_mode(name: str, at: str) -> None:
+    one = right(name)
+    x, components = one.x(5), one.components()
+    expected = attributed(one, components, x, at)
+    for mode in MODES:
+        got = apd.attributions.gradient(one.network, components, x, at=at, per_output=True, mode=mode)
+        torch.testing.assert_close(got, expected)
+
+
+@every_network
+def test_the_components_gradients_are_brute_force(name: str) -> None:
+    one = right(name)
+    x, components = one.x(5), one.components()
+    g = {path: torch.randn(5, 3, generator=torch.Generator().manual_seed(0)).double() for path in components.paths}
+    found = []
+    for run in (
+        lambda c: one.network(x, c, g, remainder=True),
+        lambda c: gated(one, c, g, x, remainder=True),
+    ):
+        leaves = components.map(lambda t: t.clone().requires_grad_())
+        found.append(torch.autograd.grad(run(leaves).square().sum(), leaves.parameters()))
+    for ours, true in zip(*found, strict=True):
+        torch.testing.assert_close(ours, true)

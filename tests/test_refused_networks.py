@@ -1,0 +1,304 @@
+"""Networks that cannot be gated by sample are refused before the first step, in a line that names what and where."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracles import assert_same_state, case, state
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
+
+import apd_minimal as apd
+
+Forward = Callable[[Any, Tensor], Tensor]
+
+
+class Net(nn.Module):
+    """Layers that a test calls in a way of its own."""
+
+    def __init__(self, run: Forward, **layers: nn.Module) -> None:
+        super().__init__()
+        self.run = run
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(self, x)
+
+
+def first(layer: nn.Module) -> nn.Module:
+    return nn.Sequential(layer, nn.Tanh(), nn.Linear(4, 2))
+
+
+def experts(net: Any, x: Tensor) -> Tensor:
+    """Every sample goes to one of two experts; five samples as three and two."""
+    out = torch.zeros_like(x)
+    mine = torch.arange(len(x)) % 2 == 0
+    out[mine], out[~mine] = net.a(x[mine]), net.b(x[~mine])
+    return out
+
+
+def detached(net: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        h = net.a(x)
+    return net.b(h)
+
+
+def sorted_by_sum(net: Any, x: Tensor) -> Tensor:
+    order = x.flatten(1).sum(1).argsort()
+    return net.b(torch.tanh(net.a(x[order]))[order.argsort()])
+
+
+REFUSED: dict[str, tuple[Forward, tuple[int, ...], str]] = {
+    "positions first": (
+        lambda net, x: net.b(torch.tanh(net.a(x.transpose(0, 1))).transpose(0, 1)),
+        (6, 3, 4),
+        r"a.weight: the first axis of what module 'a' gets must be the 6 samples .*got rows of shape \[3, 6, 4\]",
+    ),
+    "positions first, as many as samples": (
+        lambda net, x: net.b(torch.tanh(net.a(x.transpose(0, 1))).transpose(0, 1)),
+        (4, 4, 4),
+        "a.weight: the network uses this weight in a way .*module 'a' miss .*whose first axis is the samples",
+    ),
+    "positions first, twice as many as samples": (
+        lambda net, x: net.b(torch.tanh(net.a(x.transpose(0, 1))).transpose(0, 1)),
+        (4, 8, 4),
+        "a.weight: the network uses this weight in a way",
+    ),
+    "two views, stacked": (
+        lambda net, x: torch.stack(torch.tanh(net.b(net.a(torch.cat([x[:, 0], x[:, 1]])))).chunk(2), 1),
+        (5, 2, 4),
+        "a.weight: the network uses this weight in a way .*samples in their order",
+    ),
+    "samples in another order": (sorted_by_sum, (5, 4), "a.weight: the network uses this weight in a way"),
+    "experts": (experts, (5, 4), "a.weight: the first axis of what module 'a' gets must be the 5 samples .*experts"),
+    "positions without a batch axis": (
+        lambda net, x: net.b(torch.tanh(net.a(torch.eye(4).to(x)[:3])) + x),
+        (5, 3, 4),
+        "a.weight: the first axis of what module 'a' gets",
+    ),
+    "the mean of the samples": (
+        lambda net, x: net.b((h := net.a(x)) - h.mean(0)),
+        (5, 4),
+        r"samples mix.* seen first in what module 'b' gives \(Linear\)",
+    ),
+    "the largest of the samples, at the end": (
+        lambda net, x: net.b(net.a(x)) / x.abs().max(),
+        (5, 4),
+        r"samples mix.* seen first in what module '' gives \(Net\)",
+    ),
+    "a weight that is squared": (
+        lambda net, x: net.b(2 * F.linear(x, net.a.weight.square()) + net.a(x)),
+        (5, 4),
+        r"a.weight: the network uses this weight in a way .*module 'a' miss",
+    ),
+    "no gradient": (detached, (5, 4), "a.weight: no gradient reaches module 'a'.*torch.no_grad"),
+    "checkpointing": (
+        lambda net, x: net.b(checkpoint(lambda h: torch.tanh(net.a(h)), net.b(x), use_reentrant=False)),
+        (5, 4),
+        "gradients cannot go through the target .*run again on the way back.*activation checkpointing",
+    ),
+    "checkpointing, the old way": (
+        lambda net, x: net.b(checkpoint(lambda h: torch.tanh(net.a(h)), net.b(x), use_reentrant=True)),
+        (5, 4),
+        "gradients cannot go through the target .*activation checkpointing",
+    ),
+    "overwritten inputs": (lambda net, x: net.b(x.add_(net.a(x))), (5, 4), "the target overwrites its inputs"),
+    "chosen outputs": (lambda net, x: net.b(net.a(x)).argmax(-1), (5, 4), "the outputs must be real numbers.*int64"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("trained", [True, False])
+def test_what_cannot_be_gated_by_sample_is_refused(name: str, trained: bool) -> None:
+    run, shape, message = REFUSED[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        target, x = Net(run).double().requires_grad_(trained), torch.randn(shape).double()
+    before = state(target)
+    with pytest.raises((ValueError, TypeError), match=message):
+        apd.Network(target, ["a.weight", "b.weight"]).check(x)
+    assert_same_state(before, state(target))
+    with pytest.raises((ValueError, TypeError), match=message):
+        apd.decompose(
+            target, lambda step, generator: x.clone(), ["a.weight", "b.weight"], 2, 1, steps=1, progress=False
+        )
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_batch_norm_without_statistics_is_named(alone: bool) -> None:
+    """Alone, one sample has no variance at all; with positions it has."""
+    norm = nn.BatchNorm1d(4, track_running_stats=False)
+    run: Forward = lambda net, x: net.b(net.norm(net.a(x).flatten(1) if alone else net.a(x).mT).reshape(x.shape))  # noqa: E731
+    x = torch.randn(5, *(() if alone else (3,)), 4, generator=torch.Generator().manual_seed(0))
+    message = "samples mix: the target fails on one sample alone" if alone else r"module 'norm' gives \(BatchNorm1d\)"
+    with pytest.raises(ValueError, match=message):
+        apd.Network(Net(run, norm=norm), ["a.weight"]).check(x)
+    kept = nn.BatchNorm1d(4)
+    kept(torch.randn(20, 4))
+    apd.Network(Net(run, norm=kept), ["a.weight"]).check(x)
+
+
+def test_the_default_layout_of_an_encoder_is_refused() -> None:
+    layer = nn.TransformerEncoderLayer(4, 2, 8)
+    target = Net(lambda net, x: net.layer(x.transpose(0, 1)).transpose(0, 1), layer=layer)
+    for T in (3, 4, 5):
+        x = torch.randn(5, T, 4, generator=torch.Generator().manual_seed(0))
+        with pytest.raises(ValueError, match=r"layer.linear1.weight: "):
+            apd.Network(target, ["layer.linear1.weight", "layer.self_attn.in_proj_weight"]).check(x)
+
+
+@pytest.mark.parametrize("what", [torch.no_grad, torch.inference_mode])
+def test_learning_needs_gradients(what: Callable[[], Any]) -> None:
+    one = case("mlp")
+    with what(), pytest.raises(ValueError, match="gradients are switched off"):
+        one.network.check(one.x())
+    with torch.inference_mode():
+        target, x = nn.Linear(3, 2).double(), one.x().clone()
+    with pytest.raises(ValueError, match=r"weight must .* be made outside torch.inference_mode"):
+        apd.Network(target, ["weight"])
+    one.network.check(x)  # inputs may come from there
+
+
+# What a network is made of.
+
+
+def test_targets_that_are_none() -> None:
+    for target, message in [
+        (lambda x: x, "target must be a torch.nn.Module, got function"),
+        (torch.compile(nn.Linear(3, 2)), "module '' is compiled"),
+        (nn.Linear, "target must be a torch.nn.Module, got type"),
+    ]:
+        with pytest.raises(TypeError, match=message):
+            apd.Network(target, ["weight"])
+    inside = first(nn.Linear(3, 4))
+    inside[0].compile()
+    with pytest.raises(TypeError, match=r"module '0' is compiled.*give it uncompiled"):
+        apd.Network(inside, ["0.weight"])
+
+
+@pytest.mark.parametrize("weights", [[1], [None], 3, None, b"0.weight", [b"0.weight"], "0.weight", []])
+def test_weights_that_are_no_paths(weights: Any) -> None:
+    with pytest.raises(ValueError, match="weights must be a list of at least one parameter path, got"):
+        apd.Network(first(nn.Linear(3, 4)), weights)
+    if weights != []:
+        with pytest.raises(ValueError, match="hidden must be a list of module paths, got"):
+            apd.Network(first(nn.Linear(3, 4)), ["0.weight"], hidden=weights)
+
+
+def test_weights_that_cannot_be_decomposed_as_they_are() -> None:
+    normed = first(parametrizations.weight_norm(nn.Linear(3, 4)))
+    for path in ("0.weight", "0.parametrizations.weight.original1"):
+        with pytest.raises(
+            ValueError, match=r"weight of '0' is parametrised .*remove_parametrizations\(module, 'weight'"
+        ):
+            apd.Network(normed, [path])
+    apd.Network(normed, ["2.weight"]).check(torch.ones(2, 3))
+    nn.utils.parametrize.remove_parametrizations(normed[0], "weight")
+    apd.Network(normed, ["0.weight"]).check(torch.ones(2, 3))
+    with pytest.raises(ValueError, match=r"0.weight is lazy.*run the target on a batch first"):
+        apd.Network(first(nn.LazyLinear(4)), ["0.weight"])
+    with pytest.raises(ValueError, match=r"weight must hold real numbers.*complex64"):
+        apd.Network(nn.Linear(3, 2, dtype=torch.complex64), ["weight"])
+    mixed = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2).double())
+    with pytest.raises(ValueError, match=r"weights must have one type and one device.*float32.*float64"):
+        apd.Network(mixed, ["0.weight", "1.weight"])
+
+
+def test_one_tensor_in_two_layouts() -> None:
+    target = first(nn.Linear(6, 4))
+    target.append(nn.Conv1d(3, 4, 2))
+    target[3].weight = nn.Parameter(torch.randn(4, 3, 2))
+    other = nn.Conv1d(3, 4, 2)
+    other.weight = target[3].weight
+
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = other.weight
+
+    def odd(module: Odd) -> apd.rules.Rule:
+        return apd.rules.Rule(matrix=lambda w: w.flatten(0, 1), weight=lambda m: m.reshape(4, 3, 2))
+
+    apd.rules.rule.register(Odd, odd)
+    with pytest.raises(TypeError, match=r"cannot decompose 0.weight: module '1' uses it as a matrix of another layout"):
+        apd.Network(nn.Sequential(other, Odd()), ["0.weight"])
+
+
+@pytest.mark.parametrize(
+    ("matrix", "weight"),
+    [(lambda w: w[None], lambda m: m[0]), (lambda w: w.T, lambda m: m), (lambda w: w.flatten(), lambda m: m)],
+)
+def test_a_rule_that_does_not_fit(matrix: Callable[[Tensor], Tensor], weight: Callable[[Tensor], Tensor]) -> None:
+    class Bad(nn.Linear):
+        pass
+
+    apd.rules.rule.register(Bad, lambda module: apd.rules.Rule(matrix=matrix, weight=weight))
+    with pytest.raises(TypeError, match=r"the rule of Bad must turn weight into a matrix \[d_in, d_out\] and back"):
+        apd.Network(Bad(3, 2), ["weight"])
+
+
+def test_a_rule_with_wrong_rows_is_found_out() -> None:
+    class Halves(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x / 2)
+
+    with pytest.raises(ValueError, match="weight: the network uses this weight in a way"):
+        apd.Network(Halves(3, 2), ["weight"]).check(torch.randn(3, 3))
+
+
+# Recorded hidden activations.
+
+
+def test_what_an_operation_in_place_overwrites_is_recorded_before() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        plain, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(5, 3)
+    found: list[Tensor] = []
+    target = nn.Sequential(plain[0], nn.ReLU(inplace=True), plain[2])
+    network = apd.Network(target, ["0.weight", "2.weight"], hidden=["0"])
+    network(x, activations=found)
+    torch.testing.assert_close(found[0], plain[0](x))
+    found.clear()
+    network(x, apd.Components.from_matrices({p: w[None] for p, w in network.weights.items()}), activations=found)
+    torch.testing.assert_close(found[0], plain[0](x))
+    network.check(x)
+
+
+def test_hidden_modules_that_give_nothing_to_record() -> None:
+    spare, norm = nn.Linear(4, 4), nn.LayerNorm(4)
+    attention = nn.MultiheadAttention(4, 2, batch_first=True)
+    run: Forward = lambda net, x: net.attention(net.b(net.a(x)), x, net.norm(x[0])[None].expand_as(x))[0]  # noqa: E731
+    target = Net(run, spare=spare, attention=attention, norm=norm)
+    x = torch.randn(5, 3, 4, generator=torch.Generator().manual_seed(0))
+    for name, message in [
+        ("spare", r"hidden modules \['spare'\] were never called"),
+        ("attention", "hidden module 'attention' must give a tensor of 5 samples, it gives tuple"),
+        ("norm", r"hidden module 'norm' must give a tensor of 5 samples, it gives a tensor \[3, 4\]"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            apd.Network(target, ["a.weight"], hidden=["b", name]).check(x)
+
+
+# The state of a target.
+
+
+def test_the_fingerprint_takes_extra_state_that_is_no_tensor() -> None:
+    class Extra(nn.Linear):
+        def get_extra_state(self) -> Any:
+            return {"scale": 3.0}
+
+        def set_extra_state(self, state: Any) -> None:
+            pass
+
+    one = Extra(3, 2)
+    same = nn.Linear(3, 2)
+    same.load_state_dict(one.state_dict(), strict=False)
+    fingerprint = apd.decomposition.fingerprint
+    assert fingerprint(one.state_dict()) == fingerprint(same.state_dict())
