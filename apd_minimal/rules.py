@@ -18,6 +18,8 @@ from functools import singledispatch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import checks
+
 
 def _same(t: Tensor) -> Tensor:
     return t
@@ -53,11 +55,13 @@ class TransposedLinear(nn.Module):
 
     def __init__(self, encoder: nn.Linear) -> None:
         super().__init__()
+        checks.kind("encoder", encoder, nn.Linear, "an nn.Linear")
         self.weight = encoder.weight
         self.register_parameter("bias", None)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., d_hidden] to [..., d]."""
+        checks.tensor("x", x, ..., len(self.weight), finite=False)
         return x @ self.weight
 
 
@@ -88,7 +92,7 @@ def _(module: nn.Embedding) -> Rule:
     if module.max_norm is not None:
         raise TypeError("Embedding with max_norm changes its weight while running; max_norm must be None")
     n = module.num_embeddings
-    return Rule(matrix=_same, weight=_same, rows=lambda i: F.one_hot(i, n).to(module.weight.dtype))
+    return Rule(matrix=_same, weight=_same, rows=lambda i: F.one_hot(i.long(), n).to(module.weight.dtype))
 
 
 @rule.register(nn.Conv1d)

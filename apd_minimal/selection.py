@@ -5,9 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import checks
+
 
 def _check(scores: Tensor, k: float) -> None:
-    n_components = scores.shape[-1]
+    checks.tensor("scores", scores, ..., "B", "C", finite=False)
+    if scores.isnan().any():
+        raise checks.NotFinite(f"the attributions (scores, {checks.given(scores)}) are NaN")
+    k, n_components = checks.number("k", k), scores.shape[-1]
     if not 0 < k <= n_components:
         raise ValueError(f"k must be above 0 and at most the number of components, {n_components}; got {k}")
 
