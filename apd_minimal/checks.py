@@ -55,10 +55,12 @@ def number(
     kind = "a whole number" if whole else "a finite number"
     if isinstance(got, bool) or not isinstance(got, (int, float)):
         raise TypeError(f"{name} must be {kind} {limits}".rstrip() + f", got {given(value)}")
-    if not -math.inf < got < math.inf or (whole and got != int(got)):
-        raise ValueError(f"{name} must be {kind} {limits}".rstrip() + f", got {got!r}")
+    if not -math.inf < got < math.inf:
+        raise ValueError(f"{name} must be {limits + ' and ' if limits else ''}finite, got {got!r}")
     if not (low < got if above else low <= got) or not (got < high if below else got <= high):
         raise ValueError(f"{name} must be {limits}, got {got!r}")
+    if whole and got != int(got):
+        raise ValueError(f"{name} must be {kind} {limits}".rstrip() + f", got {got!r}")
     return int(got) if whole else got
 
 

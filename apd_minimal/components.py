@@ -53,9 +53,9 @@ class Components:
                     f"{path}: A must be [C, d_in, m] and B [C, m, d_out] (with an optional leading axis of "
                     f"restarts), got {list(a.shape)} and {list(b.shape)}"
                 )
-            if a.dtype != b.dtype or 0 in a.shape or 0 in b.shape:
+            if a.dtype != b.dtype:
                 raise TypeError(
-                    f"{path}: A and B must be of one type and without empty axes, got {checks.given(a)} and "
+                    f"{path}: A and B must be of one type, got {checks.given(a)} and "
                     f"{checks.given(b)}"
                 )
         if len(lead) != 1:
@@ -212,8 +212,8 @@ class Components:
     def subset(self, index: Tensor | list[int]) -> Components:
         """Only the components in `index`, in that order."""
         chosen = index.tolist() if isinstance(index, Tensor) else index
-        if not isinstance(chosen, list) or not chosen:
-            raise TypeError(f"index must be a list of components, at least one, got {checks.given(index)}")
+        if not isinstance(chosen, list):
+            raise TypeError(f"index must be a list of components, got {checks.given(index)}")
         n = self.n_components
         chosen = [checks.number("index", c, -n, n - 1, whole=True) for c in chosen]
         return self.map(lambda t: t[..., chosen, :, :])

@@ -280,9 +280,10 @@ class Run:
     def result(self, components: Components | None = None, scores: Tensor | None = None) -> Decomposition:
         """Choose among the restarts by their scores, those of an earlier state if one is given."""
         everything = self.whole(components or self.components)
+        done = components is None and scores is None
         scores = self.scores(components or self.components) if scores is None else scores
         found = (*everything.parameters(), scores)
-        if components is None and not all(bool(t.isfinite().all()) for t in found):
+        if done and not all(bool(t.isfinite().all()) for t in found):
             raise NonFiniteLoss(
                 f"step {self.step}: the components or their scores {scores.tolist()} are NaN or infinite; the last "
                 "good state is in .result",

@@ -43,8 +43,9 @@ class Questions:
         for name, least in (("n_letters", LETTERS - 1), ("batch_size", 1)):
             object.__setattr__(self, name, checks.number(name, getattr(self, name), least, whole=True))
         if not isinstance(self.tasks, (tuple, list)) or not self.tasks:
-            raise TypeError(f"tasks must be some of 0 to {len(TASKS) - 1}, got {checks.given(self.tasks)}")
-        tasks = tuple(checks.number("tasks", task, 0, len(TASKS) - 1, whole=True) for task in self.tasks)
+            raise ValueError(f"tasks must be some of 0 to {len(TASKS) - 1}, got {checks.given(self.tasks)}")
+        name = f"tasks must be some of 0 to {len(TASKS) - 1}, got {checks.given(self.tasks)}: a task"
+        tasks = tuple(checks.number(name, task, 0, len(TASKS) - 1, whole=True) for task in self.tasks)
         object.__setattr__(self, "tasks", tasks)
 
     def __call__(self, step: int, generator: torch.Generator) -> Tensor:
