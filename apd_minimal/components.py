@@ -54,10 +54,7 @@ class Components:
                     f"restarts), got {list(a.shape)} and {list(b.shape)}"
                 )
             if a.dtype != b.dtype:
-                raise TypeError(
-                    f"{path}: A and B must be of one type, got {checks.given(a)} and "
-                    f"{checks.given(b)}"
-                )
+                raise TypeError(f"{path}: A and B must be of one type, got {checks.given(a)} and {checks.given(b)}")
         if len(lead) != 1:
             raise ValueError(f"every path needs the same number of components, got {sorted(map(list, lead))}")
 
@@ -90,6 +87,12 @@ class Components:
         n_components, rank, restarts = _sizes(n_components=n_components, rank=rank, restarts=restarts)
         std = checks.number("std", std, 0)
         checks.generator(generator)
+        try:
+            device = torch.empty(0, device=device).device
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(
+                f"device must be a device of torch's or None, got {checks.given(device)}: {error}"
+            ) from None
         lead = (n_components,) if restarts is None else (restarts, n_components)
         A, B = {}, {}
         for path, shape in shapes.items():

@@ -141,15 +141,18 @@ class Config:
 
     def lr_at(self, t: float) -> float:
         """Learning rate at progress t in [0, 1): a linear warm-up, and a quarter of a cosine from `lr` to 0."""
+        t = checks.number("t", t, 0, 1)
         warm = min(1.0, (t + 1 / self.steps) / self.warmup) if self.warmup else 1.0
         return self.lr * warm * math.cos(math.pi / 2 * t)
 
     def logs(self, step: int) -> bool:
         """Is this step logged? About two hundred are, and the last."""
+        step = checks.number("step", step, 0, whole=True)
         return step % max(1, self.steps // 200) == 0 or step == self.steps - 1
 
     def tidies(self, step: int) -> bool:
         """Is it time to merge and prune, after so many steps?"""
+        step = checks.number("step", step, 0, whole=True)
         every = round(self.tidy_every * self.steps)
         return every > 0 and step % every == 0 and self.tidy_from <= step / self.steps < self.tidy_until
 
@@ -161,6 +164,7 @@ class Config:
             TypeError: a setting that does not exist, or of another kind.
             ValueError: a setting out of range.
         """
+        checks.kind("settings", settings, dict, "a dict from names to values")
         known = {f.name for f in fields(cls)}
         for name in settings:
             if name not in known:

@@ -83,6 +83,7 @@ class Decomposition:
         Args:
             folder: made if missing; a decomposition that is there is replaced.
         """
+        checks.kind("folder", folder, (str, os.PathLike), "a path")
         tensors = {f"{path}.{name}": t for name in "AB" for path, t in getattr(self.components, name).items()}
         # The tensors' file goes first and carries everything; cfg.json repeats the facts for people and tools.
         store.write_tensors(Path(folder) / "components.safetensors", "decomposition", tensors, self._facts())

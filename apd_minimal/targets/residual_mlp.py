@@ -48,7 +48,9 @@ class ResidualMLP(nn.Module):
         super().__init__()
         seed, n_features, d_resid = numbers(seed, n_features=(n_features, 1), d_resid=(d_resid, 1))
         if not isinstance(neurons, (tuple, list)) or not neurons:
-            raise ValueError(f"neurons must be a number, at least 1, for each layer, such as (50,), got {checks.given(neurons)}")
+            raise ValueError(
+                f"neurons must be a number, at least 1, for each layer, such as (50,), got {checks.given(neurons)}"
+            )
         neurons = tuple(checks.number("neurons", n, 1, whole=True) for n in neurons)
         self.n_features, self.d_resid = n_features, d_resid
         self.probability = checks.number("probability", probability, **PROBABILITY)
