@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from . import checks
 from .attributions import Attribution
 from .components import Components
 from .config import Config, Schedule
@@ -21,6 +22,8 @@ from .network import Network
 from .train import NonFiniteLoss, Run
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def decompose(
     target: nn.Module,
     batches: Batches,
@@ -82,6 +85,7 @@ def decompose(
     """
     config = Config.from_dict({"n_components": n_components, "top_k": top_k, **settings})
     check(config, divergence, hidden_modules, micro_batch)
+    check_rest(batches, output, attribution, watch, checkpoint, checkpoint_every)
     network = Network(target, weights, output, hidden_modules, recompute)
     run = begin(Run, network, batches, config, divergence, attribution, micro_batch)
     if checkpoint is not None and Path(checkpoint).exists():
@@ -103,15 +107,27 @@ def decompose(
 
 def check(config: Config, divergence: str | Divergence, hidden_modules: Sequence[str], micro_batch: int | None) -> None:
     """Raise a ValueError that names what does not fit."""
-    config.check()
-    if isinstance(divergence, str) and divergence not in DIVERGENCES:
-        raise ValueError(f"divergence must be one of {list(DIVERGENCES)} or a function, got {divergence!r}")
+    if not callable(divergence) and (not isinstance(divergence, str) or divergence not in DIVERGENCES):
+        raise ValueError(f"divergence must be one of {list(DIVERGENCES)} or a function, got {checks.given(divergence)}")
     if bool(hidden_modules) != bool(config.hidden):
         raise ValueError(
             f"hidden_modules and the weight hidden belong together, got {list(hidden_modules)} and {config.hidden}"
         )
-    if micro_batch is not None and micro_batch < 1:
-        raise ValueError(f"micro_batch must be at least 1, or None for the whole batch, got {micro_batch}")
+    if micro_batch is not None:
+        checks.number("micro_batch", micro_batch, 1, whole=True)
+
+
+def check_rest(batches: Any, output: Any, attribution: Any, watch: Any, checkpoint: Any, checkpoint_every: Any) -> None:
+    """The same for the functions and the checkpoint."""
+    if not callable(batches):
+        raise TypeError(
+            f"batches must be a function, batches(step, generator) -> inputs [B, ...], got {checks.given(batches)}; "
+            "of a list: lambda step, generator: items[step % len(items)]"
+        )
+    for name, value in (("output", output), ("attribution", attribution), ("watch", watch)):
+        checks.function(name, value)
+    checks.kind("checkpoint", checkpoint, (str, os.PathLike, type(None)), "a path or None")
+    checks.number("checkpoint_every", checkpoint_every, 1, whole=True)
 
 
 def begin(
@@ -126,7 +142,15 @@ def begin(
     """A run before its first step; the network is checked on inputs of that step."""
     function = DIVERGENCES[divergence] if isinstance(divergence, str) else divergence
     run = make(network, batches, config, function, attribution, micro_batch)
-    network.check(run.inputs(0, torch.Generator().manual_seed(config.seed)))
+    dtype = next(iter(network.weights.values())).dtype
+    if dtype not in (torch.float32, torch.float64, torch.bfloat16):
+        raise TypeError(
+            f"the weights are {dtype}, in which training would end in NaN: convert the target with target.float() or "
+            "target.bfloat16(), and run it under torch.autocast where it must be small"
+        )
+    x = run.inputs(0, torch.Generator().manual_seed(config.seed))
+    with checks.running(x, f"weights of {dtype}"):
+        network.check(x)
     return run
 
 
@@ -140,7 +164,11 @@ def follow(
     """All steps that are left of a run."""
     with tqdm(total=run.config.steps, initial=run.step, disable=not progress, unit="step") as bar:
         while run.step < run.config.steps:
-            losses = run.advance()
+            try:
+                losses = run.advance()
+            except checks.NotFinite as error:
+                message = f"step {run.step}: {error}; the last good state is in .result"
+                raise NonFiniteLoss(message, run.so_far(run.good)) from error
             bar.update()
             if run.config.logs(run.step - 1):
                 bar.set_postfix({name: f"{min(values):.1e}" for name, values in losses.items()})

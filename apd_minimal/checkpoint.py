@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import store
+from . import checks, store
 from .config import Config
-from .decomposition import fingerprint
+from .decomposition import differences, fingerprint
 from .network import Network
 
 
@@ -105,19 +105,45 @@ def read_state(path: str | os.PathLike[str], run: dict[str, Any]) -> State:
     Raises:
         StoreError: a damaged file, or a checkpoint of another run; the message says what differs.
     """
+    checks.kind("checkpoint", path, (str, os.PathLike), "a path")
     tensors, facts = store.read_tensors(path, "checkpoint")
-    if facts["fingerprint"] != run["fingerprint"]:
-        raise store.StoreError(f"{path} belongs to a run on another target")
+    with store.reading(path, "checkpoint"):
+        return _state(path, run, tensors, facts)
+
+
+def _state(
+    path: str | os.PathLike[str], run: dict[str, Any], tensors: dict[str, Tensor], facts: dict[str, Any]
+) -> State:
+    other_target = differences(facts["fingerprint"], run["fingerprint"])
+    if other_target:
+        raise store.StoreError(
+            f"{path} belongs to a run on another target: {other_target}; take that one, or another file"
+        )
     stored = facts | asdict(Config.from_dict(facts["config"]))
     own = run | run["config"]
     # A checkpoint of an earlier version does not say everything; what it does not say is not compared.
-    other = [name for name in own if name != "config" and name in stored and stored[name] != own[name]]
+    other = [
+        name for name in own if name not in ("config", "fingerprint") and name in stored and stored[name] != own[name]
+    ]
     if other:
         differ = "; ".join(f"{name} was {stored[name]!r}, given {own[name]!r}" for name in other)
-        raise store.StoreError(f"{path} belongs to a run with other settings: {differ}")
+        raise store.StoreError(
+            f"take the same settings, or another file: {path} belongs to a run with other settings: {differ}"
+        )
     factors = [tensors[f"factor.{i}"] for i in range(sum(name.startswith("factor.") for name in tensors))]
     moments = [
         {name.rpartition(".")[2]: t for name, t in tensors.items() if name.startswith(f"adam.{i}.")}
         for i in range(len(factors))
     ]
-    return State(facts["step"], facts["history"], tensors["generator"], factors, moments)
+    step = checks.number("step", facts["step"], 0, run["config"]["steps"], whole=True)
+    history = checks.kind("history", facts["history"], dict, "a mapping from names to lists")
+    if any(done >= step for done in history["step"]) or any(
+        len(rows) != len(history["step"]) for rows in history.values()
+    ):
+        raise ValueError(f"the history is of other steps than the {step} that were done")
+    for i, known in enumerate(moments):
+        if known.keys() != {"step", "exp_avg", "exp_avg_sq"} or int(known["step"]) != step:
+            raise ValueError(f"Adam's moments of factor {i} are not those after {step} steps, got {sorted(known)}")
+        for name in ("exp_avg", "exp_avg_sq"):
+            checks.tensor(f"{name} of factor {i}", known[name], *factors[i].shape)
+    return State(step, history, tensors["generator"], factors, moments)

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from . import checks
 
 
 @dataclass
@@ -25,6 +28,7 @@ class Components:
         B: per parameter path, the right factors [C, m, d_out] (or [restarts, C, m, d_out]).
 
     Raises:
+        TypeError: factors that are no tensors of floating point numbers, of one type for each path.
         ValueError: if the paths or the shapes of A and B do not fit together.
     """
 
@@ -32,6 +36,11 @@ class Components:
     B: dict[str, Tensor]
 
     def __post_init__(self) -> None:
+        for name in "AB":
+            factors = checks.kind(name, getattr(self, name), dict, "a dict from parameter paths to tensors")
+            for path, t in factors.items():
+                if not isinstance(t, Tensor) or not t.is_floating_point():
+                    raise TypeError(f"{name}: {path} must be a tensor of floating point numbers, got {checks.given(t)}")
         if not self.A or self.A.keys() != self.B.keys():
             raise ValueError(
                 f"A and B need the same parameter paths, at least one: got {list(self.A)} and {list(self.B)}"
@@ -44,6 +53,8 @@ class Components:
                     f"{path}: A must be [C, d_in, m] and B [C, m, d_out] (with an optional leading axis of "
                     f"restarts), got {list(a.shape)} and {list(b.shape)}"
                 )
+            if a.dtype != b.dtype:
+                raise TypeError(f"{path}: A and B must be of one type, got {checks.given(a)} and {checks.given(b)}")
         if len(lead) != 1:
             raise ValueError(f"every path needs the same number of components, got {sorted(map(list, lead))}")
 
@@ -72,9 +83,22 @@ class Components:
         Returns:
             Components: with leaf tensors that do not require gradients yet.
         """
+        checks.kind("shapes", shapes, Mapping, "a mapping from parameter paths to (d_in, d_out)")
+        n_components, rank, restarts = _sizes(n_components=n_components, rank=rank, restarts=restarts)
+        std = checks.number("std", std, 0)
+        checks.generator(generator)
+        try:
+            device = torch.empty(0, device=device).device
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(
+                f"device must be a device of torch's or None, got {checks.given(device)}: {error}"
+            ) from None
         lead = (n_components,) if restarts is None else (restarts, n_components)
         A, B = {}, {}
-        for path, (d_in, d_out) in shapes.items():
+        for path, shape in shapes.items():
+            if not isinstance(shape, (tuple, list)) or len(shape) != 2:
+                raise ValueError(f"shapes: {path} must be (d_in, d_out), got {checks.given(shape)}")
+            d_in, d_out = (checks.number(f"shapes: {path}", size, 1, whole=True) for size in shape)
             m = min(d_in, d_out) if rank is None else min(rank, d_in, d_out)
             A[path] = (std * torch.randn(*lead, d_in, m, generator=generator)).to(device)
             B[path] = (std * torch.randn(*lead, m, d_out, generator=generator)).to(device)
@@ -91,8 +115,11 @@ class Components:
         Returns:
             Components: with the singular values split evenly between A and B.
         """
+        checks.kind("matrices", matrices, Mapping, "a mapping from parameter paths to tensors")
+        (rank,) = _sizes(rank=rank)
         A, B = {}, {}
         for path, P in matrices.items():
+            checks.tensor(f"matrices: {path}", P, ..., "C", "d_in", "d_out")
             U, S, Vh = torch.linalg.svd(P, full_matrices=False)
             root = S[..., :rank].sqrt()
             A[path] = U[..., :rank] * root[..., None, :]
@@ -122,16 +149,22 @@ class Components:
 
     def matrices(self, path: str) -> Tensor:
         """All components' matrices for one weight: [..., C, d_in, d_out]."""
-        return self.A[path] @ self.B[path]
+        a, b = self._factors(path)
+        return a @ b
+
+    def _factors(self, path: str) -> tuple[Tensor, Tensor]:
+        if path not in self.paths:
+            raise KeyError(f"path must be one of {self.paths}, got {checks.given(path)}")
+        return self.A[path], self.B[path]
 
     def sum(self, path: str) -> Tensor:
         """Sum of all components for one weight, [..., d_in, d_out], without forming each of them."""
-        a, b = self.A[path], self.B[path]
+        a, b = self._factors(path)
         return a.transpose(-3, -2).flatten(-2) @ b.flatten(-3, -2)
 
     def squared_lengths(self, path: str) -> Tensor:
         """Squared length of each rank-one term A_:,r B_r,: of one weight: [..., C, m]."""
-        a, b = self.A[path], self.B[path]
+        a, b = self._factors(path)
         return (a * a).sum(-2) * (b * b).sum(-1)  # half the time of square(), whose gradient is a power
 
     def flat(self) -> Tensor:
@@ -141,12 +174,14 @@ class Components:
     def singular_values(self, path: str) -> Tensor:
         """True singular values of every component's matrix, [..., C, m], largest first."""
         # The factors' triangular parts carry all singular values, and are only m by m.
-        r_a = torch.linalg.qr(self.A[path]).R
-        r_b = torch.linalg.qr(self.B[path].transpose(-2, -1)).R
+        a, b = self._factors(path)
+        r_a = torch.linalg.qr(a).R
+        r_b = torch.linalg.qr(b.transpose(-2, -1)).R
         return torch.linalg.svdvals(r_a @ r_b.transpose(-2, -1))
 
     def ranks(self, threshold: float = 0.1) -> dict[str, Tensor]:
         """Effective ranks, [..., C] per path: singular values above `threshold` times the path's largest."""
+        threshold = checks.number("threshold", threshold, 0, 1, below=True)
         ranks = {}
         for path in self.paths:
             s = self.singular_values(path)
@@ -159,6 +194,8 @@ class Components:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Components:
         """Apply `function` to every factor, for example `lambda t: t.detach().clone()`."""
+        if not callable(function):
+            raise TypeError(f"function must be a function of one factor, got {checks.given(function)}")
         return Components(
             {path: function(t) for path, t in self.A.items()},
             {path: function(t) for path, t in self.B.items()},
@@ -167,7 +204,8 @@ class Components:
     def restart(self, index: int) -> Components:
         """One of the stacked restarts, as components [C, d_in, m] and [C, m, d_out]."""
         if self.restarts is None:
-            raise ValueError("these components have no axis of restarts")
+            raise ValueError(f"these components have no axis of restarts, got index {checks.given(index)}")
+        index = checks.number("index", index, -self.restarts, self.restarts - 1, whole=True)
         return self.map(lambda t: t[index])
 
     def stacked(self) -> Components:
@@ -176,11 +214,35 @@ class Components:
 
     def subset(self, index: Tensor | list[int]) -> Components:
         """Only the components in `index`, in that order."""
-        return self.map(lambda t: t[..., index, :, :])
+        chosen = index.tolist() if isinstance(index, Tensor) else index
+        if not isinstance(chosen, list):
+            raise TypeError(f"index must be a list of components, got {checks.given(index)}")
+        n = self.n_components
+        chosen = [checks.number("index", c, -n, n - 1, whole=True) for c in chosen]
+        return self.map(lambda t: t[..., chosen, :, :])
 
     def parameters(self) -> list[Tensor]:
         """All factors in a fixed order, for an optimiser."""
         return [t for path in self.paths for t in (self.A[path], self.B[path])]
+
+
+def _sizes(**sizes: int | None) -> list[Any]:
+    """Whole numbers, at least 1; but for C they may be None."""
+    return [
+        n if n is None and name != "n_components" else checks.number(name, n, 1, whole=True)
+        for name, n in sizes.items()
+    ]
+
+
+def usable(components: Any, alone: bool = False) -> Components:
+    """Components as an argument: of the class, finite, and without restarts where one decomposition is meant."""
+    checks.kind("components", components, Components, "Components")
+    if alone and components.restarts is not None:
+        raise ValueError("components must be without restarts, pick one restart first: components.restart(index)")
+    for path in components.paths:
+        for name in "AB":
+            checks.tensor(f"components.{name}: {path}", getattr(components, name)[path], ...)
+    return components
 
 
 @torch.no_grad()

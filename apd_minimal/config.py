@@ -5,12 +5,37 @@ from __future__ import annotations
 import difflib
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
+from . import checks
+
 Schedule = float | tuple[tuple[float, float], ...]
+
+
+LIMITS: dict[str, dict[str, Any]] = {
+    "n_components": {"low": 1, "whole": True},
+    "rank": {"low": 1, "whole": True},
+    "steps": {"low": 1, "whole": True},
+    "restarts": {"low": 1, "whole": True},
+    "seed": {"low": 0, "high": 2**62, "whole": True},
+    "lr": {"low": 0, "above": True},
+    "warmup": {"low": 0, "high": 1, "below": True},
+    "init_std": {"low": 0, "above": True},
+    "p": {"low": 0, "above": True},
+    "tidy_every": {"low": 0, "high": 1},
+    "tidy_from": {"low": 0, "high": 1},
+    "tidy_until": {"low": 0, "high": 1},
+    "reseed_until": {"low": 0, "high": 1},
+    "min_cosine": {"low": 0, "high": 1, "above": True},
+    "alpha": {"low": 0, "above": True},
+}
+"""The numbers among the settings, and where they must lie; `rank` and `alpha` may be None."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +101,39 @@ class Config:
     restarts: int = 1
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        """Make Python numbers of all settings.
+
+        Raises:
+            TypeError, ValueError: the first setting that is of another kind or out of range, by name.
+        """
+        for name, limits in LIMITS.items():
+            value = getattr(self, name)
+            if value is not None or name not in ("rank", "alpha"):
+                self._put(name, checks.number(name, value, **limits))
+        for name in ("per_sample", "per_position", "unit_norm"):
+            self._put(name, checks.flag(name, getattr(self, name)))
+        checks.choice("attribute_at", self.attribute_at, ("target", "components"))
+        for name in self.schedules:
+            self._put(name, _schedule(name, getattr(self, name), partial(checks.number, low=0)))
+        self._put("top_k", _schedule("top_k", self.top_k, self._k))
+        if self.per_weight is not None:
+            checks.kind("per_weight", self.per_weight, (list, tuple), "whole numbers, one for each weight, or None")
+            self._put("per_weight", tuple(checks.number("per_weight", n, whole=True) for n in self.per_weight))
+            if self.tidy_every and self.reseed_until > 0:
+                raise ValueError(f"per_weight excludes new starts: set reseed_until to 0, not {self.reseed_until}")
+            if self.alpha is not None:
+                raise ValueError(f"alpha may merge across weights, which per_weight excludes; got alpha={self.alpha}")
+
+    def _put(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)  # the class is frozen
+
+    def _k(self, name: str, value: Any) -> float:
+        k = checks.number("top_k per sample" if self.per_sample else name, value, whole=self.per_sample)
+        if not 0 < k <= self.n_components:
+            raise ValueError(f"top_k must be above 0 and at most n_components={self.n_components}, got {value}")
+        return k
+
     @property
     def schedules(self) -> list[str]:
         """Names of the losses' weights."""
@@ -83,15 +141,18 @@ class Config:
 
     def lr_at(self, t: float) -> float:
         """Learning rate at progress t in [0, 1): a linear warm-up, and a quarter of a cosine from `lr` to 0."""
+        t = checks.number("t", t, 0, 1)
         warm = min(1.0, (t + 1 / self.steps) / self.warmup) if self.warmup else 1.0
         return self.lr * warm * math.cos(math.pi / 2 * t)
 
     def logs(self, step: int) -> bool:
         """Is this step logged? About two hundred are, and the last."""
+        step = checks.number("step", step, 0, whole=True)
         return step % max(1, self.steps // 200) == 0 or step == self.steps - 1
 
     def tidies(self, step: int) -> bool:
         """Is it time to merge and prune, after so many steps?"""
+        step = checks.number("step", step, 0, whole=True)
         every = round(self.tidy_every * self.steps)
         return every > 0 and step % every == 0 and self.tidy_from <= step / self.steps < self.tidy_until
 
@@ -100,8 +161,10 @@ class Config:
         """A configuration from names and values, as stored in JSON.
 
         Raises:
-            TypeError: a setting that does not exist.
+            TypeError: a setting that does not exist, or of another kind.
+            ValueError: a setting out of range.
         """
+        checks.kind("settings", settings, dict, "a dict from names to values")
         known = {f.name for f in fields(cls)}
         for name in settings:
             if name not in known:
@@ -110,36 +173,10 @@ class Config:
                     f"unknown setting {name!r}; "
                     + (f"did you mean {close[0]!r}?" if close else f"known: {sorted(known)}")
                 )
-        return cls(**{name: _tuples(v) for name, v in settings.items()})
-
-    def check(self) -> None:
-        """Raise a ValueError that names the first setting out of range."""
-        if self.n_components < 1:
-            raise ValueError(f"n_components must be at least 1, got {self.n_components}")
-        ks = [self.top_k] if isinstance(self.top_k, (int, float)) else [k for _, k in self.top_k]
-        if not all(0 < k <= self.n_components for k in ks):
-            raise ValueError(f"top_k must be above 0 and at most n_components={self.n_components}, got {self.top_k}")
-        if self.per_sample and any(k != int(k) for k in ks):
-            raise ValueError(f"top_k per sample must be a whole number, got {self.top_k}")
-        if not self.p > 0:
-            raise ValueError(f"p must be above 0, got {self.p}")
-        for name in ("steps", "restarts"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.rank is not None and self.rank < 1:
-            raise ValueError(f"rank must be at least 1, or None for full rank, got {self.rank}")
-        if self.per_weight is not None and self.tidy_every and self.reseed_until > 0:
-            raise ValueError(f"per_weight excludes new starts: set reseed_until to 0, not {self.reseed_until}")
-        if self.alpha is not None and not self.alpha > 0:
-            raise ValueError(f"alpha, the bits for a unit of rank, must be above 0, or None; got {self.alpha}")
-        if self.per_weight is not None and self.alpha is not None:
-            raise ValueError(f"alpha may merge across weights, which per_weight excludes; got alpha={self.alpha}")
-        if not 0 <= self.warmup < 1:
-            raise ValueError(f"warmup is a share of the steps, from 0 to below 1; got {self.warmup}")
-        for name in self.schedules:
-            schedule = getattr(self, name)
-            if not isinstance(schedule, (int, float)) and any(len(point) != 2 for point in schedule):
-                raise ValueError(f"{name} must be a number or points (progress, value), got {schedule}")
+        missing = {"n_components", "top_k"} - set(settings)
+        if missing:
+            raise TypeError(f"settings without {sorted(missing)}, got {sorted(settings)}")
+        return cls(**settings)
 
 
 def completed(settings: dict[str, Any]) -> dict[str, Any]:
@@ -167,6 +204,13 @@ def at_progress(schedule: Schedule, t: float) -> float:
     return float(np.interp(t, times, values))
 
 
-def _tuples(value: Any) -> Any:
-    """Lists, as JSON has them, to tuples."""
-    return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
+def _schedule(name: str, value: Any, check: Callable[[str, Any], float]) -> Schedule:
+    """A number, or points (progress, value) in order of progress, each value checked."""
+    if not isinstance(value, (list, tuple)):
+        return check(name, value)
+    if not value or any(not isinstance(point, (list, tuple)) or len(point) != 2 for point in value):
+        raise ValueError(f"{name} must be a number or points (progress, value), got {checks.given(value)}")
+    times = [checks.number(f"progress in {name}", t, 0, 1) for t, _ in value]
+    if any(a >= b for a, b in pairwise(times)):
+        raise ValueError(f"progress in {name} must rise from point to point, got {checks.given(value)}")
+    return tuple((t, check(name, v)) for t, (_, v) in zip(times, value, strict=True))

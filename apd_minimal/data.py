@@ -9,17 +9,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import checks
+
 Batches = Callable[[int, torch.Generator], Tensor]
 
 
 def checked(x: Any, step: int) -> Tensor:
-    """What a source of batches gave for a step, or a ValueError that says what is wrong with it."""
+    """A copy of what a source of batches gave for a step, so that the source may use its memory again.
+
+    Raises:
+        ValueError: no tensor, an empty one, or numbers that are NaN or infinite.
+    """
+    step = checks.number("step", step, 0, whole=True)
     if not isinstance(x, Tensor) or x.ndim == 0 or len(x) == 0:
         given = f"{type(x).__name__} of shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"batches(step={step}) must give a tensor [B, ...] with B at least 1, got a {given}")
+        raise ValueError(
+            f"batches(step={step}) must give a tensor [B, ...] with B at least 1, got a {given}; of a dict or a "
+            "tuple give the part that is the input, and wrap a network that takes more in a module that takes one"
+        )
     if x.is_floating_point() and not torch.isfinite(x).all():
         raise ValueError(f"batches(step={step}) gave NaN or infinite inputs")
-    return x
+    return x.clone()
+
+
+PROBABILITY: dict[str, Any] = {"low": 0, "high": 1, "above": True}
+SIZES: dict[str, dict[str, Any]] = {
+    "n_features": {"low": 1, "whole": True},
+    "batch_size": {"low": 1, "whole": True},
+    "probability": PROBABILITY,
+    "low": {},
+    "high": {},
+}
 
 
 @dataclass(frozen=True)
@@ -50,15 +70,15 @@ class SparseFeatures:
     nonempty: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 < self.probability <= 1:
-            raise ValueError(f"probability must be in (0, 1], got {self.probability}")
-        if self.n_features < 1 or self.batch_size < 1:
-            raise ValueError(
-                f"n_features and batch_size must be at least 1, got {self.n_features} and {self.batch_size}"
-            )
+        for name, limits in SIZES.items():
+            object.__setattr__(self, name, checks.number(name, getattr(self, name), **limits))
+        object.__setattr__(self, "nonempty", checks.flag("nonempty", self.nonempty))
+        if self.low > self.high:
+            raise ValueError(f"low must be at most high={self.high}, got {self.low}")
 
     def __call__(self, step: int, generator: torch.Generator) -> Tensor:
         """A batch [batch_size, n_features]; `step` is not needed, the generator's state moves on."""
+        checks.kind("generator", generator, torch.Generator, "a torch.Generator")
         shape = (self.batch_size, self.n_features)
         if self.nonempty:
             on = self._nonempty_patterns(generator)

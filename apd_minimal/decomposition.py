@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import store
+from . import checks, store
 from .components import Components
 from .config import Config
 from .network import Network
@@ -22,14 +23,34 @@ from .network import Network
 def fingerprint(state: Mapping[str, Any]) -> str:
     """Hash of the tensors of a target's `state_dict()`, biases and buffers too, by which a stored one knows it.
 
+    After it, one line for each tensor (path, type and shape, hash), by which `differences` tells what is another.
     Extra state that is no tensor (`get_extra_state`) is left out: it has no bytes that are the same everywhere.
     """
-    digest = hashlib.sha256()
+    digest, lines = hashlib.sha256(), []
     for path in sorted(path for path, value in state.items() if isinstance(value, Tensor)):
         tensor = state[path].detach().cpu().contiguous()
-        digest.update(f"{path} {list(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+        kind, data = f"{list(tensor.shape)} {tensor.dtype}", tensor.flatten().view(torch.uint8).numpy().tobytes()
+        digest.update(f"{path} {kind}".encode())
+        digest.update(data)
+        lines.append(f"{path}\t{kind}\t{hashlib.sha256(data).hexdigest()[:16]}")
+    return "\n".join([digest.hexdigest(), *lines])
+
+
+def differences(stored: str, own: str) -> str:
+    """What differs between two fingerprints, in words; nothing if they are of the same target.
+
+    Fingerprints of earlier versions have no lines, so that nothing is named.
+    """
+    if stored[:64] == own[:64]:
+        return ""
+    old, new = ({line.split("\t")[0]: line.split("\t")[1:] for line in f.splitlines()[1:]} for f in (stored, own))
+    named = []
+    for path in sorted(old.keys() | new.keys()) if old else ():
+        before, after = old.get(path, ["missing"]), new.get(path, ["missing"])
+        if before != after:
+            named.append(f"{path} was {before[0]}, is {after[0]}" + (", other values" if before[0] == after[0] else ""))
+    text = f"its parameters hash to {stored[:12]}, these to {own[:12]}"
+    return text + (f" ({'; '.join(named[:5])}{'; ...' if named[5:] else ''})" if named else "")
 
 
 @dataclass(frozen=True)
@@ -63,10 +84,11 @@ class Decomposition:
         Args:
             folder: made if missing; a decomposition that is there is replaced.
         """
+        checks.kind("folder", folder, (str, os.PathLike), "a path")
         tensors = {f"{path}.{name}": t for name in "AB" for path, t in getattr(self.components, name).items()}
         # The tensors' file goes first and carries everything; cfg.json repeats the facts for people and tools.
         store.write_tensors(Path(folder) / "components.safetensors", "decomposition", tensors, self._facts())
-        text = json.dumps({"format": store.FORMAT, **self._facts()}, indent=1)
+        text = json.dumps({"format": store.FORMAT, **self._facts()}, indent=1, allow_nan=False)
         store.write(Path(folder) / "cfg.json", text.encode())
 
     def _facts(self) -> dict[str, Any]:
@@ -76,7 +98,8 @@ class Decomposition:
             "config": asdict(self.config),
             "finished": self.finished,
             "chosen": self.chosen,
-            "scores": self.scores,
+            # Strict JSON knows no NaN.
+            "scores": [score if math.isfinite(score) else None for score in self.scores],
             "history": self.history,
         }
 
@@ -95,28 +118,41 @@ class Decomposition:
             FileNotFoundError: no such folder or file.
             StoreError: a truncated or foreign file, or a decomposition of another target.
         """
+        checks.kind("folder", folder, (str, os.PathLike), "a path")
+        checks.kind("target", target, nn.Module, "a torch.nn.Module")
         file = Path(folder) / "components.safetensors"
         tensors, facts = store.read_tensors(file, "decomposition")
-        weights = facts["weights"]
-        try:
-            Network(target, weights)
-        except (KeyError, TypeError) as error:
-            raise store.StoreError(f"{file} decomposes {weights}, which this target does not have: {error}") from None
-        own = fingerprint(target.state_dict())
-        if own != facts["fingerprint"]:
-            raise store.StoreError(
-                f"{file} decomposes another target: its parameters hash to {facts['fingerprint'][:12]}, "
-                f"these to {own[:12]}"
+        with store.reading(file, "decomposition"):
+            weights = facts["weights"]
+            try:
+                network = Network(target, weights)
+            except (KeyError, TypeError) as error:
+                raise store.StoreError(
+                    f"{file} decomposes {weights}, which this target does not have: {error}"
+                ) from None
+            other = differences(facts["fingerprint"], fingerprint(target.state_dict()))
+            if other:
+                raise store.StoreError(f"{file} decomposes another target: {other}; load it with that one")
+            config = Config.from_dict(facts["config"])
+            factors = {f"{path}.{name}" for path in weights for name in "AB"}
+            if tensors.keys() != factors:
+                raise ValueError(f"tensors {sorted(factors)} are expected, got {sorted(tensors)}")
+            components = network._fit(
+                Components(
+                    {path: tensors[f"{path}.A"] for path in weights}, {path: tensors[f"{path}.B"] for path in weights}
+                )
             )
-        components = Components(
-            {path: tensors[f"{path}.A"] for path in weights}, {path: tensors[f"{path}.B"] for path in weights}
-        )
-        return cls(
-            components=components,
-            config=Config.from_dict(facts["config"]),
-            history=facts["history"],
-            scores=facts["scores"],
-            chosen=facts["chosen"],
-            finished=facts["finished"],
-            fingerprint=facts["fingerprint"],
-        )
+            if components.restarts is not None or components.n_components != config.n_components:
+                raise ValueError(
+                    f"n_components is {config.n_components}, but there are factors of {components.n_components}"
+                )
+            scores = [math.nan if score is None else checks.number("scores", score) for score in facts["scores"]]
+            return cls(
+                components=components,
+                config=config,
+                history=checks.kind("history", facts["history"], dict, "a mapping from names to lists"),
+                scores=scores,
+                chosen=checks.number("chosen", facts["chosen"], 0, len(scores) - 1, whole=True),
+                finished=checks.flag("finished", facts["finished"]),
+                fingerprint=facts["fingerprint"],
+            )

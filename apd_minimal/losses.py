@@ -8,11 +8,13 @@ simplicity: the components that are used are of low rank (chapter 5).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import checks
 from .components import Components
 
 Divergence = Callable[[Tensor, Tensor], Tensor]
@@ -28,6 +30,14 @@ def faithfulness(components: Components, weights: Mapping[str, Tensor]) -> Tenso
     Returns:
         Tensor: sum of squared differences over the number of entries; a scalar, or [restarts].
     """
+    _check(components)
+    shapes = {path: (components.A[path].shape[-2], components.B[path].shape[-1]) for path in components.paths}
+    checks.matrices(
+        "weights",
+        {path: weights.get(path) for path in shapes} if isinstance(weights, Mapping) else weights,
+        shapes,
+        finite=False,
+    )
     device = weights[components.paths[0]].device.type
     with torch.autocast(device, enabled=False):  # what is to vanish in a sum needs all of its digits
         squares = [(components.sum(path) - weights[path]).square().sum((-2, -1)) for path in components.paths]
@@ -36,14 +46,28 @@ def faithfulness(components: Components, weights: Mapping[str, Tensor]) -> Tenso
 
 def mse(outputs: Tensor, wanted: Tensor) -> Tensor:
     """Squared error of each sample, averaged over everything else: [..., B, *rest] to [..., B]."""
+    _same(outputs, wanted)
     return _per_sample((outputs - wanted).square(), outputs.ndim - wanted.ndim + 1)
 
 
 def kl(outputs: Tensor, wanted: Tensor) -> Tensor:
     """KL(wanted || outputs), softmax over the last axis, averaged over positions: [..., B, (T,) V] to [..., B]."""
+    _same(outputs, wanted)
+    if wanted.ndim < 2:
+        raise ValueError(f"wanted must be [B, ..., classes], got {checks.given(wanted)}")
     p = F.log_softmax(wanted, dim=-1)
     q = F.log_softmax(outputs, dim=-1)
     return _per_sample((p.exp() * (p - q)).sum(-1), outputs.ndim - wanted.ndim + 1)
+
+
+def _same(outputs: Any, wanted: Any) -> None:
+    """Outputs with any axes in front of those that are wanted; nothing is broadcast."""
+    checks.tensor("wanted", wanted, "B", ..., finite=False)
+    checks.tensor("outputs", outputs, ..., *wanted.shape, finite=False)
+
+
+def _check(components: Any) -> None:
+    checks.kind("components", components, Components, "Components")
 
 
 def _per_sample(values: Tensor, lead: int) -> Tensor:
@@ -68,6 +92,9 @@ def minimality(outputs: Tensor, wanted: Tensor, divergence: Divergence = mse) ->
     Raises:
         ValueError: a divergence that does not give one value for each sample.
     """
+    _same(outputs, wanted)
+    if not callable(divergence):
+        raise TypeError(f"divergence must be a function (outputs, wanted) -> [..., B], got {checks.given(divergence)}")
     if outputs.dtype in (torch.bfloat16, torch.float16):  # under autocast
         outputs, wanted = outputs.float(), wanted.float()
     errors = divergence(outputs, wanted)
@@ -99,20 +126,27 @@ def simplicity(components: Components, mask: Tensor, p: float = 1.0, epsilon: fl
     Raises:
         ValueError: p is not above 0.
     """
+    p, epsilon = _checked(components, mask, p), checks.number("epsilon", epsilon, 0)
     powers = [components.squared_lengths(path).add(epsilon).pow(p / 2).sum(-1) for path in components.paths]
-    return _weigh(components, mask, powers, p)
+    return _weigh(components, mask, powers)
 
 
 def simplicity_exact(components: Components, mask: Tensor, p: float = 1.0) -> Tensor:
     """The same penalty with the true singular values of every component (slow; the surrogate's oracle)."""
+    p = _checked(components, mask, p)
     powers = [components.singular_values(path).pow(p).sum(-1) for path in components.paths]
-    return _weigh(components, mask, powers, p)
+    return _weigh(components, mask, powers)
 
 
-def _weigh(components: Components, mask: Tensor, powers: list[Tensor], p: float) -> Tensor:
+def _checked(components: Any, mask: Any, p: Any) -> float:
+    _check(components)
+    lead = () if components.restarts is None else (components.restarts,)
+    checks.tensor("mask", mask, *lead, "B", ..., components.n_components, finite=False)
+    return checks.number("p", p, 0, above=True)
+
+
+def _weigh(components: Components, mask: Tensor, powers: list[Tensor]) -> Tensor:
     """Weigh each component by the number of samples that use it: no [B, C, m] is formed."""
-    if not p > 0:
-        raise ValueError(f"p must be above 0, got {p}")
     lead = powers[0].ndim - 1
     counts = mask.flatten(lead, -2).sum(-2)  # [..., C]
     samples = mask[..., 0].numel() / (mask.shape[0] if lead else 1)

@@ -53,6 +53,8 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from .components import Components
 
+from . import checks
+
 
 def _same(t: Tensor) -> Tensor:
     return t
@@ -92,11 +94,13 @@ class TransposedLinear(nn.Module):
 
     def __init__(self, encoder: nn.Linear) -> None:
         super().__init__()
+        checks.kind("encoder", encoder, nn.Linear, "an nn.Linear")
         self.weight = encoder.weight
         self.register_parameter("bias", None)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., d_hidden] to [..., d]."""
+        checks.tensor("x", x, ..., len(self.weight), finite=False)
         return x @ self.weight
 
 

@@ -5,11 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import checks
+
 
 def _check(scores: Tensor, k: float) -> None:
+    checks.tensor("scores", scores, ..., "B", "C", finite=False)
+    if scores.isnan().any():
+        raise checks.NotFinite(f"the attributions (scores, {checks.given(scores)}) are NaN")
     n_components = scores.shape[-1]
-    if not 0 < k <= n_components:
+    if isinstance(k := checks.plain(k), (int, float)) and not 0 < k <= n_components:
         raise ValueError(f"k must be above 0 and at most the number of components, {n_components}; got {k}")
+    checks.number("k", k)
 
 
 def batch_top_k(scores: Tensor, k: float) -> Tensor:

@@ -5,31 +5,63 @@ Every file is written beside its final place and then renamed, so that a reader 
 
 from __future__ import annotations
 
+import glob
+import hashlib
 import json
 import os
-from collections.abc import Mapping
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
+from . import checks
+
 FORMAT = "apd_minimal/1"
+UNKNOWN = "0" * 64  # stands for the checksum while it is worked out, over the file as a whole
 
 
 class StoreError(ValueError):
-    """A file that is missing, truncated, foreign, or belongs to something else."""
+    """A file that is damaged, foreign, or belongs to something else; the message names it and says what to do."""
+
+
+@contextmanager
+def reading(path: str | os.PathLike[str], kind: str) -> Iterator[None]:
+    """Whatever does not fit in what a file holds becomes one StoreError that names the file."""
+    try:
+        yield
+    except StoreError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:  # RecursionError is among them
+        what = error.args[0] if isinstance(error, KeyError) and error.args else error
+        raise StoreError(
+            f"{path} does not hold what a {kind} must: {what}. It was changed, or written by another version: write it "
+            "again, or take a copy from elsewhere"
+        ) from error
 
 
 def write(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write a file so that it is there whole or not at all."""
+    """Write a file so that it is there whole or not at all.
+
+    Raises:
+        TypeError: no path, or no bytes.
+        OSError: the folder cannot be written to; what was there is still there.
+    """
+    checks.kind("path", path, (str, os.PathLike), "a path")
+    checks.kind("data", data, (bytes, bytearray, memoryview), "bytes")
     final = Path(path)
     final.parent.mkdir(parents=True, exist_ok=True)
-    # Always the same name: what a killed process left there is overwritten by the next.
-    beside = final.with_name(f"{final.name}.part")
+    for left in final.parent.glob(f"{glob.escape(final.name)}.*.part"):  # by a process that was killed
+        left.unlink(missing_ok=True)
+    # A name that nobody can know before, and O_EXCL: never through a link that somebody has put there.
+    beside = final.with_name(f"{final.name}.{secrets.token_hex(8)}.part")
     try:
-        with open(beside, "wb") as file:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+        with open(os.open(beside, flags, 0o666), "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -45,10 +77,23 @@ def write_tensors(path: str | os.PathLike[str], kind: str, tensors: Mapping[str,
         path: the file.
         kind: what it holds, checked when it is read.
         tensors: by name.
-        facts: anything that JSON can hold.
+        facts: anything that strict JSON can hold: None in place of NaN.
+
+    Raises:
+        TypeError, ValueError: what cannot be stored, by name.
     """
-    header = {"format": FORMAT, "kind": kind, "facts": json.dumps(facts)}
-    write(path, save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata=header))
+    checks.kind("kind", kind, str, "text")
+    checks.kind("tensors", tensors, Mapping, "a mapping from names to tensors")
+    for name, t in tensors.items():
+        checks.kind(f"tensors: {checks.given(name)}", t, Tensor, "a tensor with text for a name")
+        checks.kind("names of tensors", name, str, "text")
+    try:
+        text = json.dumps(facts, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"facts must be what strict JSON can hold, got {checks.given(facts)}: {error}") from None
+    header = {"format": FORMAT, "kind": kind, "facts": text, "checksum": UNKNOWN}
+    data = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata=header)
+    write(path, data.replace(_entry(UNKNOWN), _entry(hashlib.sha256(data).hexdigest()), 1))
 
 
 def read_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], Any]:
@@ -59,17 +104,37 @@ def read_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Ten
 
     Raises:
         FileNotFoundError: no such file.
-        StoreError: truncated, of another format, or of another kind.
+        StoreError: damaged, of another format, or of another kind. Files of the first version have no checksum, and
+            are read all the same.
     """
+    checks.kind("path", path, (str, os.PathLike), "a path")
+    checks.kind("kind", kind, str, "text")
     if not Path(path).is_file():
         raise FileNotFoundError(f"no file at {path}")
+    data = Path(path).read_bytes()
     try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            if header.get("format") != FORMAT:
-                raise StoreError(f"{path} is of format {header.get('format')!r}, expected {FORMAT!r}")
-            if header.get("kind") != kind:
-                raise StoreError(f"{path} holds a {header.get('kind')!r}, expected a {kind!r}")
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(header["facts"])
-    except SafetensorError as error:
-        raise StoreError(f"{path} is truncated or not a safetensors file ({error})") from None
+        tensors = load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__") or {}
+    except (SafetensorError, LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise StoreError(
+            f"{path} is truncated or not a safetensors file ({error}); take a copy from elsewhere, or make it again"
+        ) from None
+    if (found := header.get("format")) != FORMAT:
+        later = str(found).startswith("apd_minimal/")
+        todo = "read it with the version of apd_minimal that wrote it" if later else "no file of apd_minimal"
+        raise StoreError(f"{path} is of format {found!r}, expected {FORMAT!r}: {todo}")
+    checksum = header.get("checksum", UNKNOWN)
+    whole = data.replace(_entry(checksum), _entry(UNKNOWN), 1)
+    if set(header) - {"checksum"} != {"format", "kind", "facts"} or (
+        "checksum" in header and hashlib.sha256(whole).hexdigest() != checksum
+    ):
+        raise StoreError(f"{path} is damaged: its checksum is another; take a copy from elsewhere, or make it again")
+    if header["kind"] != kind:
+        raise StoreError(f"{path} holds a {header['kind']!r}, expected a {kind!r}: give the path of one")
+    with reading(path, kind):
+        return tensors, json.loads(header["facts"])
+
+
+def _entry(checksum: str) -> bytes:
+    """As the header of a safetensors file has it; within the facts the quotes would be escaped."""
+    return f'"checksum":"{checksum}"'.encode()

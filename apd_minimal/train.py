@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import warnings
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import checks
 from .attributions import Attribution, gradient
 from .batch import Batch
 from .checkpoint import identity, read_state, write_state
@@ -22,6 +24,7 @@ from .losses import Divergence, faithfulness, minimality, simplicity
 from .network import Network
 from .selection import batch_top_k, sample_top_k
 from .sites import Use, busy
+from .store import reading
 from .tidy.merge import merge_and_prune, merge_by_bits
 from .tidy.reseed import reseed
 
@@ -84,7 +87,10 @@ class Run:
         self.good = self.components.map(lambda t: t.detach().clone())
 
     def _gradient(self, network: Network, components: Components, x: Tensor) -> Tensor:
-        return gradient(network, components, x, at=self.config.attribute_at, per_position=self.config.per_position)
+        # Without its checks: where a run diverges, its losses say so, on all processes at once.
+        return inspect.unwrap(gradient)(
+            network, components, x, at=self.config.attribute_at, per_position=self.config.per_position
+        )
 
     def drawn(self, step: int, generator: torch.Generator) -> Tensor:
         """The inputs of one step, checked."""
@@ -117,8 +123,9 @@ class Run:
         for part in x.split(self.micro_batch or len(x)):
             scores = self.attribution(self.network, components.map(Tensor.detach), part)
             expected = [self.config.restarts, len(part), components.n_components]
-            if [*scores.shape[:2], scores.shape[-1]] != expected:
-                raise ValueError(f"attributions must be {expected}, got {list(scores.shape)}")
+            if not isinstance(scores, Tensor) or [*scores.shape[:2], scores.shape[-1]] != expected:
+                shape = list(scores.shape) if isinstance(scores, Tensor) else checks.given(scores)
+                raise ValueError(f"attributions must be {expected}, got {shape}")
             found.append(scores)
         # Under autocast some ways to attributions give bfloat16 and others do not.
         return torch.cat(found, dim=1).to(components.parameters()[0].dtype)
@@ -273,7 +280,15 @@ class Run:
     def result(self, components: Components | None = None, scores: Tensor | None = None) -> Decomposition:
         """Choose among the restarts by their scores, those of an earlier state if one is given."""
         everything = self.whole(components or self.components)
+        done = components is None and scores is None
         scores = self.scores(components or self.components) if scores is None else scores
+        found = (*everything.parameters(), scores)
+        if done and not all(bool(t.isfinite().all()) for t in found):
+            raise NonFiniteLoss(
+                f"step {self.step}: the components or their scores {scores.tolist()} are NaN or infinite; the last "
+                "good state is in .result",
+                self.so_far(self.good),
+            )
         chosen = int(scores.nan_to_num(torch.inf).argmin())
         return Decomposition(
             components=everything.restart(chosen),
@@ -310,10 +325,11 @@ class Run:
         """Take up the state of a checkpoint."""
         state = read_state(path, self.identity)
         self.step, self.history = state.step, state.history
-        self.generator.set_state(state.generator)
-        for p, factor, moments in zip(self.components.parameters(), state.factors, state.moments, strict=True):
-            p.data.copy_(self.own(factor))
-            self.optimiser.state[p] = {name: self.own(t).to(p.device) for name, t in moments.items()}
+        with reading(path, "checkpoint"):
+            self.generator.set_state(state.generator)
+            for p, factor, moments in zip(self.components.parameters(), state.factors, state.moments, strict=True):
+                p.data.copy_(checks.tensor("a factor", self.own(factor), *p.shape))
+                self.optimiser.state[p] = {name: self.own(t).to(p.device) for name, t in moments.items()}
         self.good = self.components.map(lambda t: t.detach().clone())
 
     def own(self, factor: Tensor) -> Tensor:

@@ -86,8 +86,8 @@ def test_the_generator_is_the_only_source_of_randomness(nonempty: bool) -> None:
 
 def test_settings_that_make_no_sense() -> None:
     for p in (0.0, -0.1, 1.1, float("nan")):
-        with pytest.raises(ValueError, match=r"probability must be in \(0, 1\]"):
+        with pytest.raises(ValueError, match="probability must be above 0 and at most 1"):
             apd.data.SparseFeatures(5, p)
-    for n, batch in ((0, 4), (5, 0)):
-        with pytest.raises(ValueError, match=f"at least 1, got {n} and {batch}"):
+    for n, batch, name in ((0, 4, "n_features"), (5, 0, "batch_size")):
+        with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
             SparseFeatures(n, 0.5, batch_size=batch)

@@ -255,7 +255,7 @@ def test_batches_must_be_batches(given: Any, message: str) -> None:
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"restarts": 0}, "restarts must be at least 1, got 0"),
         ({"rank": 0}, "rank must be at least 1"),
-        ({"warmup": 1.5}, "warmup is a share of the steps"),
+        ({"warmup": 1.5}, "warmup must be at least 0 and below 1, got 1.5"),
         ({"per_weight": (5,), "reseed_until": 0.0}, r"add up to 6, got \(5,\)"),
         ({"per_weight": (6,), "reseed_until": 0.5, "tidy_every": 0.1}, "per_weight excludes new starts"),
         ({"per_weight": (2, 4), "reseed_until": 0.0}, r"a number for each of \['encode.weight'\]"),

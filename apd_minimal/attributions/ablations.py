@@ -5,12 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .. import checks
 from ..components import Components
 from ..network import Network
+from .arguments import checked
 from .coalitions import Game
 from .gradients import _finish
 
 
+@checked
 def ablation(
     target: nn.Module | Network,
     components: Components,
@@ -44,8 +47,7 @@ def ablation(
     Raises:
         ValueError: an empty batch, an unknown start, components that do not fit.
     """
-    if start not in ("all", "none"):
-        raise ValueError(f"start must be 'all' or 'none', got {start!r}")
+    checks.choice("start", start, ("all", "none"))
     game = Game(target, components, remainder, internal_batch_size)
     alone = torch.eye(components.n_components)
     changed, unchanged = (1 - alone, torch.ones_like(alone[:1])) if start == "all" else (alone, 0 * alone[:1])

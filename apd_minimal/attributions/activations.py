@@ -8,10 +8,12 @@ from torch import Tensor, nn
 from ..components import Components
 from ..network import Network
 from ..sites import Use
+from .arguments import checked
 from .coalitions import Game
 from .gradients import _by_sample, _component_outputs
 
 
+@checked
 def activation(
     target: nn.Module | Network,
     components: Components,

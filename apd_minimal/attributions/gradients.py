@@ -20,14 +20,17 @@ import torch
 from torch import Tensor, nn
 from torch.func import jvp, vmap
 
+from .. import checks
 from ..components import Components
 from ..network import Network, as_network
 from ..sites import Site, Use
+from .arguments import checked
 
 Attribution = Callable[[Network, Components, Tensor], Tensor]  # (network, components, x) -> [(restarts,) B, C]
 MODES = ("forward", "backward", "sample_gradients")
 
 
+@checked
 def gradient(
     target: nn.Module | Network,
     components: Components,
@@ -63,16 +66,13 @@ def gradient(
         ValueError: an empty batch, an unknown `at` or `mode`, options that exclude each other, positions that differ
             between layers.
     """
-    if at not in ("target", "components"):
-        raise ValueError(f"at must be 'target' or 'components', got {at!r}")
-    if mode not in (None, *MODES):
-        raise ValueError(f"mode must be one of {MODES} or None, got {mode!r}")
-    if n_probes is not None and (n_probes < 1 or per_output):
-        raise ValueError(f"n_probes must be at least 1 and excludes per_output, got {n_probes}")
+    checks.choice("at", at, ("target", "components"))
+    if mode is not None:
+        checks.choice("mode", mode, MODES)
+    if n_probes is not None and per_output:
+        raise ValueError(f"n_probes excludes per_output, got {n_probes}")
     if mode not in (None, "backward") and (per_position or n_probes is not None):
         raise ValueError(f"positions and probes need the backward mode, not {mode!r}")
-    if len(x) == 0:
-        raise ValueError("an empty batch: the first axis of x has size 0")
     network = as_network(target, components)
     stacked = components.stacked().map(Tensor.detach)
     base = stacked if at == "components" else None

@@ -12,8 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .. import checks
 from ..components import Components
 from ..network import Network
+from .arguments import checked
 from .coalitions import Game
 from .gradients import _finish
 
@@ -46,6 +48,7 @@ def integrated_gradients(
     return_convergence_delta: Literal[True],
     internal_batch_size: int | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
+@checked
 def integrated_gradients(
     target: nn.Module | Network,
     components: Components,
@@ -103,11 +106,9 @@ def quadrature(method: str, n_steps: int) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: an unknown method, too few steps.
     """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {METHODS}, got {method!r}")
+    checks.choice("method", method, METHODS)
     fewest = 2 if method == "riemann_trapezoid" else 1
-    if n_steps < fewest:
-        raise ValueError(f"n_steps must be at least {fewest} for {method}, got {n_steps}")
+    n_steps = checks.number("n_steps", n_steps, fewest, whole=True)
     if method == "gausslegendre":
         nodes, halves = np.polynomial.legendre.leggauss(n_steps)
         return torch.from_numpy((1 + nodes) / 2), torch.from_numpy(halves / 2)

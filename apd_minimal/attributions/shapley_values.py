@@ -12,8 +12,10 @@ from typing import Literal, overload
 import torch
 from torch import Tensor, nn
 
+from .. import checks
 from ..components import Components
 from ..network import Network
+from .arguments import checked
 from .coalitions import ROWS, Game
 from .gradients import _finish
 
@@ -47,6 +49,7 @@ def shapley(
     internal_batch_size: int | None = ...,
     generator: torch.Generator | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
+@checked
 def shapley(
     target: nn.Module | Network,
     components: Components,
@@ -89,6 +92,8 @@ def shapley(
     C = components.n_components
     if n_samples is None and C > MOST_EXACT:
         n_samples = N_SAMPLES
+    if n_samples is not None:
+        n_samples = checks.number("n_samples", n_samples, whole=True)
     if n_samples is not None and (n_samples < 2 or n_samples % 2):
         raise ValueError(f"n_samples must be even, an order and its reverse at a time, got {n_samples}")
     if return_std_error and not per_output:
@@ -146,6 +151,7 @@ def _exact(game: Game, x: Tensor) -> tuple[Tensor, Tensor]:
     return total, torch.zeros_like(total)
 
 
+@checked
 def path_shapley(
     target: nn.Module | Network,
     components: Components,
@@ -184,8 +190,7 @@ def path_shapley(
     Raises:
         ValueError: an empty batch, no samples, components that do not fit.
     """
-    if n_samples < 1:
-        raise ValueError(f"n_samples must be at least 1, got {n_samples}")
+    n_samples = checks.number("n_samples", n_samples, 1, whole=True)
     game = Game(target, components, remainder, internal_batch_size)
     q = torch.rand((n_samples + 1) // 2, 1, generator=generator)
     coalitions = (torch.rand(len(q), components.n_components, generator=generator) < q).double()

@@ -6,6 +6,8 @@ import json
 import os
 from pathlib import Path
 
+from .. import checks
+
 REPOSITORY_DATA = Path(__file__).parent.parent.parent / "data"
 ADDRESS = "APD_DATA_URL"  # environment variable: the address of the book's data folder; a chapter's first cell sets it
 
@@ -34,9 +36,12 @@ def path(name: str) -> Path:
         FileNotFoundError: if it is not at hand and no address to fetch it from is set.
         ValueError: if what was fetched is not what the manifest names.
     """
+    checks.kind("name", name, str, "text")
     known = manifest()
     if name not in known:
-        raise KeyError(f"no artefact {name!r}; there are: {', '.join(sorted(known)) or 'none'}")
+        raise KeyError(
+            f"name must be that of an artefact, got {name!r}; there are: {', '.join(sorted(known)) or 'none'}"
+        )
     if (local := REPOSITORY_DATA / name).exists():
         return local
     address = os.environ.get(ADDRESS, "")

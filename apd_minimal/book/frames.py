@@ -13,6 +13,8 @@ import matplotlib.pyplot as plt
 from IPython.display import HTML, display
 from matplotlib.figure import Figure
 
+from .. import checks
+
 STATIC = "APD_STATIC"  # set in the environment while the book's outputs are made: they must not hold live widgets
 
 # The handlers stand in the elements themselves: no ids that could clash, nothing to load, and they work wherever
@@ -48,6 +50,14 @@ def _data_uri(figure: Figure, kind: str) -> str:
     return f"data:{mime};base64," + base64.b64encode(file.getvalue()).decode()
 
 
+def _check(draw: Any, values: Any, label: Any) -> None:
+    if not callable(draw):
+        raise TypeError(f"draw must be a function from a value to a figure, got {checks.given(draw)}")
+    if not isinstance(values, Sequence) or isinstance(values, str) or not values:
+        raise TypeError(f"values must be a list with at least one value, got {checks.given(values)}")
+    checks.kind("label", label, str, "text")
+
+
 def static(
     draw: Callable[[Any], Figure],
     values: Sequence[Any],
@@ -76,12 +86,16 @@ def static(
         ValueError: if there are fewer than 2 values, ``start`` is out of range, ``kind`` is unknown, or an alt text
             is empty.
     """
+    _check(draw, values, label)
+    checks.kind("caption", caption, str, "text")
+    if not callable(alt):
+        raise TypeError(f"alt must be a function from a value to text, got {checks.given(alt)}")
+    start = checks.number("start", start, whole=True)
     if len(values) < 2:
-        raise ValueError(f"a slider needs at least 2 values, got {len(values)}")
+        raise ValueError(f"values: a slider needs at least 2 values, got {len(values)}")
     if not 0 <= start < len(values):
-        raise ValueError(f"start is {start}; expected 0 to {len(values) - 1}")
-    if kind not in ("svg", "webp"):
-        raise ValueError(f"kind is {kind!r}; expected 'svg' or 'webp'")
+        raise ValueError(f"start must be an index of the values, got {start}; expected 0 to {len(values) - 1}")
+    checks.choice("kind", kind, ("svg", "webp"))
     images = []
     for i, value in enumerate(values):
         if not (words := alt(value).strip()):
@@ -113,6 +127,8 @@ def live(draw: Callable[[Any], Figure], values: Sequence[Any], *, label: str, st
     Returns:
         ipywidgets.VBox: the slider above its figure.
     """
+    _check(draw, values, label)
+    start = checks.number("start", start, 0, len(values) - 1, whole=True)
     import ipywidgets
 
     def show(value: Any) -> None:

@@ -6,9 +6,12 @@ notebook runs the same in Colab.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from IPython.display import display
+
+from .. import checks
 
 GLUE_PREFIX = "application/papermill.record/"  # what myst-nb's glue looks for, and what no notebook shows
 CLAIM = "apd_claim"  # key in an output's metadata
@@ -17,7 +20,9 @@ VERDICTS = ("holds", "holds within limits", "does not hold", "cannot be tested h
 
 def _plain(value: Any, digits: int) -> Any:
     """A Python value for a number, with floats rounded to significant digits: repr(np.float64(1)) is no number."""
-    if hasattr(value, "item"):  # numpy scalar, or a tensor or array with one entry
+    if (
+        hasattr(value, "item") and getattr(value, "shape", None) is not None and math.prod(value.shape) == 1
+    ):  # numpy scalar, or a tensor or array with one entry
         value = value.item()
     return float(f"{value:.{digits}g}") if isinstance(value, float) else value
 
@@ -33,9 +38,10 @@ def glue(name: str, value: Any, digits: int = 4) -> None:
     Raises:
         TypeError: if the value is none of these.
     """
-    value = _plain(value, digits)
+    checks.kind("name", name, str, "text")
+    value = _plain(value, checks.number("digits", digits, 1, whole=True))
     if not isinstance(value, (bool, int, float, str)):
-        raise TypeError(f"glue({name!r}, ...) got a {type(value).__name__}; expected a number, a bool or text")
+        raise TypeError(f"glue({name!r}, value) got a {type(value).__name__}; expected a number, a bool or text")
     display(
         {GLUE_PREFIX + "text/plain": repr(value)},
         raw=True,
@@ -72,6 +78,8 @@ def claim(number: int, verdict: str, finding: str, **numbers: float | int | str 
         ValueError: if the verdict is unknown, a number is missing from the sentence, or the sentence names one that
             was not given.
     """
+    number = checks.number("number", number, 1, whole=True)
+    checks.kind("finding", finding, str, "a sentence")
     if verdict not in VERDICTS:
         raise ValueError(f"verdict {verdict!r} for claim {number}; expected one of {', '.join(map(repr, VERDICTS))}")
     values = {name: _plain(value, 4) for name, value in numbers.items()}

@@ -9,6 +9,7 @@ picks the top k of the whole batch, and the gradients. The result is that of one
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -286,7 +287,7 @@ class ShardedRun(Run):
         # At the component model every pass sums over ranks, which forward mode cannot.
         mode = "backward" if self.config.attribute_at == "components" and self.ranks.size > 1 else None
         at, per_position = self.config.attribute_at, self.config.per_position
-        return gradient(network, components, x, at=at, per_position=per_position, mode=mode)
+        return inspect.unwrap(gradient)(network, components, x, at=at, per_position=per_position, mode=mode)
 
     def inputs(self, step: int, generator: torch.Generator) -> Tensor:
         """This rank's inputs of one step."""

@@ -13,8 +13,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from .. import checks
 from ..attributions import gradient
-from ..components import Components
+from ..components import Components, usable
 from ..losses import Divergence, mse
 from ..network import Network, as_network
 from ..selection import batch_top_k
@@ -176,8 +177,12 @@ def diagnose(
     unknown = sorted(set(thresholds) - set(SIGNS))
     if unknown:
         raise TypeError(f"unknown thresholds {unknown}; known: {list(SIGNS)}")
-    if components.restarts is not None:
-        raise ValueError("pick one restart first: components.restart(index)")
+    thresholds = {name: checks.number(name, value) for name, value in thresholds.items()}
+    usable(components, alone=True)
+    seed = checks.number("seed", seed, 0, 2**62, whole=True)
+    checks.choice("at", at, ("target", "components"))
+    if not callable(divergence):
+        raise TypeError(f"divergence must be a function (outputs, wanted) -> [B], got {checks.given(divergence)}")
     components = components.map(Tensor.detach)
     length = components.norms()
     if not length.any():

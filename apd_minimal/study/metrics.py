@@ -14,8 +14,9 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
+from .. import checks
 from ..attributions import Attribution, gradient
-from ..components import Components
+from ..components import Components, usable
 from ..losses import faithfulness, mse
 from ..network import Network, as_network
 from ..selection import batch_top_k
@@ -28,14 +29,20 @@ def _flat(matrices: Mapping[str, Tensor], paths: list[str]) -> Tensor:
 
 
 def _check_truth(components: Components, truth: Truth) -> list[str]:
-    if components.restarts is not None:
-        raise ValueError("pick one restart first: components.restart(index)")
+    usable(components, alone=True)
+    checks.kind("truth", truth, Mapping, "a mapping from parameter paths to mechanisms [J, d_in, d_out]")
     if set(truth) != set(components.paths):
         raise ValueError(f"the truth is about {sorted(truth)}, the components about {sorted(components.paths)}")
     for path in components.paths:
         shape = components.matrices(path).shape[1:]
+        checks.tensor(f"truth: {path}", truth[path], ...)
         if truth[path].ndim != 3 or truth[path].shape[1:] != shape:
             raise ValueError(f"{path}: the truth must be [J, {shape[0]}, {shape[1]}], got {list(truth[path].shape)}")
+    sizes = {len(truth[path]) for path in components.paths}
+    if len(sizes) > 1 or 0 in sizes:
+        raise ValueError(f"the truth must have the same J mechanisms for every path, at least one; got {sorted(sizes)}")
+    if not _flat(truth, components.paths).any(1).all():
+        raise ValueError("the truth holds a mechanism that is zero: nothing can point along it")
     return components.paths
 
 
@@ -145,6 +152,10 @@ def ownership(
         ValueError: components with restarts, or a truth of other paths or shapes.
     """
     paths = _check_truth(components, truth)
+    min_cosine, min_purity = (
+        checks.number(name, value, -1, 1) for name, value in (("min_cosine", min_cosine), ("min_purity", min_purity))
+    )
+    length_range = checks.interval("length_range", length_range)
     P, Z = components.flat().detach(), _flat(truth, paths)
     cosines = (Z / Z.norm(dim=1, keepdim=True)) @ (P / P.norm(dim=1, keepdim=True).clamp_min(1e-12)).T  # [J, C]
     rows, columns = linear_sum_assignment(cosines.cpu().numpy(), maximize=True)
@@ -164,14 +175,18 @@ def ownership(
 
 def relative_faithfulness(components: Components, weights: Mapping[str, Tensor]) -> Tensor:
     """Squared error of the sum of components over the squared length of the weights; see `losses.faithfulness`."""
+    error = faithfulness(components, weights)
     total = torch.stack([weights[path].square().sum() for path in components.paths]).sum()
-    return faithfulness(components, weights) * components.n_entries / total
+    if not total > 0:
+        raise ValueError("weights must not be all zero or NaN: the error is given as a share of their squared length")
+    return error * components.n_entries / total
 
 
 def output_error(target: nn.Module | Network, components: Components, x: Tensor) -> Tensor:
     """Squared output error of the component model sum_c P_c on each sample of x: [B]."""
-    network = as_network(target, components)
-    with torch.no_grad():
+    usable(components)
+    network, x = as_network(target, components), checks.inputs(x)
+    with torch.no_grad(), checks.running(x, f"components of {components.parameters()[0].dtype}"):
         return mse(network(x, components), network(x))
 
 
@@ -208,9 +223,15 @@ def scrubbing(
         Scrubbing: errors with the active components alone; with a random half of the inactive ones added,
         which should change little; and with half of the active ones removed as well, which should break things.
     """
-    network = as_network(target, components)
+    usable(components, alone=True)
+    checks.function("attribution", attribution)
+    seed = checks.number("seed", seed, 0, 2**62, whole=True)
+    top_k = checks.number("top_k", top_k, 0, components.n_components, above=True)
+    checks.choice("at", at, ("target", "components"))
+    network, x = as_network(target, components), checks.inputs(x)
     generator = torch.Generator().manual_seed(seed)
     scores = gradient(network, components, x, at=at) if attribution is None else attribution(network, components, x)
+    checks.tensor("attributions", scores, len(x), components.n_components)
     active = batch_top_k(scores, top_k)
     coin = (torch.rand(active.shape, generator=generator) < 0.5).to(active)
     half = (torch.rand(active.shape, generator=generator) < 0.5).to(active)
@@ -239,5 +260,8 @@ def description_length(components: Components, mask: Tensor, alpha: float = 1.0,
     Returns:
         Tensor: a scalar, bits per sample. It has no term for errors (braun2025).
     """
+    usable(components, alone=True)
+    checks.tensor("mask", mask, "B", components.n_components)
+    alpha = checks.number("alpha", alpha, 0)
     ranks = torch.stack(list(components.ranks(threshold).values())).sum(0)
     return (mask * (alpha * ranks + math.log2(components.n_components))).sum(-1).mean()

@@ -15,7 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ..components import Components
+from .. import checks
+from ..components import Components, usable
 from ..decomposition import Decomposition
 from .metrics import Truth, ownership
 
@@ -24,6 +25,7 @@ GREY = "0.5"
 
 
 def _axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
+    checks.kind("ax", ax, (Axes, type(None)), "axes of matplotlib or None")
     return ax if ax is not None else plt.subplots(figsize=size)[1]
 
 
@@ -44,8 +46,10 @@ def matrices(components: Components, path: str | None = None, order: Sequence[in
     Returns:
         Figure: a row of pictures, rows are inputs and columns outputs of the weight.
     """
-    P = components.matrices(path or components.paths[0]).detach()
-    chosen = list(order) if order is not None else list(range(len(P)))
+    P = usable(components, alone=True).matrices(components.paths[0] if path is None else path).detach()
+    if order is not None and (not isinstance(order, (Sequence, Tensor)) or isinstance(order, str) or not len(order)):
+        raise TypeError(f"order must be a list of components, at least one, or None; got {checks.given(order)}")
+    chosen = range(len(P)) if order is None else [checks.number("order", c, 0, len(P) - 1, whole=True) for c in order]
     limit = float(P.abs().max())
     with plt.style.context(STYLE):
         columns = min(len(chosen), 10)
@@ -69,6 +73,9 @@ def columns(vectors: Mapping[str, Tensor], ax: Axes | None = None) -> Figure:
     Returns:
         Figure: with equal axes.
     """
+    checks.kind("vectors", vectors, Mapping, "a mapping from names to arrows [n, 2]")
+    for name, arrows in vectors.items():
+        checks.tensor(f"vectors: {name}", arrows, "n", 2)
     with plt.style.context(STYLE):
         ax = _axes(ax, (3.6, 3.6))
         colours = plt.rcParams["axes.prop_cycle"].by_key()["color"]
@@ -101,7 +108,8 @@ def components(decomposed: Decomposition | Components, truth: Truth | None = Non
         Figure: a heat map, lengths from 0 (pale) up.
     """
     comps = decomposed.components if isinstance(decomposed, Decomposition) else decomposed
-    path = path or comps.paths[0]
+    usable(comps, alone=True)
+    path = comps.paths[0] if path is None else path
     P = comps.matrices(path).detach()
     lengths = P.norm(dim=-1)  # [C, d_in]
     label = "input of the weight"
@@ -130,6 +138,7 @@ def history(result: Decomposition, ax: Axes | None = None) -> Figure:
     Returns:
         Figure: logarithmic in the losses.
     """
+    checks.kind("result", result, Decomposition, "a Decomposition")
     with plt.style.context(STYLE):
         ax = _axes(ax, (5, 3))
         steps = result.history["step"]
@@ -162,6 +171,7 @@ def masks(mask: Tensor, ax: Axes | None = None) -> Figure:
     Returns:
         Figure: filled where active.
     """
+    checks.tensor("mask", mask, "B", "C")
     with plt.style.context(STYLE):
         ax = _axes(ax, (4, 3))
         ax.imshow(mask.detach(), cmap="Blues", vmin=0, vmax=1.3, aspect="auto", interpolation="nearest")

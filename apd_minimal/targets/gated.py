@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import checks
 from ..attributions import gradient
 from ..components import Components
-from ..data import SparseFeatures
+from ..data import PROBABILITY, SparseFeatures
 from ..network import Network
+from .training import numbers
 
 LARGEST_X = 5.0
 GATE = 10.0  # a neuron reads its control bit with this weight, and the bias takes it off again: twice the largest x
@@ -40,7 +42,9 @@ class GatedInputs:
     nonempty: bool = False
 
     def __post_init__(self) -> None:
-        self.bits.__post_init__()  # for its checks
+        for name in ("n_functions", "probability", "batch_size", "nonempty"):  # as those of the bits, checked
+            bits = "n_features" if name == "n_functions" else name
+            object.__setattr__(self, name, getattr(self.bits, bits))
 
     @property
     def bits(self) -> SparseFeatures:
@@ -49,6 +53,7 @@ class GatedInputs:
 
     def __call__(self, step: int, generator: torch.Generator) -> Tensor:
         """A batch [batch_size, 1 + n_functions]; `step` is not needed, the generator's state moves on."""
+        checks.kind("generator", generator, torch.Generator, "a torch.Generator")
         x = LARGEST_X * torch.rand(self.batch_size, 1, generator=generator)
         return torch.cat([x, self.bits(step, generator)], dim=1)
 
@@ -96,9 +101,9 @@ class GatedFunctions(nn.Module):
         show_neurons: bool = False,
     ) -> None:
         super().__init__()
-        if n_functions < 1 or neurons < 2:
-            raise ValueError(f"n_functions must be at least 1 and neurons at least 2, got {n_functions} and {neurons}")
-        GatedInputs(n_functions, probability)  # for its checks
+        seed, n_functions, neurons = numbers(seed, n_functions=(n_functions, 1), neurons=(neurons, 2))
+        probability = checks.number("probability", probability, **PROBABILITY)
+        show_neurons = checks.flag("show_neurons", show_neurons)
         self.n_functions, self.neurons, self.probability = n_functions, neurons, probability
         self.show_neurons = show_neurons
         generator = torch.Generator().manual_seed(seed)
@@ -137,12 +142,14 @@ class GatedFunctions(nn.Module):
 
     def functions(self, x: Tensor) -> Tensor:
         """The functions that it interpolates: x [...] to F [..., n_functions], without gates."""
+        checks.tensor("x", x, ..., finite=False)
         a, b, c, d, e, f, g = self.coefficients.unbind(1)
         x = x[..., None].to(a)
         return a * torch.cos(b * x + c) + d * torch.sin(e * x + f) + g
 
     def forward(self, x: Tensor) -> Tensor:
         """Inputs [..., 1 + n_functions], x and then the bits, to y [..., 1], or to 3 y and the neurons."""
+        checks.tensor("x", x, ..., 1 + self.n_functions, finite=False)
         stream, active = F.pad(x, (0, 1)), []
         for read, write in self.layers:
             active.append(torch.relu(read(stream)))

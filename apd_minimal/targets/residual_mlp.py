@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..components import Components
-from ..data import SparseFeatures
+from .. import checks
+from ..components import Components, usable
+from ..data import PROBABILITY, SparseFeatures
 from ..network import Network
 from ..study.metrics import Ownership, ownership
-from .training import train
+from .training import numbers, train
 
 CHUNK = 64  # samples at a time, so that [CHUNK, C, n_features] stays in the cache
 
@@ -29,6 +30,9 @@ class ResidualMLP(nn.Module):
         neurons: neurons of each layer, for example (50,) or (25, 25).
         probability: chance that a feature is on, for the data that it trains on; values are uniform in [-1, 1].
         seed: of the embedding.
+
+    Raises:
+        TypeError, ValueError: sizes below 1, or a probability outside (0, 1].
     """
 
     embedding: Tensor
@@ -42,9 +46,14 @@ class ResidualMLP(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if min(n_features, d_resid, *neurons) < 1 or not neurons:
-            raise ValueError(f"sizes must be at least 1, got {n_features}, {d_resid} and neurons {neurons}")
-        self.n_features, self.d_resid, self.probability = n_features, d_resid, probability
+        seed, n_features, d_resid = numbers(seed, n_features=(n_features, 1), d_resid=(d_resid, 1))
+        if not isinstance(neurons, (tuple, list)) or not neurons:
+            raise ValueError(
+                f"neurons must be a number, at least 1, for each layer, such as (50,), got {checks.given(neurons)}"
+            )
+        neurons = tuple(checks.number("neurons", n, 1, whole=True) for n in neurons)
+        self.n_features, self.d_resid = n_features, d_resid
+        self.probability = checks.number("probability", probability, **PROBABILITY)
         # Another stream than that of decompose(seed=seed), whose rank-one components would start along these rows.
         generator = torch.Generator().manual_seed(seed + 2_000_000_011)
         E = torch.randn(n_features, d_resid, generator=generator)
@@ -60,6 +69,7 @@ class ResidualMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Outputs [..., n_features]."""
+        checks.tensor("x", x, ..., self.n_features, finite=False)
         r = x @ self.embedding
         for read, relu, write in zip(self.read, self.neurons, self.write, strict=True):
             r = r + write(relu(read(r)))
@@ -72,6 +82,7 @@ class ResidualMLP(nn.Module):
     @staticmethod
     def labels(x: Tensor) -> Tensor:
         """What it is trained to give: x + ReLU(x)."""
+        checks.tensor("x", x, ..., finite=False)
         return x + torch.relu(x)
 
     @property
@@ -121,6 +132,7 @@ class ResidualMLP(nn.Module):
         Returns:
             ResidualMLP: itself.
         """
+        seed, steps, batch_size = numbers(seed, steps=(steps, 1), batch_size=(batch_size, 1))
         # Another stream than the embedding's: with the same one, the first neurons would start as the first features.
         data, generator = self.data(batch_size), torch.Generator().manual_seed(seed + 1_000_000_007)
         parameters = [layer.weight for pair in self.layers for layer in pair]
@@ -143,6 +155,7 @@ class ResidualMLP(nn.Module):
         A layer sees the features through W_E W_in and earlier layers through their W_out W_in; the outputs see the
         features through W_E W_E^T and the layers through W_out W_E^T.
         """
+        checks.tensor("x", x, ..., self.n_features, finite=False)
         E, out = self.embedding, x @ (self.embedding @ self.embedding.T)
         active: list[tuple[Tensor, Tensor]] = []  # a layer's neurons, and what they write
         for read, write in self.layers:
@@ -164,6 +177,8 @@ class ResidualMLP(nn.Module):
             components: if given, the contributions of each of them, [C, n_features, neurons].
         """
         E, parts = self.embedding, []
+        if components is not None:
+            self._fits(usable(components, alone=True), every=True)
         for i, (read, write) in enumerate(self.layers):
             if components is None:
                 reads, writes = E @ read.weight.T, write.weight.T @ E.T
@@ -173,6 +188,11 @@ class ResidualMLP(nn.Module):
                 writes = components.A[w] @ (components.B[w] @ E.T)
             parts.append(reads * writes.mT)
         return torch.cat(parts, dim=-1)
+
+    def _fits(self, components: Components, every: bool) -> None:
+        """Components of all its weights, or of some of them, and of no others."""
+        own = {path: (..., self.get_parameter(path).shape[1], "m") for path in self.weights}
+        checks.matrices("components", components.A, {p: s for p, s in own.items() if every or p in components.A})
 
     def ownership(
         self,
@@ -214,6 +234,8 @@ class ResidualMLP(nn.Module):
         Returns:
             Tensor: [B, C], or [restarts, B, C].
         """
+        self._fits(usable(components), every=False)
+        checks.tensor("x", x, "B", self.n_features)
         stacked = components.stacked()
         every = _compose(self, stacked.map(lambda t: t.flatten(0, 1)))
         # Without biases, twice the input has twice the attributions. So what all samples need is their directions;

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..components import Components
-from ..data import SparseFeatures
+from .. import checks
+from ..components import Components, usable
+from ..data import PROBABILITY, SparseFeatures
 from ..network import Network
 from ..rules import TransposedLinear
 from ..study.metrics import Ownership, ownership
-from .training import train
+from .training import numbers, train
 
 
 class TMS(nn.Module):
@@ -27,6 +28,9 @@ class TMS(nn.Module):
         d_hidden: hidden dimensions.
         identity: put a fixed identity layer in between.
         probability: chance that a feature is on, for the data that it trains on.
+
+    Raises:
+        TypeError, ValueError: sizes below 1, or a probability outside (0, 1].
     """
 
     rotation: Tensor | None
@@ -35,7 +39,12 @@ class TMS(nn.Module):
         self, n_features: int = 5, d_hidden: int = 2, identity: bool = False, probability: float = 0.05
     ) -> None:
         super().__init__()
-        self.n_features, self.d_hidden, self.probability = n_features, d_hidden, probability
+        self.n_features = n_features = checks.number("n_features", n_features, 1, whole=True)
+        self.d_hidden = d_hidden = checks.number("d_hidden", d_hidden, 1, whole=True)
+        self.probability, identity = (
+            checks.number("probability", probability, **PROBABILITY),
+            checks.flag("identity", identity),
+        )
         self.encode = nn.Linear(n_features, d_hidden, bias=False)
         self.middle = nn.Linear(d_hidden, d_hidden, bias=False) if identity else None
         if self.middle is not None:
@@ -47,6 +56,7 @@ class TMS(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Reconstruct x [..., n_features]."""
+        checks.tensor("x", x, ..., self.n_features, finite=False)
         x = x if self.rotation is None else x @ self.rotation
         hidden = self.encode(x)
         hidden = hidden if self.middle is None else self.middle(hidden)
@@ -128,8 +138,10 @@ class TMS(nn.Module):
             TMS: itself.
         """
         small = self.n_features <= 5
-        steps = steps or (5000 if small else 2000)
-        data = self.data(batch_size or (1024 if small else 2048))
+        steps = (5000 if small else 2000) if steps is None else steps
+        batch_size = (1024 if small else 2048) if batch_size is None else batch_size
+        seed, steps, batch_size = numbers(seed, steps=(steps, 1), batch_size=(batch_size, 1))
+        data = self.data(batch_size)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             nn.init.xavier_normal_(self.encode.weight, generator=generator)
@@ -150,7 +162,7 @@ class TMS(nn.Module):
         Returns:
             TMS: itself.
         """
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(numbers(seed)[0])
         Q = torch.linalg.qr(torch.randn(self.n_features, self.n_features, generator=generator)).Q
         self.encode.weight.copy_(self.encode.weight @ Q)
         self.rotation = Q if self.rotation is None else self.rotation @ Q
@@ -193,6 +205,11 @@ class TMS(nn.Module):
         Returns:
             Tensor: [B, C], or [restarts, B, C].
         """
+        components = usable(components)
+        checks.matrices(
+            "components", components.A, {path: (..., self.get_parameter(path).shape[1], "m") for path in self.weights}
+        )
+        checks.tensor("x", x, "B", self.n_features)
         on, Q = self(x) > 0, self.rotation
         x = x if Q is None else x @ Q
         W = self.encode.weight.T  # [n_features, d_hidden]

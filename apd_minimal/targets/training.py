@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from .. import checks
+
+
+def numbers(seed: int, **least: tuple[Any, int]) -> list[int]:
+    """A seed, and whole numbers with the least that each may be, as Python numbers."""
+    seed = checks.number("seed", seed, 0, 2**62, whole=True)
+    return [seed, *(checks.number(name, value, low, whole=True) for name, (value, low) in least.items())]
 
 
 def train(

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import checks
 from ..attributions import gradient
 from ..components import Components
 from ..network import Network
-from .training import train
+from .training import numbers, train
 
 TASKS = ("first", "last but one", "after", "fact", "other fact", "largest")
 LETTERS = 8  # in a question
@@ -39,16 +40,17 @@ class Questions:
     tasks: tuple[int, ...] = tuple(range(len(TASKS)))
 
     def __post_init__(self) -> None:
-        if self.n_letters < LETTERS - 1 or self.batch_size < 1:
-            raise ValueError(
-                f"n_letters must be at least {LETTERS - 1} and batch_size at least 1, "
-                f"got {self.n_letters} and {self.batch_size}"
-            )
-        if not self.tasks or not set(self.tasks) <= set(range(len(TASKS))):
-            raise ValueError(f"tasks must be some of 0 to {len(TASKS) - 1}, got {self.tasks}")
+        for name, least in (("n_letters", LETTERS - 1), ("batch_size", 1)):
+            object.__setattr__(self, name, checks.number(name, getattr(self, name), least, whole=True))
+        if not isinstance(self.tasks, (tuple, list)) or not self.tasks:
+            raise ValueError(f"tasks must be some of 0 to {len(TASKS) - 1}, got {checks.given(self.tasks)}")
+        name = f"tasks must be some of 0 to {len(TASKS) - 1}, got {checks.given(self.tasks)}: a task"
+        tasks = tuple(checks.number(name, task, 0, len(TASKS) - 1, whole=True) for task in self.tasks)
+        object.__setattr__(self, "tasks", tasks)
 
     def __call__(self, step: int, generator: torch.Generator) -> Tensor:
         """A batch [batch_size, 9]; `step` is not needed, the generator's state moves on."""
+        checks.kind("generator", generator, torch.Generator, "a torch.Generator")
         n = self.batch_size
         letters = torch.rand(n, self.n_letters, generator=generator).argsort(1)[:, : LETTERS - 1]
         repeated = torch.randint(1, LETTERS - 2, (n, 1), generator=generator)
@@ -99,12 +101,12 @@ class Transformer(nn.Module):
         self, n_letters: int = 24, d: int = 128, n_heads: int = 4, neurons: int = 256, n_blocks: int = 2, seed: int = 0
     ) -> None:
         super().__init__()
-        Questions(n_letters)  # for its checks
-        if min(d, n_heads, neurons, n_blocks) < 1 or d % n_heads:
-            raise ValueError(
-                f"sizes must be at least 1, and n_heads a divisor of d; got d={d}, n_heads={n_heads}, "
-                f"neurons={neurons}, n_blocks={n_blocks}"
-            )
+        n_letters = Questions(n_letters).n_letters
+        seed, d, n_heads, neurons, n_blocks = numbers(
+            seed, d=(d, 1), n_heads=(n_heads, 1), neurons=(neurons, 1), n_blocks=(n_blocks, 1)
+        )
+        if d % n_heads:
+            raise ValueError(f"n_heads must be a divisor of d={d}, got {n_heads}")
         self.n_letters = n_letters
         generator = torch.Generator().manual_seed(seed + 2_000_000_011)
         facts = torch.stack([torch.randperm(n_letters, generator=generator) for _ in range(2)])
@@ -116,13 +118,22 @@ class Transformer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits of every position [B, 9, n_letters + 6], for tokens [B, 9]."""
+        self._tokens(x)
         stream = self.embed(x) + self.position
         for block in self.blocks:
             stream = block(stream)
         return self.unembed(stream)
 
+    def _tokens(self, x: Tensor) -> None:
+        checks.tensor("x", x, ..., LETTERS + 1, finite=False)
+        if x.is_floating_point():
+            raise TypeError(
+                f"x must be tokens, whole numbers from 0 to {self.n_letters + len(TASKS) - 1}, got {checks.given(x)}"
+            )
+
     def answers(self, x: Tensor) -> Tensor:
         """The right answers [B] to questions [B, 9]."""
+        self._tokens(x)
         task, letters = x[:, :1] - self.n_letters, x[:, 1:]
         last = letters[:, -1:]
         place = (letters[:, :-1] == last).long().argmax(1, keepdim=True)  # the earlier place of the last letter
@@ -151,6 +162,7 @@ class Transformer(nn.Module):
         Returns:
             Transformer: itself, trained.
         """
+        seed, steps, batch_size = numbers(seed, steps=(steps, 1), batch_size=(batch_size, 1))
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for p in self.parameters():
@@ -208,6 +220,7 @@ class Transformer(nn.Module):
 
 def last_position(logits: Tensor) -> Tensor:
     """The logits that count, [B, vocabulary]: an `output` for `decompose`."""
+    checks.tensor("logits", logits, ..., "positions", "vocabulary", finite=False)
     return logits[..., -1, :]
 
 

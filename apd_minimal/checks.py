@@ -1,0 +1,155 @@
+"""Checks of arguments: each gives the argument back, or an error that says what was given and what is expected."""
+
+from __future__ import annotations
+
+import math
+import reprlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class NotFinite(ValueError):
+    """Numbers that were worked out are NaN or infinite."""
+
+
+def given(value: Any) -> str:
+    """How a value is named in an error: short, and tensors by shape and type."""
+    return f"a tensor {list(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else reprlib.repr(value)
+
+
+def plain(value: Any) -> Any:
+    """A Python value for a numpy scalar or a tensor without axes; anything else as it is."""
+    return value.item() if getattr(value, "shape", None) == () and hasattr(value, "item") else value
+
+
+def number(
+    name: str,
+    value: Any,
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    above: bool = False,
+    below: bool = False,
+    whole: bool = False,
+) -> Any:
+    """A finite number in [low, high], without `low` itself if it must be above, or `high` if below.
+
+    Numpy scalars and tensors without axes count as numbers, bools and text do not.
+
+    Returns:
+        Any: an int if it must be whole, else an int or a float, as it was given.
+
+    Raises:
+        TypeError: no number.
+        ValueError: NaN, infinite, out of range or not whole.
+    """
+    got = plain(value)
+    both = math.isfinite(low) and math.isfinite(high)
+    lower = f"{'above' if above else 'at least'} {low}" if math.isfinite(low) else ""
+    upper = f"{'below' if below else 'at most'} {high}" if math.isfinite(high) else ""
+    limits = lower + (" and " if both else "") + upper
+    kind = "a whole number" if whole else "a finite number"
+    if isinstance(got, bool) or not isinstance(got, (int, float)):
+        raise TypeError(f"{name} must be {kind} {limits}".rstrip() + f", got {given(value)}")
+    if not -math.inf < got < math.inf:
+        raise ValueError(f"{name} must be {limits + ' and ' if limits else ''}finite, got {got!r}")
+    if not (low < got if above else low <= got) or not (got < high if below else got <= high):
+        raise ValueError(f"{name} must be {limits}, got {got!r}")
+    if whole and got != int(got):
+        raise ValueError(f"{name} must be {kind} {limits}".rstrip() + f", got {got!r}")
+    return int(got) if whole else got
+
+
+def flag(name: str, value: Any) -> bool:
+    """A bool; numpy's and torch's count, the text "False" does not."""
+    got = plain(value)
+    if not isinstance(got, bool):
+        raise TypeError(f"{name} must be True or False, got {given(value)}")
+    return got
+
+
+def choice(name: str, value: Any, options: Sequence[str]) -> str:
+    """One of some names."""
+    if not isinstance(value, str) or value not in options:
+        raise ValueError(f"{name} must be one of {list(options)}, got {given(value)}")
+    return value
+
+
+def kind(name: str, value: Any, expected: Any, what: str) -> Any:
+    """Something of a class (None counts if it is among the classes)."""
+    if not isinstance(value, expected):
+        raise TypeError(f"{name} must be {what}, got {given(value)}")
+    return value
+
+
+def generator(value: Any) -> None:
+    """A source of randomness, or None."""
+    kind("generator", value, (torch.Generator, type(None)), "a torch.Generator or None")
+
+
+def tensor(name: str, value: Any, *shape: Any, finite: bool = True) -> Tensor:
+    """A tensor of a shape: sizes, names of sizes, and at most one `...` for any number of axes."""
+    kind(name, value, Tensor, "a tensor")
+    sizes, wanted = list(value.shape), list(shape)
+    if ... in wanted:
+        at = wanted.index(...)
+        wanted[at : at + 1] = [None] * (len(sizes) - len(wanted) + 1)
+    if len(wanted) != len(sizes) or any(isinstance(w, int) and w != s for w, s in zip(wanted, sizes, strict=True)):
+        axes = ", ".join("..." if axis is ... else str(axis) for axis in shape)
+        raise ValueError(f"{name} must be of shape [{axes}], got {given(value)}")
+    if finite and not value.isfinite().all():
+        raise NotFinite(f"{name} must be finite, got NaN or infinite numbers in {given(value)}")
+    return value
+
+
+def matrices(name: str, value: Any, shapes: Mapping[str, Sequence[Any]], finite: bool = True) -> None:
+    """A mapping from exactly these parameter paths to tensors of these shapes."""
+    kind(name, value, Mapping, "a mapping from parameter paths to tensors")
+    if set(value) != set(shapes):
+        raise ValueError(f"{name} must be about {list(shapes)}, got {list(value)}")
+    for path, shape in shapes.items():
+        tensor(f"{name}: {path}", value[path], *shape, finite=finite)
+
+
+def inputs(x: Any) -> Tensor:
+    """Inputs [B, ...] of a network: a tensor, not empty, finite."""
+    kind("x", x, Tensor, "one tensor [B, ...] (wrap a network that takes more in a module that takes one)")
+    if x.ndim == 0 or len(x) == 0:
+        raise ValueError(
+            f"x must be [B, ...] with B at least 1, got an empty batch: the first axis of x has size 0; {given(x)}"
+        )
+    if not x.isfinite().all():
+        raise ValueError(f"x holds NaN or infinite values, {given(x)}")
+    return x
+
+
+@contextmanager
+def running(x: Tensor, weights: str) -> Iterator[None]:
+    """Say of which inputs it is, where torch says that a network does not run on them."""
+    try:
+        yield
+    except (RuntimeError, IndexError) as error:
+        if type(error) not in (RuntimeError, IndexError):  # out of memory, or an operation without a derivative
+            raise
+        raise ValueError(f"the target does not run on x, {given(x)}, with {weights}: {error}") from error
+
+
+def function(name: str, value: Any) -> Callable[..., Any] | None:
+    """A function, or None."""
+    if value is not None and not callable(value):
+        raise TypeError(f"{name} must be a function or None, got {given(value)}")
+    return value
+
+
+def interval(name: str, value: Any) -> tuple[float, float]:
+    """Least and largest of a range."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise ValueError(f"{name} must be (least, largest), got {given(value)}")
+    low, high = (number(name, v) for v in value)
+    if low > high:
+        raise ValueError(f"{name} must be (least, largest), got {given(value)}")
+    return low, high

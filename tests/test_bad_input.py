@@ -1,0 +1,717 @@
+"""Malformed values for every parameter of every public function: a clear error of the package's own, or it fails.
+
+A value that makes no sense must not pass in silence, nor end in an error from within torch. What is public is found by
+looking (`test_public_names.NAMES`); `VALID` has arguments that work for each function, `KINDS` the malformed values by
+the parameter's name, and `OWN_KINDS` those of parameters that mean something else in one function.
+"""
+
+from __future__ import annotations
+
+import inspect
+import linecache
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_public_names import NAMES
+from torch import Tensor, nn
+
+import apd_minimal as apd
+from apd_minimal import store
+from apd_minimal.decomposition import fingerprint
+
+matplotlib.use("Agg")
+Strategy = st.SearchStrategy[Any]
+PACKAGE = str(Path(apd.__file__).parent)
+
+
+# What there is.
+
+
+def public() -> dict[str, Callable[..., Any]]:
+    """Every public function, class and method, by name."""
+    found: dict[str, Callable[..., Any]] = {}
+
+    def add(name: str, thing: Any) -> None:
+        if inspect.isclass(thing):
+            found[name] = thing
+            for own in vars(thing):
+                if (not own.startswith("_") or own == "__call__") and callable(getattr(thing, own)):
+                    found[f"{name}.{own}"] = getattr(thing, own)
+        elif callable(thing):
+            found[name] = thing
+
+    for module_name, names in NAMES.items():
+        module = getattr(apd, module_name) if module_name else apd
+        for name in names.split():
+            thing = getattr(module, name)
+            if not inspect.ismodule(thing):
+                add(f"{module_name}.{name}".lstrip("."), thing)
+            elif name not in NAMES:
+                for own, inner in vars(thing).items():
+                    if not own.startswith("_") and getattr(inner, "__module__", None) == thing.__name__:
+                        add(f"{name}.{own}", inner)
+    return found
+
+
+PUBLIC = public()
+ELSEWHERE = {
+    "Network": "tests/test_network.py: what a network and its modules may be",
+    "NonFiniteLoss": "raised by the package",
+    "Decomposition": "made by the package; its methods are tried here",
+    "diagnose.Diagnosis": "made by the package",
+    "metrics.Ownership": "made by the package",
+    "metrics.Scrubbing": "made by the package",
+    "rules.Rule": "functions of whoever adds a kind of module",
+    "rules.Rule.rows": "a field",
+    "rules.Rule.unrows": "a field",
+    "store.StoreError": "raised by the package",
+}
+NETWORKS = {"target", "weights", "hidden_modules", "network"}  # of `Network`, or of no use to the method
+NOT_DRAWN = {"self", "settings", "numbers", "thresholds"}  # whatever is passed on; settings are tried with `Config`
+
+
+def parameters(name: str) -> list[str]:
+    """The parameters to try."""
+    skipped = NOT_DRAWN if name != "Config.from_dict" else {"self"}
+    skipped = skipped | (NETWORKS if name not in ("losses.faithfulness", "metrics.relative_faithfulness") else set())
+    return [p for p in inspect.signature(PUBLIC[name]).parameters if p not in skipped]
+
+
+def tried() -> list[str]:
+    return [name for name in PUBLIC if name not in ELSEWHERE and not name.startswith("Network.")]
+
+
+# What works.
+
+
+def target() -> apd.targets.TMS:
+    one = apd.targets.TMS()
+    with torch.no_grad():
+        one.encode.weight.copy_(torch.randn(2, 5, generator=torch.Generator().manual_seed(0)))
+        one.bias.fill_(0.3)
+    return one
+
+
+TARGET = target()
+RESIDUAL = apd.targets.ResidualMLP(4, 6, (3,))
+LETTERS = apd.targets.Transformer(7, 4, 2, 4, 1)
+GATED = apd.targets.GatedFunctions(2, 3)
+X = torch.rand(4, 5, generator=torch.Generator().manual_seed(1)) + 0.1
+TRUTH = {"encode.weight": torch.eye(5)[:, :, None] * torch.tensor([1.0, 2.0])}
+FIGURE_KINDS = ("svg", "webp")
+
+
+def components(restarts: int | None = None, m: int = 2) -> apd.Components:
+    shapes = {"encode.weight": (5, 2)}
+    return apd.Components.random(shapes, 3, m, restarts, 0.5, torch.Generator().manual_seed(2))
+
+
+def residual_components() -> apd.Components:
+    shapes = {"read.0.weight": (6, 3), "write.0.weight": (3, 6)}
+    return apd.Components.random(shapes, 3, 2, None, 0.5, torch.Generator().manual_seed(2))
+
+
+def stream(step: int = 0, generator: torch.Generator | None = None) -> Tensor:
+    return X
+
+
+def decomposition() -> apd.Decomposition:
+    history = {"step": [0], "faithfulness": [[0.5]]}
+    config = apd.Config(3, 1.5)
+    return apd.Decomposition(components(), config, history, [0.5], 0, True, fingerprint(TARGET.state_dict()))
+
+
+def draw(value: Any) -> Any:
+    return apd.plots.masks(torch.eye(2))
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+FOLDER = Path(tempfile.mkdtemp())
+decomposition().save(FOLDER)
+store.write_tensors(FOLDER / "x", "kind", {"a": torch.ones(2)}, {})
+ATTRIBUTION: dict[str, Any] = {"target": TARGET, "components": components(), "x": X}
+OF_MASK = {"components": components(), "mask": torch.ones(4, 3)}
+MATCH = {"components": components(), "truth": TRUTH}
+SLIDER = {"draw": draw, "values": [1, 2], "label": "k"}
+FRAMES = SLIDER | {"alt": str, "caption": "c"}
+PAIR = {"outputs": torch.rand(2, 4, 5), "wanted": torch.rand(4, 5)}
+TRAINED = {"seed": 0, "steps": 1, "batch_size": 4}
+VALID: dict[str, tuple[Any, dict[str, Any]]] = {  # name: (self or None, arguments)
+    "Components": (None, {"A": components().A, "B": components().B}),
+    "Components.random": (None, {"shapes": {"w": (3, 2)}, "n_components": 2}),
+    "Components.from_matrices": (None, {"matrices": {"w": torch.ones(2, 3, 4)}}),
+    **{
+        f"Components.{name}": (components(), {"path": "encode.weight"})
+        for name in ("matrices", "sum", "squared_lengths", "singular_values")
+    },
+    **{f"Components.{name}": (components(), {}) for name in ("flat", "norms", "stacked", "parameters", "ranks")},
+    "Components.map": (components(), {"function": torch.neg}),
+    "Components.restart": (components(2), {"index": 1}),
+    "Components.subset": (components(), {"index": [0, 2]}),
+    "Config": (None, {"n_components": 3, "top_k": 1.0}),
+    "Config.lr_at": (apd.Config(3, 1), {"t": 0.5}),
+    "Config.logs": (apd.Config(3, 1), {"step": 1}),
+    "Config.tidies": (apd.Config(3, 1), {"step": 1}),
+    "Config.from_dict": (None, {"settings": {"n_components": 3, "top_k": 1}}),
+    "Decomposition.save": (decomposition(), {"folder": FOLDER}),
+    "Decomposition.load": (None, {"folder": FOLDER, "target": TARGET}),
+    "artefacts.manifest": (None, {}),
+    "artefacts.path": (None, {"name": next(iter(apd.artefacts.manifest()))}),
+    "decompose": (
+        None,
+        {"target": TARGET, "batches": stream, "weights": ["encode.weight"], "n_components": 3, "top_k": 1}
+        | {"steps": 1, "progress": False},
+    ),
+    "frames.static": (None, FRAMES),
+    "frames.live": (None, SLIDER),
+    "frames.slider": (None, FRAMES),
+    "glue.glue": (None, {"name": "a", "value": 1.5}),
+    "glue.claim": (None, {"number": 1, "verdict": "holds", "finding": "So."}),
+    "plots.matrices": (None, {"components": components()}),
+    "plots.columns": (None, {"vectors": {"a": torch.ones(2, 2)}}),
+    "plots.components": (None, {"decomposed": components(), "truth": TRUTH}),
+    "plots.history": (None, {"result": decomposition()}),
+    "plots.masks": (None, {"mask": torch.eye(3)}),
+    **{f"attributions.{name}": (None, ATTRIBUTION) for name in NAMES["attributions"].split()},
+    "data.SparseFeatures": (None, {"n_features": 3}),
+    "data.SparseFeatures.__call__": (apd.data.SparseFeatures(3), {"step": 0, "generator": generator()}),
+    "data.checked": (None, {"x": X, "step": 0}),
+    "diagnose.diagnose": (None, ATTRIBUTION | {"top_k": 1.0}),
+    "losses.faithfulness": (
+        None,
+        {"components": components(), "weights": {"encode.weight": torch.ones(5, 2)}},
+    ),
+    "losses.kl": (None, PAIR),
+    "losses.minimality": (None, PAIR),
+    "losses.mse": (None, PAIR),
+    "losses.simplicity": (None, OF_MASK),
+    "losses.simplicity_exact": (None, OF_MASK),
+    "metrics.description_length": (None, OF_MASK),
+    "metrics.ml2r": (None, MATCH),
+    "metrics.mmcs": (None, MATCH),
+    "metrics.output_error": (None, ATTRIBUTION),
+    "metrics.ownership": (None, MATCH),
+    "metrics.relative_faithfulness": (
+        None,
+        {"components": components(), "weights": {"encode.weight": torch.ones(5, 2)}},
+    ),
+    "metrics.scrubbing": (None, ATTRIBUTION | {"top_k": 1.0}),
+    "rules.TransposedLinear": (None, {"encoder": nn.Linear(3, 2)}),
+    "rules.TransposedLinear.forward": (apd.rules.TransposedLinear(nn.Linear(5, 2)), {"x": torch.ones(4, 2)}),
+    "rules.rule": (None, {"module": nn.Linear(3, 2)}),
+    "store.read_tensors": (None, {"path": FOLDER / "x", "kind": "kind"}),
+    "store.write": (None, {"path": FOLDER / "y", "data": b"text"}),
+    "store.write_tensors": (
+        None,
+        {"path": FOLDER / "z", "kind": "kind", "tensors": {"a": torch.ones(2)}, "facts": {"b": 1}},
+    ),
+    "targets.GatedFunctions": (None, {}),
+    "targets.GatedFunctions.functions": (GATED, {"x": torch.ones(4)}),
+    "targets.GatedFunctions.forward": (GATED, {"x": torch.ones(4, 3)}),
+    "targets.GatedFunctions.data": (GATED, {}),
+    "targets.GatedFunctions.mechanisms": (GATED, {}),
+    "targets.GatedInputs": (None, {"n_functions": 2}),
+    "targets.GatedInputs.__call__": (apd.targets.GatedInputs(2), {"step": 0, "generator": generator()}),
+    "targets.Questions": (None, {}),
+    "targets.Questions.__call__": (apd.targets.Questions(), {"step": 0, "generator": generator()}),
+    "targets.ResidualMLP": (None, {"n_features": 4, "d_resid": 6, "neurons": (3,)}),
+    "targets.ResidualMLP.forward": (RESIDUAL, {"x": torch.ones(4, 4)}),
+    "targets.ResidualMLP.data": (RESIDUAL, {}),
+    "targets.ResidualMLP.labels": (None, {"x": torch.ones(4, 4)}),
+    "targets.ResidualMLP.fit": (RESIDUAL, TRAINED),
+    "targets.ResidualMLP.composed": (RESIDUAL, {"x": torch.ones(4, 4)}),
+    "targets.ResidualMLP.contributions": (RESIDUAL, {"components": residual_components()}),
+    "targets.ResidualMLP.ownership": (RESIDUAL, {"components": residual_components()}),
+    "targets.ResidualMLP.attributions": (
+        RESIDUAL,
+        {"network": None, "components": residual_components(), "x": torch.ones(4, 4)},
+    ),
+    "targets.TMS": (None, {}),
+    "targets.TMS.forward": (TARGET, {"x": X}),
+    "targets.TMS.data": (TARGET, {}),
+    "targets.TMS.fit": (target(), TRAINED),
+    "targets.TMS.rotate": (target(), {}),
+    "targets.TMS.ownership": (TARGET, {"components": components()}),
+    "targets.TMS.mechanisms": (TARGET, {}),
+    "targets.TMS.attributions": (TARGET, {"network": None, "components": components(), "x": X}),
+    "targets.Transformer": (None, {"n_letters": 7, "d": 4, "n_heads": 2, "neurons": 4, "n_blocks": 1}),
+    "targets.Transformer.forward": (LETTERS, {"x": torch.zeros(2, 9, dtype=torch.long)}),
+    "targets.Transformer.answers": (LETTERS, {"x": torch.full((2, 9), 7)}),
+    "targets.Transformer.data": (LETTERS, {}),
+    "targets.Transformer.fit": (LETTERS, TRAINED),
+    "selection.batch_top_k": (None, {"scores": torch.rand(4, 3), "k": 1.5}),
+    "selection.sample_top_k": (None, {"scores": torch.rand(4, 3), "k": 1}),
+}
+
+
+# What does not.
+
+OBJECTS: list[Any] = [object(), {}, {"a": 1}, [], [1], (1.0, 2.0), b"1", 1j, "", "1", "nan", "False", Ellipsis]
+OBJECTS += [torch.zeros(2), np.zeros(2)]
+NOTHING = st.none()
+
+
+def but(*fits: type) -> Strategy:
+    """Objects of many kinds, none of them of these."""
+    return st.sampled_from([thing for thing in OBJECTS if not isinstance(thing, fits)])
+
+
+def number(
+    low: float | None = None,
+    high: float | None = None,
+    above: bool = False,
+    below: bool = False,
+    whole: bool = False,
+    none: bool = False,
+) -> Strategy:
+    """No number, or one outside of the range (which is without `low` if above, without `high` if below)."""
+    strange = [float("nan"), float("inf"), -float("inf"), np.float32("nan"), torch.tensor(torch.inf), np.bool_(True)]
+    drawn = [but(), st.booleans(), st.sampled_from(strange)]
+    if not none:
+        drawn.append(NOTHING)
+    if low is not None:
+        drawn += [st.floats(max_value=low, exclude_max=not above), st.integers(max_value=int(low) - 1)]
+    if high is not None:
+        drawn += [st.floats(min_value=high, exclude_min=not below), st.integers(min_value=int(high) + 1)]
+    if whole:
+        drawn.append(st.floats(-1e6, 1e6).filter(lambda v: v != int(v)))
+    return st.one_of(drawn)
+
+
+def flag() -> Strategy:
+    return st.one_of(but(), NOTHING, st.integers(), st.floats())
+
+
+def choice(*options: str, none: bool = False) -> Strategy:
+    drawn = [but(str), st.text().filter(lambda text: text not in options), st.integers(), st.booleans()]
+    return st.one_of(drawn if none else [*drawn, NOTHING])
+
+
+def function(none: bool = False) -> Strategy:
+    drawn = [but(), st.integers(), st.booleans()]
+    return st.one_of(drawn if none else [*drawn, NOTHING])
+
+
+def text() -> Strategy:
+    return st.one_of(but(str), NOTHING, st.integers(), st.booleans())
+
+
+def path() -> Strategy:
+    return st.one_of(but(str), NOTHING, st.integers(), st.booleans())
+
+
+def source(none: bool = True) -> Strategy:
+    drawn = [but(), st.integers(), st.booleans()]
+    return st.one_of(drawn if none else [*drawn, NOTHING])
+
+
+def poked(t: Tensor) -> Strategy:
+    """The tensor with one entry that is NaN or infinite."""
+
+    def poke(at: int, value: float) -> Tensor:
+        new = t.clone()
+        new.view(-1)[at] = value
+        return new
+
+    return st.builds(poke, st.integers(0, t.numel() - 1), st.sampled_from([torch.nan, torch.inf, -torch.inf]))
+
+
+def tensor(t: Tensor, *free: int, finite: bool = True) -> Strategy:
+    """No tensor, or one that is longer, shorter or of size one along an axis that is not free, or not finite."""
+    shapes = []
+    for axis in range(t.ndim):
+        if axis not in free:
+            shapes += [t.narrow(axis, 0, n) for n in {0, 1, t.shape[axis] - 1} if n < t.shape[axis]]
+            shapes.append(torch.cat([t, t.narrow(axis, 0, 1)], axis))
+    drawn = [st.sampled_from([t.tolist(), t.numpy(), t[..., None, None, None, None], t.new_tensor(1.0)]), st.none()]
+    drawn.append(but(Tensor))
+    if shapes:
+        drawn.append(st.sampled_from(shapes))
+    return st.one_of([*drawn, poked(t)] if finite else drawn)
+
+
+def in_mapping(t: Tensor, name: str, *free: int, finite: bool = True) -> Strategy:
+    """No mapping, one with another name or none, or with a malformed tensor."""
+    other = [{}, {"other": t}, {name: t, "other": t}]
+    inside = tensor(t, *free, finite=finite).map(lambda bad: {name: bad})
+    return st.one_of(but(dict), NOTHING, st.sampled_from(other), inside)
+
+
+def bad_components(alone: bool = False, finite: bool = True, fit: bool = True, restarts: bool = True) -> Strategy:
+    """No components, of another weight or shape, with restarts where one decomposition is meant, or not finite."""
+    wrong = [components().A, [components()], decomposition()]
+    good = components()
+    other = apd.Components({"other": good.A["encode.weight"]}, {"other": good.B["encode.weight"]})
+    wide = apd.Components.random({"encode.weight": (6, 2)}, 3)
+    drawn = [but(), NOTHING, st.sampled_from(wrong)]
+    if fit:
+        drawn.append(st.sampled_from([other, wide]))
+    if alone:
+        drawn.append(st.sampled_from([components(2), components(1)]))
+    if finite:
+        for name in "AB":
+            drawn.append(
+                poked(getattr(good, name)["encode.weight"]).map(
+                    lambda t, name=name: apd.Components(
+                        *({"encode.weight": t if own == name else getattr(good, own)["encode.weight"]} for own in "AB")
+                    )
+                )
+            )
+    return st.one_of(drawn)
+
+
+def inputs(x: Tensor = X) -> Strategy:
+    """Inputs on which the target does not run, or makes no sense of."""
+    others = [{"x": x}, (x, x), [x], x.numpy(), x[:0], x[0, 0], x[:, :-1], x[:, :1], x.double(), x.long(), x > 0]
+    return st.one_of(but(Tensor), NOTHING, st.sampled_from(others), poked(x))
+
+
+def schedule(below: float = -0.1, top: float | None = None) -> Strategy:
+    """No number and no points, points that are not in order of progress, or values out of range."""
+    points: list[Any] = [(), ((0.0,),), ((0.0, 1.0, 2.0),), ((0.7, 1.0), (0.0, 2.0)), ((0.5, 1.0), (0.5, 2.0)), "01"]
+    points += [((0.0, 1.0), (2.0, 1.0)), ((-1.0, 1.0),), ((0.0, below),), ((0.0, "1"),), ((torch.nan, 1.0),), [[1]]]
+    points += [((0.0, torch.nan),), ((0.0, torch.inf),), ((0.0, None),), [1, 2], [[0.0, 1.0], 2], ((0.0, True),)]
+    if top is not None:
+        points.append(((0.0, 1.0), (1.0, top)))
+    plain = number(0, top, above=below == 0.0).filter(lambda v: not isinstance(v, (list, tuple)))
+    return st.one_of(plain, st.sampled_from(points))
+
+
+def batches() -> Strategy:
+    """No function, or one that gives what is no batch."""
+    return st.one_of(function(), st.just([X, X]), inputs().map(lambda bad: lambda step, generator: bad))
+
+
+SEED = number(0, whole=True)
+SIZE = number(1, whole=True)
+SIZE_OR_NONE = number(1, whole=True, none=True)
+SHARE = number(0, 1)
+PROBABILITY = number(0, 1, above=True)
+AXES = st.one_of(but(), st.integers())
+KINDS: dict[str, Strategy] = {
+    "n_components": SIZE,
+    "rank": SIZE_OR_NONE,
+    "restarts": SIZE,
+    "steps": SIZE,
+    "batch_size": SIZE,
+    "seed": SEED,
+    "step": number(0, whole=True),
+    "t": SHARE,
+    "std": number(0),
+    "generator": source(),
+    "device": st.one_of(but(), st.just("nowhere"), st.booleans(), st.floats()),
+    "path": path(),
+    "function": function(),
+    "threshold": number(0, 1, below=True),
+    "top_k": number(0, 3, above=True),
+    "k": number(0, 3, above=True),
+    "p": number(0, above=True),
+    "epsilon": number(0),
+    "alpha": number(0),
+    "min_cosine": number(-1, 1),
+    "min_purity": number(-1, 1),
+    "length_range": st.one_of(
+        number().filter(lambda v: not isinstance(v, (tuple, list))),
+        st.sampled_from([(), (1,), (1, 2, 3), (2.0, 1.0), ("a", "b"), (torch.nan, 1.0), (0.0, torch.inf)]),
+    ),
+    "x": inputs(),
+    "components": bad_components(),
+    "mask": tensor(torch.ones(4, 3), 0),
+    "truth": in_mapping(TRUTH["encode.weight"], "encode.weight", 0),
+    "weights": in_mapping(torch.ones(5, 2), "encode.weight", finite=False).filter(
+        lambda w: not (isinstance(w, dict) and set(w) == {"encode.weight", "other"})  # more weights than components
+    ),
+    "divergence": function(),
+    "start": choice("all", "none"),
+    "method": choice("gausslegendre"),
+    "mode": choice("forward", "backward", "sample_gradients", none=True),
+    "at": choice("target", "components"),
+    "attribute_at": choice("target", "components"),
+    "internal_batch_size": SIZE_OR_NONE,
+    "n_probes": SIZE_OR_NONE,
+    "n_steps": SIZE,
+    "n_samples": number(1, whole=True),
+    "n_features": SIZE,
+    "n_functions": SIZE,
+    "d_hidden": SIZE,
+    "d_resid": SIZE,
+    "probability": PROBABILITY,
+    "low": number(None, 1.0),
+    "high": number(0.0),
+    "attribution": function(none=True),
+    "watch": function(none=True),
+    "output": function(none=True),
+    "checkpoint": st.one_of(but(str), st.integers(), st.booleans()),
+    "checkpoint_every": SIZE,
+    "micro_batch": SIZE_OR_NONE,
+    "folder": path(),
+    "kind": text(),
+    "name": text(),
+    "label": text(),
+    "caption": text(),
+    "draw": function(),
+    "alt": function(),
+    "values": st.one_of(function(), st.just(())).filter(
+        lambda v: isinstance(v, np.ndarray) or not isinstance(v, (list, tuple, bytes)) or not len(v)
+    ),
+    "digits": SIZE,
+    "ax": AXES,
+    "scores": tensor(torch.rand(4, 3), 0, 1, finite=False),
+    **{
+        name: flag()
+        for name in (
+            "per_output per_position remainder return_convergence_delta return_std_error recompute progress nonempty "
+            "identity show_neurons per_sample unit_norm"
+        ).split()
+    },
+    # Settings of `Config`.
+    **{name: schedule() for name in ("faithfulness", "minimality", "simplicity", "hidden", "scrub")},
+    **{name: SHARE for name in ("tidy_every", "tidy_from", "tidy_until", "reseed_until")},
+    "lr": number(0, above=True),
+    "warmup": number(0, 1, below=True),
+    "init_std": number(0, above=True),
+}
+
+
+def of_number_or_list(bad: Strategy) -> Strategy:
+    """What is neither a list nor made of such numbers."""
+    return st.one_of(bad.filter(lambda v: not isinstance(v, (list, tuple))), st.just(()), bad.map(lambda v: (v,)))
+
+
+OUTPUTS = {
+    "outputs": tensor(PAIR["outputs"], 0, finite=False).filter(lambda t: not isinstance(t, Tensor) or t.ndim < 5),
+    "wanted": tensor(PAIR["wanted"], finite=False),
+}
+NO_NAN = {
+    "components": bad_components(finite=False, fit=False),
+    "mask": tensor(torch.ones(4, 3), 0, finite=False).filter(
+        lambda t: not isinstance(t, Tensor) or t.shape[-1:] != (3,)
+    ),
+}
+ALONE = {"components": bad_components(alone=True)}
+ANY_WEIGHTS = {"components": bad_components(alone=True, fit=False)}
+FEW_WEIGHTS = {"components": bad_components(finite=True)}
+WIDTH = {
+    name: {"x": tensor(x, 0, finite=False).filter(lambda t, n=n: not isinstance(t, Tensor) or t.shape[-1:] != (n,))}
+    for name, x, n in (
+        ("targets.TMS.forward", X, 5),
+        ("targets.ResidualMLP.forward", torch.ones(4, 4), 4),
+        ("targets.ResidualMLP.composed", torch.ones(4, 4), 4),
+        ("targets.GatedFunctions.forward", torch.ones(4, 3), 3),
+        ("rules.TransposedLinear.forward", torch.ones(4, 2), 2),
+    )
+}
+OWN_KINDS: dict[str, dict[str, Strategy]] = {
+    "Components": {
+        name: in_mapping(getattr(components(), name)["encode.weight"], "encode.weight", *free, finite=False)
+        for name, free in (("A", (1,)), ("B", (2,)))
+    },
+    "Components.random": {
+        "shapes": st.one_of(
+            but(dict),
+            NOTHING,
+            st.sampled_from([{}, {"w": 3}, {"w": (3,)}, {"w": (3, 0)}, {"w": (3, -1)}, {"w": (2.5, 1)}, {"w": "ab"}]),
+        ),
+        "restarts": SIZE_OR_NONE,
+    },
+    "Components.from_matrices": {
+        "matrices": st.one_of(
+            but(dict),
+            NOTHING,
+            st.just({}),
+            tensor(torch.ones(2, 3, 4), 0, 1, 2)
+            .filter(lambda t: not isinstance(t, Tensor) or t.ndim < 3 or not t.isfinite().all())
+            .map(lambda bad: {"w": bad}),
+        )
+    },
+    "Components.restart": {"index": number(-2, 1, whole=True)},
+    "Components.subset": {
+        "index": st.one_of(
+            number(-3, 2, whole=True).filter(lambda v: not isinstance(v, (list, tuple, Tensor, np.ndarray))),
+            number(-3, 2, whole=True).map(lambda v: [v]),
+            st.sampled_from([torch.tensor([True, False, True]), torch.tensor([0.5]), "12", (0, 1)]),
+        )
+    },
+    "Config": {
+        "top_k": schedule(0.0, 3.5),
+        "per_weight": of_number_or_list(number(whole=True)).filter(lambda v: v is not None and v != ()),
+        "alpha": number(0, above=True, none=True),
+        "min_cosine": number(0, 1, above=True),
+    },
+    "Config.from_dict": {
+        "settings": st.one_of(
+            but(dict), NOTHING, st.sampled_from([{}, {"top_k": 1}, {"n_components": 3, "top_k": 1, "no": 1}])
+        )
+    },
+    "Decomposition.load": {"folder": st.one_of(path(), st.just("/nowhere"))},
+    "artefacts.path": {"name": st.one_of(text(), st.just("no such thing"))},
+    "decompose": {
+        "batches": batches(),
+        "top_k": schedule(0.0, 3.5),
+        "divergence": st.one_of(function(), st.just("hinge")),
+    },
+    "frames.static": {"start": number(0, 1, whole=True), "kind": choice(*FIGURE_KINDS)},
+    "frames.live": {"start": number(0, 1, whole=True)},
+    "frames.slider": {"start": number(0, 1, whole=True), "kind": choice(*FIGURE_KINDS)},
+    "glue.glue": {"value": st.sampled_from([None, [1], {}, torch.zeros(2), np.zeros(3), object()])},
+    "glue.claim": {
+        "number": SIZE,
+        "verdict": choice("holds", "does not hold", "cannot be tested here", "holds within limits"),
+        "finding": st.one_of(text(), st.just("{missing}")),
+    },
+    "plots.matrices": ANY_WEIGHTS
+    | {
+        "path": st.one_of(but(), st.integers(), st.booleans()),
+        "order": st.one_of(
+            number(0, 2, whole=True).filter(lambda v: v is not None and not (isinstance(v, list) and v)),
+            st.just([3]),
+            st.just(["0"]),
+        ),
+    },
+    "plots.columns": {
+        "vectors": st.one_of(but(dict), NOTHING, tensor(torch.ones(2, 2), 0).map(lambda bad: {"a": bad}))
+    },
+    "plots.components": {
+        "decomposed": bad_components(alone=True).filter(lambda c: not isinstance(c, apd.Decomposition)),
+        "truth": KINDS["truth"].filter(lambda v: v is not None),
+        "path": st.one_of(but(), st.integers(), st.booleans()),
+    },
+    "plots.history": {"result": st.one_of(function(), st.just(components()))},
+    "plots.masks": {"mask": tensor(torch.ones(4, 3), 0, 1)},
+    "attributions.shapley": {"n_samples": number(1, whole=True, none=True)},
+    "attributions.path_shapley": {"n_samples": SIZE},
+    "data.SparseFeatures.__call__": {"generator": source(none=False)},
+    "targets.GatedInputs.__call__": {"generator": source(none=False)},
+    "targets.Questions.__call__": {"generator": source(none=False)},
+    "data.checked": {
+        "x": st.one_of(but(Tensor), NOTHING, st.sampled_from([X[:0], X[0, 0], [X], {"x": X}, (X, X)]), poked(X))
+    },
+    "diagnose.diagnose": ALONE,
+    "losses.faithfulness": {"components": bad_components(finite=False)},
+    "losses.kl": OUTPUTS,
+    "losses.mse": OUTPUTS,
+    "losses.minimality": OUTPUTS,
+    "losses.simplicity": NO_NAN,
+    "losses.simplicity_exact": NO_NAN,
+    "metrics.description_length": ANY_WEIGHTS,
+    "metrics.ml2r": ALONE,
+    "metrics.mmcs": ALONE,
+    "metrics.ownership": ALONE,
+    "metrics.relative_faithfulness": {"components": bad_components(finite=False)},
+    "metrics.scrubbing": ALONE,
+    "rules.TransposedLinear": {"encoder": st.one_of(function(), st.just(nn.ReLU()))},
+    "rules.rule": {"module": st.one_of(but(), NOTHING, st.just(nn.GRU(2, 2)))},
+    "store.read_tensors": {"path": st.one_of(path(), st.just("/nowhere")), "kind": st.one_of(text(), st.just("other"))},
+    "store.write": {"data": st.one_of(but(bytes), NOTHING, st.integers())},
+    "store.write_tensors": {
+        "tensors": st.one_of(but(dict), NOTHING, st.sampled_from([{"a": 1}, {1: X}, {"a": X.numpy()}, {"a": None}])),
+        "facts": st.sampled_from([object(), {"a": X}, {"a": torch.nan}, {"a": {1, 2}}, torch.inf, b"1"]),
+    },
+    "targets.GatedFunctions": {"neurons": number(2, whole=True)},
+    "targets.GatedFunctions.functions": {"x": st.one_of(but(Tensor), NOTHING)},
+    "targets.Questions": {
+        "n_letters": number(7, whole=True),
+        "tasks": of_number_or_list(number(0, 5, whole=True)),
+    },
+    "targets.ResidualMLP": {"neurons": of_number_or_list(SIZE)},
+    "targets.ResidualMLP.labels": {"x": st.one_of(but(Tensor), NOTHING)},
+    "targets.ResidualMLP.contributions": {"components": bad_components(alone=True).filter(lambda c: c is not None)},
+    "targets.ResidualMLP.ownership": ALONE,
+    "targets.ResidualMLP.attributions": {"x": tensor(torch.ones(4, 4), 0)},
+    "targets.TMS.ownership": ALONE,
+    "targets.TMS.attributions": {"x": tensor(X, 0)},
+    "targets.TMS.fit": {"steps": SIZE_OR_NONE, "batch_size": SIZE_OR_NONE},
+    "targets.Transformer": {
+        "n_letters": number(7, whole=True),
+        **{name: SIZE for name in ("d", "n_heads", "neurons", "n_blocks")},
+    },
+    "targets.Transformer.forward": {
+        "x": st.one_of(but(Tensor), NOTHING, st.sampled_from([X, torch.zeros(2, 8).long()]))
+    },
+    "targets.Transformer.answers": {
+        "x": st.one_of(but(Tensor), NOTHING, st.sampled_from([X, torch.zeros(2, 8).long()]))
+    },
+    "targets.Transformer.data": {"tasks": of_number_or_list(number(0, 5, whole=True))},
+    "selection.sample_top_k": {"k": number(1, 3, whole=True)},
+    **WIDTH,
+}
+ALIASES = {  # what a message may call the parameter
+    "batches": ("x",),
+    "components": ("Components",),
+    "decomposed": ("components",),
+    "divergence": (),
+    "module": ("has no rule",),
+    "settings": ("setting",),
+    "folder": ("no file at",),
+    "path": ("no file at",),
+    "kind": ("holds a",),
+    "wanted": ("outputs",),
+    "A": ("B",),
+    "B": ("A",),
+}
+
+
+def strategy(name: str, parameter: str) -> Strategy:
+    return OWN_KINDS.get(name, {}).get(parameter) or KINDS[parameter]
+
+
+def call(name: str, **changes: Any) -> Any:
+    own, arguments = VALID[name]
+    return PUBLIC[name](*(() if own is None else (own,)), **{**arguments, **changes})
+
+
+def complaint(error: BaseException, parameter: str) -> str:
+    """What is wrong with an error; nothing if it is the package's own and names the parameter and what was given."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    assert frame.lineno is not None
+    line = linecache.getline(frame.filename, frame.lineno).strip()
+    if not frame.filename.startswith(PACKAGE) or not line.startswith("raise"):
+        return f"not raised by the package, but at {frame.filename}:{frame.lineno}: {line}"
+    if not isinstance(error, (ValueError, TypeError, KeyError, FileNotFoundError)):
+        return f"of kind {type(error).__name__}"
+    if not any(alias in str(error) for alias in (parameter, *ALIASES.get(parameter, ()))):
+        return f"does not name {parameter}"
+    return ""
+
+
+CASES = [(name, parameter) for name in tried() for parameter in parameters(name)]
+
+
+def test_everything_public_is_tried() -> None:
+    """Whoever adds a function or a parameter says here what is malformed for it."""
+    assert set(tried()) == set(VALID), "list its valid arguments in VALID"
+    unknown = [case for case in CASES if case[1] not in KINDS and case[1] not in OWN_KINDS.get(case[0], {})]
+    assert not unknown, "say in KINDS or OWN_KINDS what is malformed"
+
+
+@pytest.mark.parametrize("name", tried())
+def test_the_valid_arguments_are(name: str) -> None:
+    call(name)
+
+
+@pytest.mark.parametrize(("name", "parameter"), CASES)
+def test_malformed_values_get_a_clear_error(name: str, parameter: str) -> None:
+    @settings(max_examples=20 if name != "decompose" or parameter != "batches" else 40)
+    @given(strategy(name, parameter))
+    def every(value: Any) -> None:
+        try:
+            result = call(name, **{parameter: value})
+        except (Exception, KeyboardInterrupt) as error:
+            wrong = complaint(error, parameter)
+            assert not wrong, f"{name}({parameter}={value!r}) raised {error!r}: {wrong}"
+        else:
+            raise AssertionError(f"{name}({parameter}={value!r}) gave {type(result).__name__} in silence")
+
+    every()
