@@ -6,15 +6,21 @@ result = apd.decompose(target, **target.recipe)
 print(apd.metrics.ownership(result.components, target.mechanisms()))
 """
 
-from . import attributions, data, losses, rules, selection, store, targets
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from . import attributions, data, losses, rules, selection, store
 from .algorithm import decompose
-from .book import artefacts, frames, glue
 from .components import Components
 from .config import Config
 from .decomposition import Decomposition
 from .network import Network
-from .study import diagnose, metrics, plots
 from .train import NonFiniteLoss
+
+if TYPE_CHECKING:
+    from . import targets
+    from .book import artefacts, frames, glue
+    from .study import diagnose, metrics, plots
 
 __all__ = [
     "Components",
@@ -39,3 +45,25 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+# What a plain run does not need is loaded when it is first asked for.
+_LATER = {
+    "artefacts": "book.artefacts",
+    "diagnose": "study.diagnose",
+    "frames": "book.frames",
+    "glue": "book.glue",
+    "metrics": "study.metrics",
+    "plots": "study.plots",
+    "targets": "targets",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = module = import_module(f"{__name__}.{_LATER[name]}")
+    return module
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})

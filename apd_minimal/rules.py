@@ -51,9 +51,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from .components import Components
-
 from . import checks
+from .components import Components
 
 
 def _same(t: Tensor) -> Tensor:

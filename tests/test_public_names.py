@@ -16,7 +16,7 @@ NAMES = {
     "losses": "DIVERGENCES faithfulness kl minimality mse simplicity simplicity_exact",
     "metrics": "Ownership Scrubbing description_length ml2r mmcs output_error ownership relative_faithfulness "
     "scrubbing",
-    "rules": "Rule TransposedLinear rule",
+    "rules": "PLAIN Rule Site TransposedLinear Use busy by_sample find_parameter find_sites lookup rule rules_of",
     "store": "FORMAT StoreError read_tensors write write_tensors",
     "targets": "GatedFunctions GatedInputs Questions ResidualMLP TMS Transformer",
     "selection": "batch_top_k sample_top_k",
