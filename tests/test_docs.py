@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pkgutil
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,11 @@ def test_names_in_texts(path: Path) -> None:
     text = prose(path)
     modules = set(re.findall(r"\bapd_minimal(?:\.[A-Za-z_]\w*)+", text)) - {"apd_minimal.manifest"}
     assert [name for name in sorted(modules) if not is_there(name)] == []
+    # Pages know a function by the module that it lies in, not by a shorter name.
+    linked = set(
+        re.findall(r"\{(?:func|class)\}`~?([\w.]+)\.\w+`", text)
+    )  # pages know things by the module they lie in
+    assert [name for name in sorted(linked) if not find_spec(name)] == []
     commands = set(re.findall(r"python3? -m ((?:benchmarks|experiments|tools)\.\w+)", text)) - {"experiments.NAME"}
     assert [name for name in sorted(commands) if not is_there(name)] == []
     files = set(re.findall(r"\b(?:apd_minimal|benchmarks|experiments|tests|theme|tools)/[\w/]+\.py\b", text))
