@@ -16,7 +16,7 @@ from torch.func import functional_call
 
 from .components import Components
 from .network import Network, evaluating
-from .rules import Use
+from .sites import Use
 
 SAMPLES = 4
 
