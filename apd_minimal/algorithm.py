@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,10 @@ from .data import Batches
 from .decomposition import Decomposition
 from .losses import DIVERGENCES, Divergence
 from .network import Network
+from .selection import Selection
 from .train import NonFiniteLoss, Run
+
+Callback = Callable[[int, dict[str, list[float]], Components], None]
 
 
 @torch.inference_mode(False)
@@ -29,17 +34,19 @@ def decompose(
     batches: Batches,
     weights: Sequence[str],
     n_components: int,
-    top_k: Schedule,
+    top_k: Schedule | None = None,
     *,
     output: Callable[[Any], Tensor] | None = None,
     divergence: str | Divergence = "mse",
     hidden_modules: Sequence[str] = (),
     attribution: Attribution | None = None,
+    selection: Selection | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 500,
     micro_batch: int | None = None,
     recompute: bool = False,
-    watch: Callable[[int, Components], None] | None = None,
+    callback: Callback | None = None,
+    log: str | os.PathLike[str] | None = None,
     progress: bool = True,
     **settings: Any,
 ) -> Decomposition:
@@ -51,11 +58,13 @@ def decompose(
         weights: parameter paths such as "encode.weight".
         n_components: C; more than the mechanisms you expect.
         top_k: mean number of active components per sample; a number, or points (progress, value) of a schedule.
+            None where a `selection` decides.
         output: picks the outputs that count, [B, ...], from what the target returns.
         divergence: "mse", "kl" (of softmax over the last axis) or (outputs, wanted) -> [..., B].
         hidden_modules: paths of modules whose outputs the sparse forward pass must match too, weighted by the
             setting `hidden`.
         attribution: (network, components, x) -> [..., B, C]; None takes exact gradient attributions.
+        selection: who is active, in place of the top k (`apd_minimal.selection`).
         checkpoint: a file from which an interrupted run of the same settings resumes, bit for bit. It knows
             functions by their names alone, and the batches not at all (`checkpoint.identity`); a generator that
             an attribution draws from is not in it.
@@ -65,7 +74,10 @@ def decompose(
             draws). None for all at once.
         recompute: work out what the components do in every layer once more on the way back, instead of keeping it
             (gradient checkpointing): the same result with less memory and more time.
-        watch: called as watch(step, components) at every logged step.
+        callback: called as callback(step, losses, components) at every logged step; losses maps names to lists over
+            restarts. For TensorBoard: `lambda step, losses, components: [writer.add_scalar(name, min(values), step)
+            for name, values in losses.items()]`; for W&B: `wandb.log({name: min(values) ...}, step=step)`.
+        log: a file that gets one line of JSON for every logged step: "step", and each loss as a list over restarts.
         progress: show a progress bar with the losses.
         **settings: any field of `Config`.
 
@@ -83,15 +95,20 @@ def decompose(
         Exception: whatever a function given here raises. After the first step, it carries the state so far as its
             attribute `result`; if the restarts cannot be scored then, there is a warning, and the scores are NaN.
     """
-    config = Config.from_dict({"n_components": n_components, "top_k": top_k, **settings})
-    check(config, divergence, hidden_modules, micro_batch)
-    check_rest(batches, output, attribution, watch, checkpoint, checkpoint_every)
+    if (top_k is None) == (selection is None):
+        raise ValueError(f"give top_k or a selection, got top_k={top_k!r} and selection={selection!r}")
+    checks.kind("selection", selection, (Selection, type(None)), "an apd_minimal.selection.Selection or None")
+    most = n_components if top_k is None else top_k
+    config = Config.from_dict({"n_components": n_components, "top_k": most, **settings})
+    check(config, divergence, hidden_modules, micro_batch, attribution)
+    check_rest(batches, output, attribution, callback, checkpoint, checkpoint_every)
+    checks.kind("log", log, (str, os.PathLike, type(None)), "a path or None")
     network = Network(target, weights, output, hidden_modules, recompute)
-    run = begin(Run, network, batches, config, divergence, attribution, micro_batch)
+    run = begin(Run, network, batches, config, divergence, attribution, micro_batch, selection)
     if checkpoint is not None and Path(checkpoint).exists():
         run.resume(checkpoint)
     try:
-        follow(run, checkpoint, checkpoint_every, watch, progress)
+        follow(run, checkpoint, checkpoint_every, callback, progress, log)
         return run.result()
     except KeyboardInterrupt:
         return run.so_far()
@@ -105,8 +122,19 @@ def decompose(
         raise
 
 
-def check(config: Config, divergence: str | Divergence, hidden_modules: Sequence[str], micro_batch: int | None) -> None:
+def check(
+    config: Config,
+    divergence: str | Divergence,
+    hidden_modules: Sequence[str],
+    micro_batch: int | None,
+    attribution: Attribution | None,
+) -> None:
     """Raise a ValueError that names what does not fit."""
+    if attribution is not None and (config.attribute_at != "target" or config.per_position):
+        raise ValueError(
+            "attribute_at and per_position are options of gradient attributions, and attribution takes their place: "
+            f"got attribute_at={config.attribute_at!r}, per_position={config.per_position}"
+        )
     if not callable(divergence) and (not isinstance(divergence, str) or divergence not in DIVERGENCES):
         raise ValueError(f"divergence must be one of {list(DIVERGENCES)} or a function, got {checks.given(divergence)}")
     if bool(hidden_modules) != bool(config.hidden):
@@ -117,17 +145,17 @@ def check(config: Config, divergence: str | Divergence, hidden_modules: Sequence
         checks.number("micro_batch", micro_batch, 1, whole=True)
 
 
-def check_rest(batches: Any, output: Any, attribution: Any, watch: Any, checkpoint: Any, checkpoint_every: Any) -> None:
+def check_rest(batches: Any, output: Any, attribution: Any, callback: Any, checkpoint: Any, every: Any) -> None:
     """The same for the functions and the checkpoint."""
     if not callable(batches):
         raise TypeError(
             f"batches must be a function, batches(step, generator) -> inputs [B, ...], got {checks.given(batches)}; "
             "of a list: lambda step, generator: items[step % len(items)]"
         )
-    for name, value in (("output", output), ("attribution", attribution), ("watch", watch)):
+    for name, value in (("output", output), ("attribution", attribution), ("callback", callback)):
         checks.function(name, value)
     checks.kind("checkpoint", checkpoint, (str, os.PathLike, type(None)), "a path or None")
-    checks.number("checkpoint_every", checkpoint_every, 1, whole=True)
+    checks.number("checkpoint_every", every, 1, whole=True)
 
 
 def begin(
@@ -138,10 +166,11 @@ def begin(
     divergence: str | Divergence,
     attribution: Attribution | None,
     micro_batch: int | None,
+    selection: Selection | None = None,
 ) -> Run:
     """A run before its first step; the network is checked on inputs of that step."""
     function = DIVERGENCES[divergence] if isinstance(divergence, str) else divergence
-    run = make(network, batches, config, function, attribution, micro_batch)
+    run = make(network, batches, config, function, attribution, micro_batch, selection)
     dtype = next(iter(network.weights.values())).dtype
     if dtype not in (torch.float32, torch.float64, torch.bfloat16):
         raise TypeError(
@@ -158,11 +187,18 @@ def follow(
     run: Run,
     checkpoint: str | os.PathLike[str] | None,
     checkpoint_every: int,
-    watch: Callable[[int, Components], None] | None,
+    callback: Callback | None,
     progress: bool,
+    log: str | os.PathLike[str] | None = None,
 ) -> None:
     """All steps that are left of a run."""
-    with tqdm(total=run.config.steps, initial=run.step, disable=not progress, unit="step") as bar:
+    live = sys.stderr.isatty() or "ipykernel" in sys.modules  # else the bar goes to a file, line by line
+    with (
+        tqdm(
+            total=run.config.steps, initial=run.step, disable=not progress, unit="step", mininterval=0.1 if live else 60
+        ) as bar,
+        open(os.devnull if log is None else log, "a", encoding="utf-8") as lines,
+    ):
         while run.step < run.config.steps:
             try:
                 losses = run.advance()
@@ -172,7 +208,9 @@ def follow(
             bar.update()
             if run.config.logs(run.step - 1):
                 bar.set_postfix({name: f"{min(values):.1e}" for name, values in losses.items()})
-                if watch is not None:
-                    watch(run.step - 1, run.components.map(Tensor.detach))
+                lines.write(json.dumps({"step": run.step - 1, **losses}, allow_nan=False) + "\n")
+                lines.flush()
+                if callback is not None:
+                    callback(run.step - 1, losses, run.components.map(Tensor.detach))
             if checkpoint is not None and (run.step % checkpoint_every == 0 or run.step == run.config.steps):
                 run.save(checkpoint)

@@ -15,16 +15,16 @@ class Batch:
         x: inputs [B, ...], those that say nothing to any component left out.
         wanted: the target's outputs [B, ...].
         hidden: the target's hidden activations that count, each [B, ...].
-        mask: which components are active [R, B, (positions,) C].
-        scrubbed: the same with a random half of the others; None if there is no scrub loss.
+        gates: which components are active [R, B, (positions,) C], boolean or soft.
+        noise: uniform numbers of that shape, for the stochastic pass; None if there is no scrub loss.
         share: what the losses of these samples count for: how many of the step's samples they are.
     """
 
     x: Tensor
     wanted: Tensor
     hidden: list[Tensor]
-    mask: Tensor
-    scrubbed: Tensor | None
+    gates: Tensor
+    noise: Tensor | None
     share: float
 
     def pieces(self, size: int | None) -> list[Batch]:
@@ -35,8 +35,8 @@ class Batch:
                 self.x[part],
                 self.wanted[part],
                 [h[part] for h in self.hidden],
-                self.mask[:, part],
-                None if self.scrubbed is None else self.scrubbed[:, part],
+                self.gates[:, part],
+                None if self.noise is None else self.noise[:, part],
                 self.share * len(self.x[part]) / n,
             )
             for part in (slice(i, i + (size or n)) for i in range(0, n, size or n))

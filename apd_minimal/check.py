@@ -16,7 +16,7 @@ from torch.func import functional_call
 
 from .components import Components
 from .network import Network, evaluating
-from .rules import Use
+from .sites import Use
 
 SAMPLES = 4
 
@@ -35,12 +35,10 @@ def check(network: Network, x: Tensor, tolerance: float = 1e-3) -> None:
         few = x[most] if len(most) > 1 else x[most].repeat_interleave(2, 0)
         _check_target(network, x)
         _check_samples(network, few, tolerance)
-        trial = _Trial(network, few, tolerance)
-        paths = list(network.weights)
-        for remainder in (False, True):
-            if problem := trial.problem(paths, remainder):
-                alone = (trial.problem([path], remainder) for path in paths)  # to name the one at fault
-                raise ValueError(next(filter(None, alone), problem))
+        # Twice, with other weights: rounding may flip a unit that is just about off, but hardly in both.
+        problem = _Trial(network, few, tolerance, seed=0).problem()
+        if problem and _Trial(network, few, tolerance, seed=1).problem():
+            raise ValueError(problem)
 
 
 def _differ(a: Tensor, b: Tensor, size: Tensor, tolerance: float, scale: Tensor | None = None) -> bool:
@@ -113,9 +111,9 @@ def _traced(network: Network, x: Tensor) -> tuple[Tensor, list[tuple[str, Tensor
 class _Trial:
     """Random components near the target's weights, random gates for every sample, and both ways to run them."""
 
-    def __init__(self, network: Network, x: Tensor, tolerance: float) -> None:
+    def __init__(self, network: Network, x: Tensor, tolerance: float, seed: int) -> None:
         self.network, self.x, self.tolerance = network, x, tolerance
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(seed)
         self.parts: dict[str, tuple[Tensor, Tensor]] = {}
         self.gates = {}
         for path, matrix in network.weights.items():
@@ -133,8 +131,16 @@ class _Trial:
             for path in network.weights
         }
 
-    def problem(self, paths: Sequence[str], remainder: bool) -> str | None:
-        """What is wrong when the weights at some paths are gated, while the others stay; None if nothing is."""
+    def problem(self) -> str | None:
+        """What is not reproduced, by the name of the weight at fault; None if everything is."""
+        paths = list(self.network.weights)
+        for remainder in (False, True):
+            if together := self.compare(paths, remainder):
+                return next(filter(None, (self.compare([path], remainder) for path in paths)), together)
+        return None
+
+    def compare(self, paths: Sequence[str], remainder: bool) -> str | None:
+        """What is wrong when the weights at some paths are gated, while the others stay."""
         components = self.components(paths)
         true, gradients = self.real(components, remainder)
         ours, found = self.hooked(components, remainder)

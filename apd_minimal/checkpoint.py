@@ -17,7 +17,9 @@ from .decomposition import differences, fingerprint
 from .network import Network
 
 
-def identity(config: Config, network: Network, divergence: Any, attribution: Any) -> dict[str, Any]:
+def identity(
+    config: Config, network: Network, divergence: Any, attribution: Any, selection: Any = None
+) -> dict[str, Any]:
     """What the meaning of a run depends on, as JSON can hold it.
 
     Functions count by module and qualified name, a partial by the function inside, any other object by its class.
@@ -29,6 +31,7 @@ def identity(config: Config, network: Network, divergence: Any, attribution: Any
         network: the target, with the weights, the output and the hidden modules that were picked.
         divergence: a function.
         attribution: a function, or None for gradient attributions.
+        selection: an object, or None for the top k of the settings.
 
     Returns:
         dict[str, Any]: name to value.
@@ -41,6 +44,7 @@ def identity(config: Config, network: Network, divergence: Any, attribution: Any
         "output": _name(network.output),
         "divergence": _name(divergence),
         "attribution": _name(attribution),
+        "selection": _name(selection),
     }
 
 

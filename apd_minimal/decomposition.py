@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from . import checks, store
 from .components import Components
-from .config import Config
-from .network import Network
+from .config import Config, at_progress
+from .network import Network, as_network
 
 
 def fingerprint(state: Mapping[str, Any]) -> str:
@@ -67,6 +67,9 @@ class Decomposition:
         finished: False if the run was stopped before its last step.
         fingerprint: hash of the target's parameters and buffers.
         restarts: the components of all restarts, stacked; not stored.
+        threshold: the attribution above which a component is active, by which `active` judges; None where active are
+            so many of each sample, or where a selection of one's own decided.
+        selection: what chose the active components of the run; not stored.
     """
 
     components: Components
@@ -77,6 +80,37 @@ class Decomposition:
     finished: bool
     fingerprint: str
     restarts: Components | None = None
+    threshold: float | None = None
+    selection: Any = None
+
+    def active(self, target: nn.Module | Network, x: Tensor, attribution: Any = None) -> Tensor:
+        """Say which components are active on each sample, whatever else is in the batch.
+
+        Args:
+            target: the network that was decomposed.
+            x: inputs [B, ...].
+            attribution: the one of the run; None for gradients.
+
+        Returns:
+            Tensor: boolean [B, C], or [B, positions, C] where the run has attributions for each position.
+
+        Raises:
+            ValueError: the run ended without a threshold, or the inputs do not fit.
+        """
+        from .attributions import gradient
+        from .selection import sample_top_k
+
+        config, network = self.config, as_network(target, self.components)
+        if attribution is not None:
+            scores = attribution(network, self.components, x)
+        else:
+            at, per_position = config.attribute_at, config.per_position
+            scores = gradient(network, self.components, x, at=at, per_position=per_position)
+        if config.per_sample:
+            return sample_top_k(scores, at_progress(config.top_k, 1.0)).bool()
+        if self.threshold is None:
+            raise ValueError("this decomposition has no threshold: its run broke, or another selection decided")
+        return scores > self.threshold
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write `cfg.json` and `components.safetensors` (keys path.A [C, d_in, m] and path.B [C, m, d_out]).
@@ -101,6 +135,7 @@ class Decomposition:
             # Strict JSON knows no NaN.
             "scores": [score if math.isfinite(score) else None for score in self.scores],
             "history": self.history,
+            "threshold": self.threshold,
         }
 
     @classmethod
@@ -155,4 +190,6 @@ class Decomposition:
                 chosen=checks.number("chosen", facts["chosen"], 0, len(scores) - 1, whole=True),
                 finished=checks.flag("finished", facts["finished"]),
                 fingerprint=facts["fingerprint"],
+                # Files of earlier versions have none.
+                threshold=None if (found := facts.get("threshold")) is None else checks.number("threshold", found),
             )

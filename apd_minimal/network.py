@@ -22,7 +22,8 @@ from torch.utils.checkpoint import checkpoint
 
 from .components import Components
 from .kernels import grouped
-from .rules import Rule, Site, Use, by_sample, find_parameter, find_sites, lookup, rules_of
+from .rules import Rule
+from .sites import Site, Use, by_sample, find_parameter, find_sites, lookup, replaced, with_forward
 
 Gates = Tensor | Mapping[str, Tensor]
 Edit = Callable[[Site, Tensor, Tensor], Tensor]  # (site, input, output) -> the output to go on with
@@ -84,13 +85,7 @@ class Network:
         kinds = {path: (matrix.dtype, matrix.device) for path, matrix in self.weights.items()}
         if len(set(kinds.values())) > 1:
             raise ValueError(f"the weights must have one type and one device, got {kinds}")
-        # What is computed by a rule instead: modules whose output is not the product plus something.
-        self.replaced: list[tuple[nn.Module, dict[str, Rule]]] = []
-        for module in dict.fromkeys(modules.values()):
-            # Attention uses the weight of its child without calling it.
-            attends = isinstance(module, nn.MultiheadAttention) and any(id(p) in seen for p in module.parameters())
-            if attends or any(site.module is module and site.rule.forward for site in self.sites):
-                self.replaced.append((module, rules_of(module)))
+        self.replaced = replaced(modules.values(), self.sites)
         for name in hidden:
             lookup(modules, name, "module")
 
@@ -215,7 +210,7 @@ class Network:
             for module, rules in self.replaced:
                 forward = next(rule.forward for rule in rules.values() if rule.forward)
                 product = partial(self._product, edit, module, rules)
-                undo.enter_context(_with_forward(module, partial(forward, product)))
+                undo.enter_context(with_forward(module, partial(forward, product)))
             for name in self.hidden if activations is not None else ():
                 undo.callback(self.target.get_submodule(name).register_forward_hook(partial(keep, name)).remove)
             undo.enter_context(evaluating(self.target))
@@ -257,21 +252,6 @@ class Network:
 
 def _paths(names: object) -> bool:
     return isinstance(names, Sequence) and not isinstance(names, str) and all(isinstance(name, str) for name in names)
-
-
-@contextmanager
-def _with_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Another forward pass inside, the module's own afterwards."""
-    own = vars(module).get("forward")
-    hook = module.register_forward_hook(lambda *args: None)  # fused kernels look for hooks, and leave such modules be
-    module.forward = forward
-    try:
-        yield
-    finally:
-        hook.remove()
-        del module.forward
-        if own is not None:
-            module.forward = own
 
 
 def _hook(edit: Callable[[Tensor, Tensor], Tensor], module: nn.Module, args: Any, kwargs: Any, out: Tensor) -> Tensor:

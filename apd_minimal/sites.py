@@ -1,5 +1,224 @@
-"""Moved into `rules`."""
+"""Where a network uses its decomposed weights (chapter 3).
 
-from .rules import Site, Use, busy, find_sites, lookup
+A weight may be used by several modules: tied weights, or one module under two names. Each of them is a site.
+"""
 
-__all__ = ["Site", "Use", "busy", "find_sites", "lookup"]
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from .components import Components
+from .rules import Rule, TransposedLinear, rule
+
+# The output of exactly these is known to be the product plus a bias, which saves computing the product.
+PLAIN = (nn.Linear, TransposedLinear, nn.Embedding, nn.Conv1d, nn.Conv2d)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One module that uses a decomposed weight.
+
+    Attributes:
+        path: the parameter path under which the weight is decomposed.
+        name: the module's own path in the target.
+        module: the module.
+        parameter: what the module calls it.
+        rule: how it uses it.
+        transposed: it multiplies by the transpose of the matrix named by `path` (tied weights).
+    """
+
+    path: str
+    name: str
+    module: nn.Module
+    parameter: str
+    rule: Rule
+    transposed: bool
+
+    @property
+    def plain(self) -> bool:
+        """Whether the output is the product plus `bias` and nothing else."""
+        module = self.module
+        exact = type(module) in PLAIN and "forward" not in vars(module) and not module._forward_hooks
+        return exact or self.rule.forward is not None
+
+    @property
+    def bias(self) -> Tensor | None:
+        """What a plain module adds to the rows of the product."""
+        return None if self.rule.forward is not None else getattr(self.module, "bias", None)
+
+    def factors(self, components: Components) -> tuple[Tensor, Tensor]:
+        """The factors in the order in which this module's rows meet them: [..., C, d, m] and [..., C, m, d']."""
+        a, b = components.A[self.path], components.B[self.path]
+        return (b.transpose(-2, -1), a.transpose(-2, -1)) if self.transposed else (a, b)
+
+    def sum(self, components: Components) -> Tensor:
+        """Sum of the components as this module multiplies by it: [..., d, d']."""
+        total = components.sum(self.path)
+        return total.transpose(-2, -1) if self.transposed else total
+
+
+@dataclass(frozen=True)
+class Use:
+    """One use of a decomposed weight during a run.
+
+    Attributes:
+        site: the module.
+        rows: its input rows [B, *positions, d].
+        shift: zeros that were added to its output rows [B, *positions, d']; their gradient is the output's.
+    """
+
+    site: Site
+    rows: Tensor
+    shift: Tensor
+
+
+def busy(uses: Sequence[Use], batch: int) -> Tensor:
+    """Which samples put anything at all into a decomposed weight: [B].
+
+    For the others every component does nothing: their outputs stay those of the target, their attributions are 0.
+    """
+    return torch.stack([use.rows.reshape(batch, -1).any(1) for use in uses]).any(0)
+
+
+def by_sample(rows: Tensor, n: int, site: Site) -> Tensor:
+    """Rows with the samples as their first axis [n, *positions, d], a view.
+
+    Samples and positions may come as one axis, sample by sample; what has a leading 1 serves all samples.
+
+    Raises:
+        ValueError: a first axis that cannot be the samples.
+    """
+    if rows.ndim > 1 and len(rows) == n:
+        return rows
+    if rows.ndim > 1 and len(rows) == 1:
+        return rows.expand(n, *rows.shape[1:])
+    if rows.ndim > 1 and len(rows) and len(rows) % n == 0:
+        return rows.unflatten(0, (n, -1))
+    raise ValueError(
+        f"{site.path}: the first axis of what module {site.name!r} gets must be the {n} samples (or 1, the same for "
+        f"all), got rows of shape {list(rows.shape)}: transposed or stacked inputs, and modules that see a part of the "
+        "samples (experts), cannot be gated by sample"
+    )
+
+
+def rules_of(module: nn.Module) -> dict[str, Rule]:
+    """The rules of a module's parameters, by name."""
+    found = rule(module)
+    return {"weight": found} if isinstance(found, Rule) else dict(found)
+
+
+def find_parameter(parameters: Mapping[str, nn.Parameter], modules: Mapping[str, nn.Module], path: str) -> nn.Parameter:
+    """The parameter under a path of the target's, if it can be decomposed as it is.
+
+    Raises:
+        KeyError: there is none.
+        ValueError: it is parametrised, lazy, not real, or made in inference mode; the message says what to do.
+    """
+    owner, _, name = path.partition(".parametrizations.") if ".parametrizations." in path else path.rpartition(".")
+    name = name.partition(".")[0]
+    if owner in modules and is_parametrized(modules[owner], name):
+        raise ValueError(
+            f"{path}: {name} of {owner!r} is parametrised (weight norm and the like); decompose what it comes to, with "
+            f"torch.nn.utils.parametrize.remove_parametrizations(module, {name!r}) on a copy of the target"
+        )
+    parameter: nn.Parameter = lookup(parameters, path, "parameter")
+    if isinstance(parameter, nn.parameter.UninitializedParameter):
+        raise ValueError(f"{path} is lazy, it has no shape yet: run the target on a batch first")
+    if not parameter.is_floating_point() or parameter.is_inference():
+        raise ValueError(
+            f"{path} must hold real numbers and be made outside torch.inference_mode, got {parameter.dtype}"
+        )
+    return parameter
+
+
+def find_sites(target: nn.Module, path: str, parameter: nn.Parameter) -> list[Site]:
+    """Find every module that uses a parameter.
+
+    Args:
+        target: any network.
+        path: the parameter's path; the module that it names fixes the orientation, and is never transposed.
+        parameter: the parameter.
+
+    Returns:
+        list[Site]: one for each module, in the order of the target's.
+
+    Raises:
+        TypeError: a kind of module without a rule, a parameter without one, or a rule that does not fit.
+    """
+    owner_name, _, attribute = path.rpartition(".")
+    owner = target.get_submodule(owner_name)
+    labels = torch.arange(parameter.numel()).reshape(parameter.shape)
+    found: list[tuple[str, nn.Module, str, Rule, Tensor]] = []
+    for name, module in target.named_modules():
+        for own in [key for key, p in module._parameters.items() if p is parameter]:
+            try:
+                rules = rules_of(module)
+            except TypeError as error:
+                raise TypeError(f"cannot decompose {path}: {error}") from None
+            if own not in rules:
+                raise TypeError(
+                    f"cannot decompose {path}: of {type(module).__name__}, only `{'`, `'.join(rules)}` can be "
+                    "decomposed; biases stay as they are"
+                )
+            matrix = rules[own].matrix(labels)
+            if matrix.ndim != 2 or not torch.equal(rules[own].weight(matrix), labels):
+                raise TypeError(
+                    f"cannot decompose {path}: the rule of {type(module).__name__} must turn {own} into a matrix "
+                    f"[d_in, d_out] and back; it gives {list(matrix.shape)} of {list(labels.shape)}"
+                )
+            found.append((name, module, own, rules[own], matrix))
+    # Looked up by the module: one that has two names is listed under the first of them only.
+    canonical = next(matrix for _, module, own, _, matrix in found if module is owner and own == attribute)
+    sites = []
+    for name, module, own, how, matrix in found:
+        transposed = not torch.equal(matrix, canonical)
+        if transposed and not torch.equal(matrix, canonical.T):
+            raise TypeError(f"cannot decompose {path}: module {name!r} uses it as a matrix of another layout")
+        sites.append(Site(path, name, module, own, how, transposed))
+    return sites
+
+
+def lookup(known: Mapping[str, Any], path: str, kind: str) -> Any:
+    """What the target has under a path, or a KeyError with the paths that come close."""
+    if path not in known:
+        close = difflib.get_close_matches(path, known, n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"it has {', '.join(list(known)[:12])}"
+        raise KeyError(f"the target has no {kind} {path!r}; {hint}")
+    return known[path]
+
+
+def replaced(modules: Iterable[nn.Module], sites: Sequence[Site]) -> list[tuple[nn.Module, dict[str, Rule]]]:
+    """The modules whose rules say what they compute, since their output is not the product plus something."""
+    found = []
+    for module in dict.fromkeys(modules):
+        own = {id(p) for p in module.parameters()}
+        # Attention uses the weight of its child without calling it.
+        attends = isinstance(module, nn.MultiheadAttention) and any(
+            id(site.module._parameters[site.parameter]) in own for site in sites
+        )
+        if attends or any(site.module is module and site.rule.forward for site in sites):
+            found.append((module, rules_of(module)))
+    return found
+
+
+@contextmanager
+def with_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Another forward pass inside, the module's own afterwards."""
+    own = vars(module).get("forward")
+    hook = module.register_forward_hook(lambda *args: None)  # fused kernels look for hooks, and leave such modules be
+    module.forward = forward
+    try:
+        yield
+    finally:
+        hook.remove()
+        del module.forward
+        if own is not None:
+            module.forward = own

@@ -6,6 +6,8 @@ import inspect
 import math
 import os
 import warnings
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from .decomposition import Decomposition, fingerprint
 from .kernels.totals import Totals
 from .losses import Divergence, faithfulness, minimality, simplicity
 from .network import Network
-from .selection import batch_top_k, sample_top_k
+from .selection import Selection, TopK
 from .sites import Use, busy
 from .store import reading
 from .tidy.merge import merge_and_prune, merge_by_bits
@@ -50,6 +52,7 @@ class Run:
         divergence: (outputs, wanted) -> [..., B].
         attribution: None for gradients.
         micro_batch: samples worked on at a time; None for all.
+        selection: who is active; None for the top k of the settings.
     """
 
     def __init__(
@@ -60,11 +63,13 @@ class Run:
         divergence: Divergence,
         attribution: Attribution | None,
         micro_batch: int | None = None,
+        selection: Selection | None = None,
     ) -> None:
         self.micro_batch = micro_batch
         self.network, self.batches, self.config, self.divergence = network, batches, config, divergence
         self.attribution = attribution or self._gradient
-        self.identity = identity(config, network, divergence, attribution)
+        self.selection = selection or TopK(config.top_k, config.per_sample)
+        self.identity = identity(config, network, divergence, attribution, selection)
         self.generator = torch.Generator().manual_seed(config.seed)
         weight = next(iter(network.weights.values()))
         self.device = weight.device.type
@@ -80,11 +85,17 @@ class Run:
         if config.per_weight is not None:
             confine(components, config.per_weight)
         self.components = components.map(lambda t: t.to(weight.dtype).requires_grad_())
+        self.selection.start(config.restarts, config.n_components, self.components.parameters()[0].detach())
         # The fused kernel updates all factors in one call, so that Ctrl-C cannot fall in between.
-        self.optimiser = torch.optim.Adam(self.components.parameters(), lr=config.lr, fused=True)
+        self.optimiser = torch.optim.Adam(self.parameters(), lr=config.lr, fused=True)
         self.step = 0
         self.history: dict[str, list[Any]] = {"step": []}
         self.good = self.components.map(lambda t: t.detach().clone())
+        self.good_selection = [p.detach().clone() for p in self.selection.parameters()]
+
+    def parameters(self) -> list[Tensor]:
+        """What is trained: the factors, and what the selection has of its own."""
+        return [*self.components.parameters(), *self.selection.parameters()]
 
     def _gradient(self, network: Network, components: Components, x: Tensor) -> Tensor:
         # Without its checks: where a run diverges, its losses say so, on all processes at once.
@@ -108,14 +119,21 @@ class Run:
             batches.append(self.drawn(self.step, generator))
         return torch.cat(batches)
 
-    def mask(self, x: Tensor, components: Components | None = None, share: float = 1.0) -> Tensor:
+    def gates(self, x: Tensor, components: Components | None = None, share: float = 1.0) -> Tensor:
         """Which components are active: [R, B, (positions,) C]. x is the given share of the batch that k is for."""
-        scores = self.attributions(x, self.components if components is None else components)
-        config = self.config
-        top_k = at_progress(config.top_k, self.step / config.steps)
-        if config.per_sample:
-            return sample_top_k(scores, top_k)
-        return batch_top_k(scores.flatten(1, -2), min(top_k / share, config.n_components)).reshape(scores.shape)
+        with torch.no_grad():
+            scores = self.attributions(x, self.components if components is None else components)
+        gates = self.selection.choose(scores, self.step / self.config.steps, share)
+        if gates.shape != scores.shape:
+            raise ValueError(
+                f"{type(self.selection).__name__}.choose must give gates of the scores' shape {list(scores.shape)}, "
+                f"got {list(gates.shape)}"
+            )
+        return gates
+
+    def mask(self, x: Tensor, components: Components) -> Tensor:
+        """Which components are active at all: zeros and ones."""
+        return (self.gates(x, components) > 0).to(components.parameters()[0].dtype)
 
     def attributions(self, x: Tensor, components: Components) -> Tensor:
         """By which the components are chosen: [R, B, (positions,) C]."""
@@ -130,38 +148,38 @@ class Run:
         # Under autocast some ways to attributions give bfloat16 and others do not.
         return torch.cat(found, dim=1).to(components.parameters()[0].dtype)
 
-    def coin(self, mask: Tensor) -> Tensor:
-        """A random half of what can be active, for the scrub loss; of the mask's shape and type."""
-        return (torch.rand(mask.shape, generator=self.generator).to(mask) < 0.5).to(mask)
+    def noise(self, shape: Sequence[int]) -> Tensor:
+        """Uniform numbers for the gates of the stochastic pass."""
+        return torch.rand(shape, generator=self.generator).to(self.components.parameters()[0].detach())
 
     def kept(self, busy: Tensor) -> Tensor:
         """Which of the busy samples [B] are worked on: indices, of all of them."""
         return busy.nonzero().flatten()
 
-    @torch.no_grad()
     def prepared(self, x: Tensor, scrubs: bool) -> Batch:
         """What the target does with the inputs, and who is to be active on them."""
         uses: list[Use] = []
         hidden: list[Tensor] = []
-        wanted = self.network(x, record=uses, activations=hidden)
+        with torch.no_grad():
+            wanted = self.network(x, record=uses, activations=hidden)
         # What has nothing to say to any component adds nothing to the losses but to their denominators.
         kept, share = self.kept(busy(uses, len(x))), 1.0
         if 0 < len(kept) < len(x):
             wanted, hidden = wanted[kept], [h[kept] for h in hidden]
             x, share = x[kept], len(kept) / len(x)
-        mask = self.mask(x, share=share)
-        return Batch(x, wanted, hidden, mask, torch.maximum(mask, self.coin(mask)) if scrubs else None, share)
+        gates = self.gates(x, share=share)
+        return Batch(x, wanted, hidden, gates, self.noise(gates.shape) if scrubs else None, share)
 
     def sparse_losses(self, batch: Batch, weight: dict[str, float]) -> dict[str, Tensor]:
         """The losses of the sparse forward passes, each [R]."""
         hidden: list[Tensor] = []
-        outputs = self.network(batch.x, self.components, batch.mask.bool(), activations=hidden)
+        outputs = self.network(batch.x, self.components, batch.gates, activations=hidden)
         terms = {"minimality": minimality(outputs, batch.wanted, self.divergence)}
         if weight["hidden"]:
             pairs = zip(hidden, batch.hidden, strict=True)
             terms["hidden"] = torch.stack([minimality(sparse, full) for sparse, full in pairs]).sum(0)
-        if batch.scrubbed is not None:
-            outputs = self.network(batch.x, self.components, batch.scrubbed)
+        if batch.noise is not None:
+            outputs = self.network(batch.x, self.components, self.selection.draw(batch.gates, batch.noise))
             terms["scrub"] = minimality(outputs, batch.wanted, self.divergence)
         return {name: batch.share * value for name, value in terms.items()}
 
@@ -171,9 +189,13 @@ class Run:
         weight = {name: at_progress(getattr(config, name), t) for name in config.schedules}
         totals = self.totals()
         batch = self.prepared(self.inputs(self.step, self.generator), bool(weight["scrub"]))
+        chosen = batch.gates
+        # Soft gates are leaves of the losses, since these come in pieces; the way back goes on from there once.
+        soft = [chosen.detach().requires_grad_()] if chosen.requires_grad else []
+        batch = replace(batch, gates=soft[0]) if soft else batch
         terms = {"faithfulness": faithfulness(totals, self.network.weights)}
         if weight["simplicity"]:
-            terms["simplicity"] = batch.share * simplicity(totals, batch.mask, config.p)
+            terms["simplicity"] = batch.share * simplicity(totals, batch.gates, config.p)
         found = {name: value.detach() for name, value in terms.items()}
         self.optimiser.zero_grad()
         pieces = batch.pieces(self.micro_batch)
@@ -186,9 +208,11 @@ class Run:
             parts = sparse | terms if last else sparse
             loss = torch.stack([weight[name] * value.sum() for name, value in parts.items()]).sum()
             if last:
-                totals.backward(loss)
+                totals.backward(loss, soft)
             else:
-                torch.autograd.backward(loss, inputs=self.components.parameters())
+                torch.autograd.backward(loss, inputs=[*self.components.parameters(), *soft])
+        if soft:
+            torch.autograd.backward(chosen, soft[0].grad, inputs=self.selection.parameters())
         values = self.checked(found)
         self.optimiser.param_groups[0]["lr"] = config.lr_at(t)
         self.optimiser.step()
@@ -223,6 +247,7 @@ class Run:
                     rows = self.history.setdefault(name, [none] * (len(self.history["step"]) - 1))
                     rows.append(values.get(name, none))
             self.good = self.components.map(lambda p: p.detach().clone())
+            self.good_selection = [p.detach().clone() for p in self.selection.parameters()]
         return values
 
     @torch.no_grad()
@@ -249,9 +274,11 @@ class Run:
         """Put in place what became of the components; the optimiser forgets those that changed [R, C]."""
         for p, new in zip(self.components.parameters(), components.parameters(), strict=True):
             p.copy_(new)
+        for p in self.parameters():
             state = self.optimiser.state[p]
             state["exp_avg"][changed] = 0
             state["exp_avg_sq"][changed] = self.mean(state["exp_avg_sq"])
+        self.selection.forget(changed)
 
     def mean(self, moments: Tensor) -> Tensor:
         """Over all components of a factor."""
@@ -262,15 +289,15 @@ class Run:
         return components.map(lambda p: p.detach().clone())
 
     @torch.no_grad()
-    def scores(self, components: Components) -> Tensor:
-        """The sparse reconstruction error of each restart on held-out inputs: [R]."""
+    def scores(self, components: Components) -> tuple[Tensor, Tensor | None]:
+        """The sparse reconstruction error of each restart on held-out inputs, and its threshold: [R] each."""
         x = self.many_inputs(HELD_OUT_SAMPLES, torch.Generator().manual_seed(self.config.seed + 1_000_003))
         with torch.autocast(self.device, enabled=False):
-            return self.errors(x, components)
+            return self.errors(x, components), self.selection.threshold(self.attributions(x, components))
 
     def errors(self, x: Tensor, components: Components) -> Tensor:
         """The mean error of the sparse outputs: [R]."""
-        mask, size = self.mask(x, components).bool(), self.micro_batch or len(x)
+        mask, size = self.gates(x, components), self.micro_batch or len(x)
         sums = [
             minimality(self.network(part, components, gates), self.network(part), self.divergence) * len(part)
             for part, gates in zip(x.split(size), mask.split(size, dim=1), strict=True)
@@ -281,7 +308,9 @@ class Run:
         """Choose among the restarts by their scores, those of an earlier state if one is given."""
         everything = self.whole(components or self.components)
         done = components is None and scores is None
-        scores = self.scores(components or self.components) if scores is None else scores
+        threshold = None
+        if scores is None:
+            scores, threshold = self.scores(components or self.components)
         found = (*everything.parameters(), scores)
         if done and not all(bool(t.isfinite().all()) for t in found):
             raise NonFiniteLoss(
@@ -299,11 +328,17 @@ class Run:
             finished=components is None and self.step == self.config.steps,
             fingerprint=fingerprint(self.network.target.state_dict()),
             restarts=everything,
+            threshold=None if threshold is None else float(threshold[chosen]),
+            selection=self.selection,
         )
 
     def so_far(self, components: Components | None = None) -> Decomposition:
         """The result in any case: of the last good state, and with NaN for scores where scoring fails too."""
-        if components is None and not all(bool(torch.isfinite(p).all()) for p in self.components.parameters()):
+        finite = all(bool(torch.isfinite(p).all()) for p in self.parameters())
+        if components is self.good or not finite:
+            for p, good in zip(self.selection.parameters(), self.good_selection, strict=True):
+                p.data.copy_(good)
+        if components is None and not finite:
             components = self.good
         try:
             return self.result(components)
@@ -314,12 +349,11 @@ class Run:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a checkpoint."""
-        factors = self.components.parameters()
-        write_state(path, self.identity, self.step, self.history, self.generator, factors, self.moments())
+        write_state(path, self.identity, self.step, self.history, self.generator, self.parameters(), self.moments())
 
     def moments(self) -> list[dict[str, Tensor]]:
-        """What the optimiser knows about each factor."""
-        return [dict(self.optimiser.state[p]) for p in self.components.parameters()]
+        """What the optimiser knows about each of the parameters."""
+        return [dict(self.optimiser.state[p]) for p in self.parameters()]
 
     def resume(self, path: str | os.PathLike[str]) -> None:
         """Take up the state of a checkpoint."""
@@ -327,10 +361,11 @@ class Run:
         self.step, self.history = state.step, state.history
         with reading(path, "checkpoint"):
             self.generator.set_state(state.generator)
-            for p, factor, moments in zip(self.components.parameters(), state.factors, state.moments, strict=True):
+            for p, factor, moments in zip(self.parameters(), state.factors, state.moments, strict=True):
                 p.data.copy_(checks.tensor("a factor", self.own(factor), *p.shape))
                 self.optimiser.state[p] = {name: self.own(t).to(p.device) for name, t in moments.items()}
         self.good = self.components.map(lambda t: t.detach().clone())
+        self.good_selection = [p.detach().clone() for p in self.selection.parameters()]
 
     def own(self, factor: Tensor) -> Tensor:
         """Of something about all components [R, C, ...], what is about those of this process."""

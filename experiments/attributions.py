@@ -100,7 +100,7 @@ def operations(name: str, estimator: str, steps: int = 100) -> int:
         apd.decompose(
             target_of(name, SEEDS[0]),
             attribution=estimator_of(estimator),
-            watch=lambda step, components: counts.append(counter.get_total_flops()),
+            callback=lambda step, losses, components: counts.append(counter.get_total_flops()),
             progress=False,
             **settings,
         )
@@ -125,11 +125,11 @@ def stored_settings(job: Job) -> Row:
 
 def watcher(
     network: apd.Network, config: apd.Config, own: Attribution, x: torch.Tensor, found: list[dict[str, float]]
-) -> Callable[[int, apd.Components], None]:
+) -> Callable[[int, dict[str, list[float]], apd.Components], None]:
     """A function that notes, at a few moments, which share of the active pairs other estimators would choose too."""
     moments = {round(i * (config.steps - 1) / (MOMENTS - 1)) for i in range(MOMENTS)}
 
-    def look(step: int, components: apd.Components) -> None:
+    def look(step: int, losses: dict[str, list[float]], components: apd.Components) -> None:
         if not moments or step < min(moments):
             return
         moments.remove(min(moments))
@@ -156,7 +156,7 @@ def run(job: Job) -> tuple[list[Row], Tensors]:
     x = settings["batches"](0, torch.Generator().manual_seed(20_000 + seed))
     agreement: list[dict[str, float]] = []
     watch = watcher(network, apd.Config.from_dict(numbers(settings)), estimate, x, agreement)
-    result, seconds = taken_apart(target, settings, attribution=estimate, watch=watch)
+    result, seconds = taken_apart(target, settings, attribution=estimate, callback=watch)
     components = result.components
     own = target.ownership(components)
     facts = {

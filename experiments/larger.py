@@ -145,7 +145,7 @@ def run(job: tuple[str]) -> tuple[list[Row], Tensors]:
     groups = {"task": x[:, 0] - target.n_letters, "answer": network(x).argmax(-1)}
     usage: list[dict[str, Any]] = []
 
-    def watch(step: int, components: apd.Components) -> None:
+    def watch(step: int, losses: dict[str, list[float]], components: apd.Components) -> None:
         if step >= len(usage) * recipe["steps"] // 20:
             some = x[:1024]
             mask = batch_top_k(answer_shares(network, components.restart(0), some), recipe["top_k"])
@@ -155,7 +155,7 @@ def run(job: tuple[str]) -> tuple[list[Row], Tensors]:
 
     start = time.process_time()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        result, seconds = taken_apart(target, recipe, watch=watch)
+        result, seconds = taken_apart(target, recipe, callback=watch)
     order = result.components.norms().argsort(descending=True).tolist()
     components = result.components.subset(order).map(lambda t: t.half().float())
     mask = batch_top_k(answer_shares(network, components, x), recipe["top_k"])

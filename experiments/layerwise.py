@@ -131,7 +131,9 @@ def cost_of(job: tuple[str, str, str]) -> dict[str, float]:
     flops: list[int] = []
     peak: list[float] = []  # of the steps, without the scoring at the end
 
-    def note(step: int, components: apd.Components) -> None:  # at every step of a run as short as this
+    def note(
+        step: int, losses: dict[str, list[float]], components: apd.Components
+    ) -> None:  # at every step of a run as short as this
         seconds.append(time.process_time())
         flops.append(counter.get_total_flops())
         peak.append(status("VmHWM"))
@@ -139,7 +141,7 @@ def cost_of(job: tuple[str, str, str]) -> dict[str, float]:
     tiny = ResidualMLP(4, 8, (2,))  # so that what torch loads at the first step is not counted
     apd.decompose(tiny, progress=False, **{**tiny.recipe, "steps": 2})
     before = status("VmRSS")
-    settings |= {"steps": COST_STEPS, "watch": note}
+    settings |= {"steps": COST_STEPS, "callback": note}
     counter = FlopCounterMode(display=False)
     apd.decompose(target, target.recipe["batches"], weights, **settings)
     cost = {

@@ -147,7 +147,9 @@ def run(job: Job) -> tuple[list[Row], Tensors]:
     name, _, _, seed = job
     target, settings = target_of(name, seed), settings_of(job)
     left: list[Any] = []
-    result, seconds = taken_apart(target, settings, watch=lambda step, components: left.append(n_left(components)))
+    result, seconds = taken_apart(
+        target, settings, callback=lambda step, losses, components: left.append(n_left(components))
+    )
     source = replace(settings["batches"], batch_size=8192)
     x = source(0, torch.Generator().manual_seed(20_000 + seed))
     k = settings["top_k"][-1][1]

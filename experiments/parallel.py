@@ -71,13 +71,13 @@ def same(n_ranks: int, components: int, seed: int, folder: Path) -> dict[str, An
     ranks = processes.Ranks(None if n_ranks == 1 else processes.mesh(components)["components"])
     seen: dict[str, Tensor] = {}
 
-    def watch(step: int, own: apd.Components) -> None:
+    def watch(step: int, losses: dict[str, list[float]], own: apd.Components) -> None:
         for i, t in enumerate(own.parameters()):
             columns = [len(part) for part in torch.arange(target.recipe["n_components"]).tensor_split(ranks.size)]
             seen[f"{step}.{i}"] = ranks.join(t, 1, columns).clone()
 
     start = time.perf_counter()
-    settings = {**target.recipe, "seed": seed, "progress": False, "watch": watch}
+    settings = {**target.recipe, "seed": seed, "progress": False, "callback": watch}
     result = decomposer(n_ranks, components)(target, **settings)
     seconds = time.perf_counter() - start
     file = folder / f"seed-{seed}"

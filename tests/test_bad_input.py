@@ -451,7 +451,7 @@ KINDS: dict[str, Strategy] = {
     "low": number(None, 1.0),
     "high": number(0.0),
     "attribution": function(none=True),
-    "watch": function(none=True),
+    "callback": function(none=True),
     "output": function(none=True),
     "checkpoint": st.one_of(but(str), st.integers(), st.booleans()),
     "checkpoint_every": SIZE,

@@ -78,7 +78,7 @@ def test_steps_are_equal(case: Case) -> None:
         lambda step, generator: batches[step % 2],
         network.target.weights,
         steps=2,
-        watch=lambda step, components: seen.append(components.map(Tensor.clone)),
+        callback=lambda step, losses, components: seen.append(components.map(Tensor.clone)),
         progress=False,
         **case.settings(),
     )

@@ -197,7 +197,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_state() -> None:
                 divergence=divergence,
                 scrub=0.0,
                 tidy_every=0.0,
-                watch=lambda step, components: seen.update({step: components.map(Tensor.clone)}),
+                callback=lambda step, losses, components: seen.update({step: components.map(Tensor.clone)}),
             )
         result = caught.value.result
         assert result.finished is False
@@ -283,7 +283,7 @@ def test_a_divergence_must_give_one_value_per_sample(divergence: Any, given: str
     steps: list[int] = []
     expected = r"\[2, 64\], got " + given + r" for outputs \[2, 64, 5\] and wanted \[64, 5\]"
     with pytest.raises(ValueError, match=f"^divergence must give one value per sample, {expected}$"):
-        runs.decompose(divergence=divergence, watch=lambda step, components: steps.append(step))
+        runs.decompose(divergence=divergence, callback=lambda step, losses, components: steps.append(step))
     assert steps == []
 
 

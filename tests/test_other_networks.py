@@ -422,3 +422,69 @@ def test_the_components_gradients_are_brute_force(name: str) -> None:
         found.append(torch.autograd.grad(run(leaves).square().sum(), leaves.parameters()))
     for ours, true in zip(*found, strict=True):
         torch.testing.assert_close(ours, true)
+
+
+# What is overwritten.
+
+
+class Overwrites(nn.Module):
+    """Residual connections, in place or not: what the layers read and give is overwritten behind them."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.in_place = in_place
+        self.a, self.b, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.sin(x)
+        if self.in_place:
+            u = self.a(h)
+            h += u
+            v = self.b(h)
+            v.tanh_()
+            h.mul_(0.5).add_(v)
+            return self.head(h)
+        h = h + self.a(h)
+        return self.head(0.5 * h + self.b(h).tanh())
+
+
+def test_what_the_target_overwrites_was_recorded_before() -> None:
+    stored = {"a.weight": linear, "b.weight": linear}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        plain = Case(Overwrites(in_place=False), stored, normal(4))
+        one = Case(Overwrites(in_place=True), stored, normal(4))
+    one.target.load_state_dict(plain.target.state_dict())
+    one.target.requires_grad_(False)
+    one.network.check(one.x())
+    x, components = one.x(5), one.components()
+    g = torch.randn(5, 3, generator=torch.Generator().manual_seed(0)).double()
+    torch.testing.assert_close(one.network(x, components, g), gated(plain, components, dict.fromkeys(stored, g), x))
+    for mode in MODES:
+        got = apd.attributions.gradient(one.network, components, x, per_output=True, mode=mode)
+        torch.testing.assert_close(got, attributed(plain, components, x))
+    expected = apd.attributions.activation(plain.network, components, x)
+    torch.testing.assert_close(apd.attributions.activation(one.network, components, x), expected)
+    found = []
+    for network in (one.network, plain.network):
+        leaves = components.map(lambda t: t.clone().requires_grad_())
+        found.append(torch.autograd.grad(network(x, leaves, g).square().sum(), leaves.parameters()))
+    for ours, true in zip(*found, strict=True):
+        torch.testing.assert_close(ours, true)
+
+
+@pytest.mark.parametrize("name", ["three axes", "attention", "an adapter in the layer", "transposed convolution"])
+def test_a_run_from_its_first_step_to_its_last(name: str) -> None:
+    one = right(name)
+    result = apd.decompose(
+        one.target,
+        lambda step, generator: one.inputs(6, generator),
+        list(one.stored),
+        n_components=3,
+        top_k=1,
+        steps=4,
+        reseed_until=0.5,
+        progress=False,
+    )
+    assert result.finished
+    assert all(torch.isfinite(t).all() for t in result.components.parameters())

@@ -16,10 +16,10 @@ NAMES = {
     "losses": "DIVERGENCES faithfulness kl minimality mse simplicity simplicity_exact",
     "metrics": "Ownership Scrubbing description_length ml2r mmcs output_error ownership relative_faithfulness "
     "scrubbing",
-    "rules": "PLAIN Rule Site TransposedLinear Use busy by_sample find_parameter find_sites lookup rule rules_of",
-    "store": "FORMAT StoreError read_tensors write write_tensors",
+    "rules": "Rule TransposedLinear rule",
+    "store": "FORMAT StoreError read_tensors reading write write_tensors",
     "targets": "GatedFunctions GatedInputs Questions ResidualMLP TMS Transformer",
-    "selection": "batch_top_k sample_top_k",
+    "selection": "Selection TopK batch_top_k sample_top_k",
 }
 
 
@@ -44,10 +44,10 @@ def parameters(function: object) -> list[str]:
 
 def test_arguments() -> None:
     assert (
-        parameters(apd.decompose)[:14]
+        parameters(apd.decompose)[:16]
         == (
-            "target batches weights n_components top_k output divergence hidden_modules attribution checkpoint "
-            "checkpoint_every micro_batch recompute watch"
+            "target batches weights n_components top_k output divergence hidden_modules attribution selection "
+            "checkpoint checkpoint_every micro_batch recompute callback log"
         ).split()
     )
     assert (
@@ -68,7 +68,7 @@ def test_fields() -> None:
 
     assert fields(apd.Components) == ["A", "B"]
     assert fields(apd.Decomposition) == (
-        "components config history scores chosen finished fingerprint restarts".split()
+        "components config history scores chosen finished fingerprint restarts threshold selection".split()
     )
     assert fields(apd.metrics.Ownership) == "owner cosine length_ratio purity owned".split()
     assert {"n_components", "top_k", "rank", "steps", "lr", "p", "restarts", "seed"} <= set(fields(apd.Config))

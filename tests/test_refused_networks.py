@@ -98,6 +98,11 @@ REFUSED: dict[str, tuple[Forward, tuple[int, ...], str]] = {
         (5, 4),
         r"a.weight: the network uses this weight in a way .*module 'a' miss",
     ),
+    "a gradient on the side": (
+        lambda net, x: net.b(net.a(x) + (side := F.linear(x, net.a.weight).tanh()) - side.detach()),
+        (5, 4),
+        r"a.weight: the gradients at module 'a' are not those of the weight: of .* is missed",
+    ),
     "no gradient": (detached, (5, 4), "a.weight: no gradient reaches module 'a'.*torch.no_grad"),
     "checkpointing": (
         lambda net, x: net.b(checkpoint(lambda h: torch.tanh(net.a(h)), net.b(x), use_reentrant=False)),

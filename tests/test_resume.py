@@ -81,7 +81,7 @@ def test_a_real_ctrl_c_gives_the_result_so_far(tmp_path: Path) -> None:
 
 def test_ctrl_c_at_a_known_step() -> None:
     seen: dict[int, apd.Components] = {}
-    runs.decompose(watch=lambda step, components: seen.update({step: components.map(Tensor.clone)}))
+    runs.decompose(callback=lambda step, losses, components: seen.update({step: components.map(Tensor.clone)}))
     stopped = []
 
     def interrupts(step: int, generator: torch.Generator) -> Tensor:
@@ -126,7 +126,7 @@ def fails(kind: type[BaseException]) -> Callable[[Tensor], Tensor]:
 def states() -> dict[int, apd.Components]:
     """The components after every step of the whole run."""
     seen: dict[int, apd.Components] = {}
-    runs.decompose(watch=lambda step, components: seen.update({step + 1: components.map(Tensor.clone)}))
+    runs.decompose(callback=lambda step, losses, components: seen.update({step + 1: components.map(Tensor.clone)}))
     return seen
 
 
@@ -172,7 +172,7 @@ def test_batches_that_break_cost_nothing(states: dict[int, apd.Components], how:
     assert runs.fingerprint(caught.value.result) == runs.fingerprint(stopped)  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("what", ["watch", "attribution", "divergence", "checkpoint"])
+@pytest.mark.parametrize("what", ["callback", "attribution", "divergence", "checkpoint"])
 def test_whatever_breaks_costs_nothing(
     states: dict[int, apd.Components], what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -189,7 +189,7 @@ def test_whatever_breaks_costs_nothing(
         return broken
 
     changes: dict[str, Any] = {
-        "watch": {"watch": breaks(lambda *args: None)},
+        "callback": {"callback": breaks(lambda *args: None)},
         "attribution": {"attribution": breaks(attribution)},
         "divergence": {"divergence": breaks(apd.losses.mse), "scrub": 0.0},
         "checkpoint": {"checkpoint": tmp_path / "run", "checkpoint_every": 1},
@@ -198,7 +198,7 @@ def test_whatever_breaks_costs_nothing(
         monkeypatch.setattr(store, "write", breaks(store.write))
     if what == "divergence":
         states = {}  # of a run without the scrub loss, so that a step calls the divergence once
-        runs.decompose(scrub=0.0, watch=lambda step, c: states.update({step + 1: c.map(Tensor.clone)}))
+        runs.decompose(scrub=0.0, callback=lambda step, losses, c: states.update({step + 1: c.map(Tensor.clone)}))
     with pytest.raises(OSError, match="no space left") as caught:
         runs.decompose(**changes)
     result = caught.value.result  # type: ignore[attr-defined]
@@ -252,12 +252,12 @@ def test_ctrl_c_again_while_the_restarts_are_compared(states: dict[int, apd.Comp
 
 
 def test_an_exception_after_a_step_that_exploded_gives_finite_components() -> None:
-    def watch(step: int, components: apd.Components) -> None:
+    def watch(step: int, losses: dict[str, list[float]], components: apd.Components) -> None:
         assert not torch.isfinite(components.flat()).all()
         raise RuntimeError("broken")
 
     with pytest.raises(RuntimeError, match="broken") as caught:
-        runs.decompose(lr=3e38, watch=watch)
+        runs.decompose(lr=3e38, callback=watch)
     result = caught.value.result  # type: ignore[attr-defined]
     assert torch.isfinite(result.restarts.flat()).all()
     assert all(map(math.isfinite, result.scores))
@@ -289,7 +289,7 @@ def test_a_finished_checkpoint_gives_its_result_at_once(tmp_path: Path) -> None:
     checkpoint = tmp_path / "run.safetensors"
     first = runs.decompose(checkpoint=checkpoint)
     steps: list[int] = []
-    again = runs.decompose(checkpoint=checkpoint, watch=lambda step, components: steps.append(step))
+    again = runs.decompose(checkpoint=checkpoint, callback=lambda step, losses, components: steps.append(step))
     assert steps == []
     assert runs.fingerprint(again) == runs.fingerprint(first)
     assert [path.name for path in tmp_path.iterdir()] == ["run.safetensors"]

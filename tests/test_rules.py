@@ -56,5 +56,5 @@ def test_convolutions(
 
 
 def test_unknown_kinds_are_named_with_the_known_ones() -> None:
-    with pytest.raises(TypeError, match=r"Bilinear has no rule; known kinds: Conv1d, Conv2d, ConvTranspose1d, "):
+    with pytest.raises(TypeError, match=r"Bilinear has no rule; known kinds: .*Conv1d, Conv2d, ConvTranspose1d, "):
         apd.rules.rule(nn.Bilinear(2, 2, 2))

@@ -7,7 +7,7 @@ rows. Autograd stops at these; the last step, to the factors, adds to their grad
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -51,9 +51,9 @@ class Totals(Components):
         """As `Components.squared_lengths`: [R, C, m]."""
         return self._small[path][1] * self._small[path][2]
 
-    def backward(self, loss: Tensor) -> None:
-        """Add to the gradients of the factors."""
-        factors = self.parameters()
+    def backward(self, loss: Tensor, also: Sequence[Tensor] = ()) -> None:
+        """Add to the gradients of the factors, and of other leaves."""
+        factors = [*self.parameters(), *also]
         small = [t for path in self.paths for t in self._small[path]]
         found = torch.autograd.grad(loss, [*factors, *small], materialize_grads=True)
         for factor, gradient in zip(factors, found, strict=False):

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-from ..algorithm import begin, check, follow
+from ..algorithm import Callback, begin, check, follow
 from ..attributions import Attribution, gradient
 from ..batch import Batch
 from ..checkpoint import write_state
@@ -80,7 +80,7 @@ def decompose(
     checkpoint_every: int = 500,
     micro_batch: int | None = None,
     recompute: bool = False,
-    watch: Callable[[int, Components], None] | None = None,
+    callback: Callback | None = None,
     progress: bool = True,
     **settings: Any,
 ) -> Decomposition:
@@ -106,7 +106,7 @@ def decompose(
         checkpoint_every: as there.
         micro_batch: samples that a rank works on at a time.
         recompute: as there.
-        watch: as there, with the components of this rank.
+        callback: as there, with the components of this rank.
         progress: show a bar on rank 0.
         **settings: any field of `Config`.
 
@@ -120,7 +120,7 @@ def decompose(
             different targets, settings, checkpoints or batches. If a rank ends by an exception, the others lose it.
     """
     config = Config.from_dict({"n_components": n_components, "top_k": top_k, **settings})
-    check(config, divergence, hidden_modules, micro_batch)
+    check(config, divergence, hidden_modules, micro_batch, attribution)
     if mesh.mesh_dim_names != ("data", "components"):
         raise ValueError(f'mesh must have the dimensions ("data", "components"), got {mesh.mesh_dim_names}')
     if attribution is not None and mesh["components"].size() > 1:
@@ -133,7 +133,7 @@ def decompose(
         if checkpoint is not None and Path(checkpoint).exists():
             run.resume(checkpoint)
         run.agree("checkpoints", run.step)
-        follow(run, checkpoint, checkpoint_every, watch, progress and dist.get_rank() == 0)
+        follow(run, checkpoint, checkpoint_every, callback, progress and dist.get_rank() == 0)
         return run.result()
     except RuntimeError as error:
         # gloo has no class of its own for a partner that is gone.
@@ -218,9 +218,9 @@ class ShardedTotals(Totals):
         """As `Components.sum`, over the components of all ranks."""
         return self._ranks.sum(super().sum(path))
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, also: Sequence[Tensor] = ()) -> None:
         """Add to the gradients of this rank's factors, and average them over the data."""
-        super().backward(loss)
+        super().backward(loss, also)
         for factor in self.parameters():
             assert factor.grad is not None
             if self._data.size > 1:
@@ -305,11 +305,11 @@ class ShardedRun(Run):
         own = super().attributions(x, components)[:, : self.rows[self.data.index]]
         return self.data.join(self.ranks.join(own, -1, self.columns), 1, self.rows)
 
-    def mask(self, x: Tensor, components: Components | None = None, share: float = 1.0) -> Tensor:
+    def gates(self, x: Tensor, components: Components | None = None, share: float = 1.0) -> Tensor:
         """Of the top k of the whole batch, what is about this rank's samples and components."""
         rows, of_all = self._counts([0 if self.quiet else len(x), round(len(x) / share)])
         self.rows = rows
-        mask = self._mine(super().mask(x, components, sum(rows) / sum(of_all)))
+        mask = self._mine(super().gates(x, components, sum(rows) / sum(of_all)))
         return mask.new_zeros(len(mask), len(x), *mask.shape[2:]) if self.quiet else mask
 
     def _counts(self, own: list[int]) -> list[list[int]]:
@@ -320,11 +320,10 @@ class ShardedRun(Run):
     def _mine(self, whole: Tensor) -> Tensor:
         return self.ranks.share(whole.split(self.rows, 1)[self.data.index], -1).clone()
 
-    def coin(self, mask: Tensor) -> Tensor:
+    def noise(self, shape: Sequence[int]) -> Tensor:
         """This rank's part of what one process would draw."""
-        shape = [len(mask), sum(self.rows), *mask.shape[2:-1], self.config.n_components]
-        drawn = self._mine(super().coin(mask.new_empty(shape)))
-        return torch.zeros_like(mask) if self.quiet else drawn
+        drawn = self._mine(super().noise([shape[0], sum(self.rows), *shape[2:-1], self.config.n_components]))
+        return drawn.new_ones(*shape) if self.quiet else drawn
 
     def kept(self, busy: Tensor) -> Tensor:
         """As there; a rank with no busy samples works on those that it has, and nobody counts them."""

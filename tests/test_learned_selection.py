@@ -1,0 +1,157 @@
+"""A selection that is learned: it trains with the components, stops and goes on with them, and forgets with them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runs
+import torch
+from torch import Tensor
+
+import apd_minimal as apd
+from apd_minimal.selection import Selection
+
+
+class Learned(Selection):
+    """A gate for each component, soft in its score: sigmoid(sharpness (score - threshold))."""
+
+    def start(self, n_restarts: int, n_components: int, like: Tensor) -> None:
+        self.cut = like.new_full((n_restarts, n_components), 0.05).requires_grad_()
+        self.forgotten = 0
+
+    def choose(self, scores: Tensor, t: float, share: float = 1.0) -> Tensor:
+        return torch.sigmoid(20 * (scores - self.cut[:, None]))
+
+    def parameters(self) -> list[Tensor]:
+        return [self.cut]
+
+    def forget(self, changed: Tensor) -> None:
+        self.cut.data[changed] = 0.05
+        self.forgotten += int(changed.sum())
+
+
+SETTINGS: dict[str, Any] = {"top_k": None, "steps": 24, "simplicity": 0.5, "scrub": 0.5, "tidy_every": 0.25}
+
+
+def decompose(selection: Selection, **changes: Any) -> apd.Decomposition:
+    return runs.decompose(selection=selection, **SETTINGS | changes)
+
+
+def factors(result: apd.Decomposition) -> list[Tensor]:
+    assert result.restarts is not None
+    return result.restarts.parameters()
+
+
+def test_it_trains_and_forgets() -> None:
+    learned = Learned()
+    decompose(learned)
+    assert (learned.cut - 0.05).abs().max() > 1e-3, "its parameters moved"
+    assert learned.forgotten > 0, "what was merged, pruned or started anew was told to it"
+
+
+def test_its_gradient_is_that_of_the_losses() -> None:
+    """One step of plain gradient descent, against the losses written out."""
+    seen: list[Tensor] = []
+
+    class Noted(Learned):
+        def choose(self, scores: Tensor, t: float, share: float = 1.0) -> Tensor:
+            gates = super().choose(scores, t, share)
+            if gates.requires_grad:
+                gates.register_hook(lambda g: seen.append(g.clone()))
+            return gates
+
+    decompose(Noted(), steps=1, scrub=0.0, simplicity=0.0, tidy_every=0.0)
+    target = runs.tms()
+    run_config = apd.Config(n_components=6, top_k=6.0, steps=1, restarts=2)
+    generator = torch.Generator().manual_seed(run_config.seed)
+    components = apd.Components.random(
+        apd.Network(target, ["encode.weight"]).shapes, 6, run_config.rank, run_config.restarts,
+        run_config.init_std, generator,
+    )  # fmt: skip
+    x = runs.batches(0, generator)
+    network = apd.Network(target, ["encode.weight"])
+    scores = apd.attributions.gradient(network, components, x)
+    gates = torch.sigmoid(20 * (scores - 0.05)).requires_grad_()
+    loss = apd.losses.minimality(network(x, components, gates), network(x)).sum()
+    assert isinstance(run_config.minimality, float)
+    (expected,) = torch.autograd.grad(run_config.minimality * loss, gates)
+    torch.testing.assert_close(seen[0], expected, rtol=1e-3, atol=1e-8)
+
+
+@pytest.mark.parametrize("micro_batch", [None, 7])
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, micro_batch: int | None) -> None:
+    whole_selection = Learned()
+    whole = decompose(whole_selection, micro_batch=micro_batch)
+    checkpoint = tmp_path / "run.safetensors"
+
+    class Killed(Exception):
+        pass
+
+    def kill(step: int, losses: dict[str, list[float]], components: apd.Components) -> None:
+        if step == 14:
+            raise Killed
+
+    with pytest.raises(Killed):
+        decompose(Learned(), micro_batch=micro_batch, checkpoint=checkpoint, checkpoint_every=5, callback=kill)
+    again_selection = Learned()
+    again = decompose(again_selection, micro_batch=micro_batch, checkpoint=checkpoint, checkpoint_every=5)
+    assert torch.equal(whole_selection.cut, again_selection.cut)
+    for a, b in zip(factors(whole), factors(again), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_checkpoint_of_another_selection_is_refused(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "run.safetensors"
+    decompose(Learned(), checkpoint=checkpoint)
+    with pytest.raises(apd.store.StoreError, match=r"selection was .*Learned', given None"):
+        runs.decompose(**SETTINGS | {"top_k": 6.0}, checkpoint=checkpoint)
+
+
+def test_one_of_top_k_and_selection() -> None:
+    with pytest.raises(ValueError, match=r"give top_k or a selection, got top_k=1\.2 and selection=<"):
+        runs.decompose(selection=Learned())
+    with pytest.raises(ValueError, match="give top_k or a selection, got top_k=None and selection=None"):
+        runs.decompose(top_k=None)
+
+
+def test_gates_of_another_shape_are_refused() -> None:
+    class Flat(Learned):
+        def choose(self, scores: Tensor, t: float, share: float = 1.0) -> Tensor:
+            return super().choose(scores, t, share).flatten()
+
+    with pytest.raises(ValueError, match=r"Flat\.choose must give gates of the scores' shape \["):
+        decompose(Flat())
+
+
+def test_who_is_active_does_not_depend_on_the_batch(tmp_path: Path) -> None:
+    target = runs.tms()
+    result = runs.decompose(steps=40)
+    x = apd.data.SparseFeatures(5, 0.3, batch_size=500)(0, torch.Generator().manual_seed(3))
+    together = result.active(target, x)
+    assert together.dtype == torch.bool
+    assert 0 < together.float().mean() < 1
+    for i in range(0, 500, 50):
+        assert torch.equal(result.active(target, x[i : i + 1])[0], together[i])
+    result.save(tmp_path)
+    assert torch.equal(apd.Decomposition.load(tmp_path, target).active(target, x), together)
+    # On samples such as those of the run, k components are active on average.
+    x = torch.cat([runs.batches(i, torch.Generator().manual_seed(i)) for i in range(200)])
+    assert result.active(target, x).sum(1).float().mean() == pytest.approx(1.2, rel=0.15)
+
+
+def test_options_of_gradients_are_refused_with_another_attribution() -> None:
+    for option in ({"attribute_at": "components"}, {"per_position": True}):
+        with pytest.raises(ValueError, match="options of gradient attributions"):
+            runs.decompose(attribution=apd.attributions.ablation, **option)
+
+
+def test_a_line_of_json_for_every_logged_step(tmp_path: Path) -> None:
+    log, seen = tmp_path / "run.jsonl", []
+    result = runs.decompose(log=log, callback=lambda step, losses, components: seen.append((step, losses)))
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [line.pop("step") for line in lines] == result.history["step"] == [step for step, _ in seen]
+    assert lines == [losses for _, losses in seen]
+    assert lines[-1]["minimality"] == result.history["minimality"][-1]
