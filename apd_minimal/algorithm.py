@@ -86,6 +86,7 @@ def decompose(
     config = Config.from_dict({"n_components": n_components, "top_k": top_k, **settings})
     check(config, divergence, hidden_modules, micro_batch)
     check_rest(batches, output, attribution, watch, checkpoint, checkpoint_every)
+    recompute, progress = checks.flag("recompute", recompute), checks.flag("progress", progress)
     network = Network(target, weights, output, hidden_modules, recompute)
     run = begin(Run, network, batches, config, divergence, attribution, micro_batch)
     if checkpoint is not None and Path(checkpoint).exists():
