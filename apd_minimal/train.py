@@ -281,9 +281,14 @@ class Run:
         """Choose among the restarts by their scores, those of an earlier state if one is given."""
         everything = self.whole(components or self.components)
         done = components is None and scores is None
-        scores = self.scores(components or self.components) if scores is None else scores
-        found = (*everything.parameters(), scores)
-        if done and not all(bool(t.isfinite().all()) for t in found):
+        finite = all(bool(p.isfinite().all()) for p in everything.parameters())
+        if scores is None:
+            scores = (
+                self.scores(components or self.components)
+                if finite
+                else torch.full((len(everything.parameters()[0]),), torch.nan)
+            )
+        if done and not (finite and scores.isfinite().all()):
             raise NonFiniteLoss(
                 f"step {self.step}: the components or their scores {scores.tolist()} are NaN or infinite; the last "
                 "good state is in .result",
