@@ -250,7 +250,7 @@ VALID: dict[str, tuple[Any, dict[str, Any]]] = {  # name: (self or None, argumen
     "targets.TMS.attributions": (TARGET, {"network": None, "components": components(), "x": X}),
     "targets.Transformer": (None, {"n_letters": 7, "d": 4, "n_heads": 2, "neurons": 4, "n_blocks": 1}),
     "targets.Transformer.forward": (LETTERS, {"x": torch.zeros(2, 9, dtype=torch.long)}),
-    "targets.Transformer.answers": (LETTERS, {"x": torch.full((2, 9), 7)}),
+    "targets.Transformer.answers": (LETTERS, {"x": torch.tensor([[7] + 8 * [0]])}),
     "targets.Transformer.data": (LETTERS, {}),
     "targets.Transformer.fit": (LETTERS, TRAINED),
     "selection.batch_top_k": (None, {"scores": torch.rand(4, 3), "k": 1.5}),
