@@ -103,6 +103,8 @@ def decompose(
     check(config, divergence, hidden_modules, micro_batch, attribution)
     check_rest(batches, output, attribution, callback, checkpoint, checkpoint_every)
     checks.kind("log", log, (str, os.PathLike, type(None)), "a path or None")
+    recompute, progress = checks.flag("recompute", recompute), checks.flag("progress", progress)
+    micro_batch = None if micro_batch is None else int(micro_batch)
     network = Network(target, weights, output, hidden_modules, recompute)
     run = begin(Run, network, batches, config, divergence, attribution, micro_batch, selection)
     if checkpoint is not None and Path(checkpoint).exists():
@@ -177,6 +179,8 @@ def begin(
             f"the weights are {dtype}, in which training would end in NaN: convert the target with target.float() or "
             "target.bfloat16(), and run it under torch.autocast where it must be small"
         )
+    if any(p.is_inference() for p in network.target.parameters()):
+        raise TypeError("the target was made in torch.inference_mode, where nothing can be trained: make it outside")
     x = run.inputs(0, torch.Generator().manual_seed(config.seed))
     with checks.running(x, f"weights of {dtype}"):
         network.check(x)

@@ -84,6 +84,8 @@ class Components:
             Components: with leaf tensors that do not require gradients yet.
         """
         checks.kind("shapes", shapes, Mapping, "a mapping from parameter paths to (d_in, d_out)")
+        if not shapes:
+            raise ValueError("shapes must have at least one parameter path, got none")
         n_components, rank, restarts = _sizes(n_components=n_components, rank=rank, restarts=restarts)
         std = checks.number("std", std, 0)
         checks.generator(generator)
@@ -116,6 +118,8 @@ class Components:
             Components: with the singular values split evenly between A and B.
         """
         checks.kind("matrices", matrices, Mapping, "a mapping from parameter paths to tensors")
+        if not matrices:
+            raise ValueError("matrices must have at least one parameter path, got none")
         (rank,) = _sizes(rank=rank)
         A, B = {}, {}
         for path, P in matrices.items():
@@ -153,7 +157,7 @@ class Components:
         return a @ b
 
     def _factors(self, path: str) -> tuple[Tensor, Tensor]:
-        if path not in self.paths:
+        if not isinstance(path, str) or path not in self.A:
             raise KeyError(f"path must be one of {self.paths}, got {checks.given(path)}")
         return self.A[path], self.B[path]
 

@@ -308,11 +308,12 @@ class Run:
         """Choose among the restarts by their scores, those of an earlier state if one is given."""
         everything = self.whole(components or self.components)
         done = components is None and scores is None
-        threshold = None
-        if scores is None:
+        finite, threshold = all(bool(p.isfinite().all()) for p in everything.parameters()), None
+        if scores is None and finite:
             scores, threshold = self.scores(components or self.components)
-        found = (*everything.parameters(), scores)
-        if done and not all(bool(t.isfinite().all()) for t in found):
+        elif scores is None:
+            scores = torch.full((self.config.restarts,), torch.nan)
+        if done and not (finite and scores.isfinite().all()):
             raise NonFiniteLoss(
                 f"step {self.step}: the components or their scores {scores.tolist()} are NaN or infinite; the last "
                 "good state is in .result",

@@ -223,7 +223,7 @@ def test_the_graph_of_the_caller_and_no_grad_do_not_matter() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"at": "origin"}, "at must be 'target' or 'components', got 'origin'"),
+        ({"at": "origin"}, "at must be one of .'target', 'components'., got 'origin'"),
         ({"mode": "sideways"}, "mode must be one of .*, got 'sideways'"),
         ({"n_probes": 0}, "n_probes must be at least 1"),
         ({"n_probes": 2, "per_output": True}, "excludes per_output"),

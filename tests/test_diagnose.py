@@ -203,7 +203,7 @@ def test_input_that_does_not_fit() -> None:
     with pytest.raises(ValueError, match="empty batch"):
         diagnose(TARGET, components, X[:0], K)
     for k in (0, 6):
-        with pytest.raises(ValueError, match="k must be above 0"):
+        with pytest.raises(ValueError, match="top_k must be above 0"):
             diagnose(TARGET, components, X, k)
     with pytest.raises(TypeError, match=r"unknown thresholds \['dead'\]; known: \['empty_length'"):
         diagnose(TARGET, components, X, K, dead=1.0)

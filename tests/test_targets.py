@@ -108,3 +108,30 @@ def test_the_ownership_of_a_tms_is_that_by_weights() -> None:
     parts = apd.Components.from_matrices({path: P[order] for path, P in target.mechanisms().items()})
     assert target.ownership(parts).owner.tolist() == order.tolist()
     assert target.ownership(parts).complete
+
+
+def test_recipes_are_as_they_were_found() -> None:
+    """The settings that chapters 1, 7 and 10 and the stored runs were made with, as numbers that stand here again."""
+    small = apd.targets.TMS(5, 2).recipe
+    share = 1 - 0.95**5  # of the samples, those that are not empty
+    expected = {"n_components": 12, "steps": 1600, "lr": 3e-2, "p": 1.0, "tidy_every": 0.1, "tidy_from": 0.4}
+    expected |= {"tidy_until": 0.75, "reseed_until": 0.65, "min_cosine": 0.9, "restarts": 4}
+    assert {name: small[name] for name in expected} == expected
+    assert small["minimality"] == pytest.approx(share)
+    assert small["scrub"] == pytest.approx(0.5 * share)
+    assert small["top_k"] == ((0.0, 0.211 / share), (0.7, 0.211 / share), (0.701, 0.34 / share))
+    assert small["simplicity"] == ((0.0, 1.2 * share), (0.699, 1.2 * share), (0.7, 0.0))
+    identity = apd.targets.TMS(5, 2, identity=True).recipe
+    expected = {"n_components": 13, "per_weight": (12, 1), "tidy_until": 0.85, "reseed_until": 0.0, "min_cosine": 0.8}
+    assert {name: identity[name] for name in expected} == expected
+    large = apd.targets.TMS(40, 10).recipe
+    assert (large["n_components"], large["rank"], large["steps"], large["restarts"]) == (60, 4, 1500, 2)
+    assert [value for _, value in large["top_k"]] == pytest.approx([1.8, 1.8, 4.0])
+    gated = apd.targets.GatedFunctions(4, show_neurons=True).recipe
+    share = 1 - 0.95**4
+    expected = {"n_components": 10, "rank": 1, "steps": 2500, "lr": 3e-2, "init_std": 0.02, "faithfulness": 3.0}
+    expected |= {"p": 1.0, "tidy_every": 0.1, "tidy_from": 0.2, "reseed_until": 0.0, "restarts": 24}
+    assert {name: gated[name] for name in expected} == expected
+    assert gated["minimality"] == gated["scrub"] == pytest.approx(50 * share)
+    assert gated["top_k"] == pytest.approx(0.2217 / share)
+    assert [value for _, value in gated["simplicity"]] == pytest.approx([10 * share, 10 * share, 0.0])

@@ -39,9 +39,8 @@ def path(name: str) -> Path:
     checks.kind("name", name, str, "text")
     known = manifest()
     if name not in known:
-        raise KeyError(
-            f"name must be that of an artefact, got {name!r}; there are: {', '.join(sorted(known)) or 'none'}"
-        )
+        there = ", ".join(sorted(known)) or "none"
+        raise KeyError(f"name must be that of an artefact, got {name!r}; there are: {there}")
     if (local := REPOSITORY_DATA / name).exists():
         return local
     address = os.environ.get(ADDRESS, "")

@@ -20,9 +20,8 @@ VERDICTS = ("holds", "holds within limits", "does not hold", "cannot be tested h
 
 def _plain(value: Any, digits: int) -> Any:
     """A Python value for a number, with floats rounded to significant digits: repr(np.float64(1)) is no number."""
-    if (
-        hasattr(value, "item") and getattr(value, "shape", None) is not None and math.prod(value.shape) == 1
-    ):  # numpy scalar, or a tensor or array with one entry
+    # A numpy scalar, or a tensor or array with one entry.
+    if hasattr(value, "item") and math.prod(getattr(value, "shape", (2,))) == 1:
         value = value.item()
     return float(f"{value:.{digits}g}") if isinstance(value, float) else value
 
@@ -80,7 +79,7 @@ def claim(number: int, verdict: str, finding: str, **numbers: float | int | str 
     """
     number = checks.number("number", number, 1, whole=True)
     checks.kind("finding", finding, str, "a sentence")
-    if verdict not in VERDICTS:
+    if not isinstance(verdict, str) or verdict not in VERDICTS:
         raise ValueError(f"verdict {verdict!r} for claim {number}; expected one of {', '.join(map(repr, VERDICTS))}")
     values = {name: _plain(value, 4) for name, value in numbers.items()}
     unused = [name for name in values if "{" + name not in finding]

@@ -179,6 +179,7 @@ def diagnose(
         raise TypeError(f"unknown thresholds {unknown}; known: {list(SIGNS)}")
     thresholds = {name: checks.number(name, value) for name, value in thresholds.items()}
     usable(components, alone=True)
+    top_k = checks.number("top_k", top_k, 0, components.n_components, above=True)
     seed = checks.number("seed", seed, 0, 2**62, whole=True)
     checks.choice("at", at, ("target", "components"))
     if not callable(divergence):

@@ -42,9 +42,9 @@ class GatedInputs:
     nonempty: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("n_functions", "probability", "batch_size", "nonempty"):  # as those of the bits, checked
-            bits = "n_features" if name == "n_functions" else name
-            object.__setattr__(self, name, getattr(self.bits, bits))
+        object.__setattr__(self, "n_functions", checks.number("n_functions", self.n_functions, 1, whole=True))
+        for name in ("probability", "batch_size", "nonempty"):  # as those of the bits, checked
+            object.__setattr__(self, name, getattr(self.bits, name))
 
     @property
     def bits(self) -> SparseFeatures:

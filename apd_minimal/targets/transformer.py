@@ -134,6 +134,11 @@ class Transformer(nn.Module):
     def answers(self, x: Tensor) -> Tensor:
         """The right answers [B] to questions [B, 9]."""
         self._tokens(x)
+        n = self.n_letters
+        if not ((x[:, 0] >= n) & (x[:, 0] < n + len(TASKS)) & (x[:, 1:] < n).all(1) & (x[:, 1:] >= 0).all(1)).all():
+            raise ValueError(
+                f"x must be a task, {n} to {n + len(TASKS) - 1}, then letters below {n}, got {checks.given(x)}"
+            )
         task, letters = x[:, :1] - self.n_letters, x[:, 1:]
         last = letters[:, -1:]
         place = (letters[:, :-1] == last).long().argmax(1, keepdim=True)  # the earlier place of the last letter

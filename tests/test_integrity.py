@@ -1,0 +1,263 @@
+"""Stored files that were changed by a bit or by hand, runs that end in NaN, and where a run may be called."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import runs
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+import apd_minimal as apd
+from apd_minimal import store
+from apd_minimal.components import normalise_columns
+from apd_minimal.store import StoreError
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a checkpoint and a decomposition of `runs.tms`."""
+    folder = tmp_path_factory.mktemp("made")
+    runs.decompose(steps=3, checkpoint=folder / "run").save(folder)
+    return folder
+
+
+def test_every_flipped_bit_is_noticed(made: Path, tmp_path: Path) -> None:
+    data = (made / "run").read_bytes()
+    header = 8 * (8 + int.from_bytes(data[:8], "little"))
+    draw = random.Random(0)
+    bits = [draw.randrange(8 * len(data)) for _ in range(60)] + [draw.randrange(header) for _ in range(60)]
+    for bit in bits:
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        (tmp_path / "run").write_bytes(flipped)
+        with pytest.raises(StoreError, match=str(tmp_path / "run")):
+            store.read_tensors(tmp_path / "run", "checkpoint")
+
+
+def rewritten(source: Path, file: Path, change: Callable[[dict[str, Tensor], dict[str, Any]], Any], kind: str) -> None:
+    """A file as the first version wrote it, without a checksum, with something changed."""
+    tensors, facts = store.read_tensors(source, kind)
+    change(tensors, facts)
+    header = {"format": store.FORMAT, "kind": kind, "facts": json.dumps(facts)}
+    file.write_bytes(safetensors.torch.save({n: t.contiguous() for n, t in tensors.items()}, metadata=header))
+
+
+EDITS: dict[str, Callable[[dict[str, Tensor], dict[str, Any]], Any]] = {
+    "steps": lambda t, f: f.update(step=2),
+    "steps to come": lambda t, f: f.update(step=99),
+    "a factor of one row": lambda t, f: t.update({"factor.0": t["factor.0"][:1]}),
+    "a factor that is NaN": lambda t, f: t["factor.0"].view(-1)[:1].fill_(torch.nan),
+    "no factor": lambda t, f: t.pop("factor.1"),
+    "no moments": lambda t, f: t.pop("adam.0.exp_avg"),
+    "moments of another shape": lambda t, f: t.update({"adam.0.exp_avg": t["adam.0.exp_avg"][..., :1]}),
+    "no generator": lambda t, f: t.pop("generator"),
+    "half a generator": lambda t, f: t.update(generator=t["generator"][:9]),
+    "no history": lambda t, f: f.pop("history"),
+    "a history of text": lambda t, f: f.update(history="none"),
+    "no fingerprint": lambda t, f: f.pop("fingerprint"),
+    "a setting that nobody knows": lambda t, f: f["config"].update(later=1),
+    "a setting out of range": lambda t, f: f["config"].update(p=-1),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_edited_checkpoints_are_refused(made: Path, tmp_path: Path, edit: str) -> None:
+    file = tmp_path / "run"
+    rewritten(made / "run", file, EDITS[edit], "checkpoint")
+    with pytest.raises(StoreError, match=str(file)):
+        runs.decompose(steps=3, checkpoint=file)
+
+
+def test_a_checkpoint_without_a_checksum_is_read(made: Path, tmp_path: Path) -> None:
+    rewritten(made / "run", tmp_path / "run", lambda t, f: None, "checkpoint")
+    again = runs.decompose(steps=3, checkpoint=tmp_path / "run")
+    assert runs.fingerprint(again) == runs.fingerprint(runs.decompose(steps=3))
+
+
+LOADS: dict[str, Callable[[dict[str, Tensor], dict[str, Any]], Any]] = {
+    "another C": lambda t, f: f["config"].update(n_components=5),
+    "one row": lambda t, f: t.update({"encode.weight.A": t["encode.weight.A"][:, :1]}),
+    "restarts": lambda t, f: t.update({n: x[None] for n, x in t.items()}),
+    "no factor": lambda t, f: t.pop("encode.weight.B"),
+    "one more": lambda t, f: t.update(more=torch.ones(1)),
+    "no scores": lambda t, f: f.pop("scores"),
+    "chosen": lambda t, f: f.update(chosen=7),
+    "finished": lambda t, f: f.update(finished="no"),
+    "weights": lambda t, f: f.update(weights=3),
+    "an unknown setting": lambda t, f: f["config"].update(later=1),
+}
+
+
+@pytest.mark.parametrize("edit", LOADS)
+def test_edited_decompositions_are_refused(made: Path, tmp_path: Path, edit: str) -> None:
+    file = tmp_path / "components.safetensors"
+    rewritten(made / "components.safetensors", file, LOADS[edit], "decomposition")
+    with pytest.raises(StoreError, match=str(file)):
+        apd.Decomposition.load(tmp_path, runs.tms())
+
+
+def test_deep_nesting_and_later_formats_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "x"
+    for header, message in (
+        ({"format": store.FORMAT, "kind": "k", "facts": "[" * 100_000}, "does not hold what a k must"),
+        (
+            {"format": "apd_minimal/2", "kind": "k", "facts": "{}"},
+            "read it with the version of apd_minimal that wrote it",
+        ),
+    ):
+        file.write_bytes(safetensors.torch.save({"a": torch.ones(1)}, metadata=header))
+        with pytest.raises(StoreError, match=message):
+            store.read_tensors(file, "k")
+
+
+def test_a_planted_link_is_not_followed(tmp_path: Path) -> None:
+    victim, file = tmp_path / "victim", tmp_path / "x"
+    victim.write_text("mine")
+    (tmp_path / "x.part").symlink_to(victim)
+    (tmp_path / f"x.{'0' * 16}.part").symlink_to(victim)
+    file.symlink_to(victim)
+    store.write(file, b"new")
+    assert victim.read_text() == "mine"
+    assert file.read_bytes() == b"new"
+    assert not os.path.islink(file)
+
+
+def test_what_differs_between_targets_is_named(tmp_path: Path) -> None:
+    def target() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4)).eval()
+
+    apd.decompose(target(), runs.batches, ["0.weight"], 3, 1, steps=2, progress=False).save(tmp_path)
+    other = target()
+    other[1].num_batches_tracked += 1  # type: ignore[index, operator]
+    with pytest.raises(StoreError, match=r"\(1.num_batches_tracked was \[\] torch.int64, is .*, other values\)"):
+        apd.Decomposition.load(tmp_path, other)
+    with pytest.raises(StoreError, match=r"0.bias was \[4\] torch.float32, is \[4\] torch.float64"):
+        apd.Decomposition.load(tmp_path, target().double())
+
+
+def test_cfg_is_strict_json(tmp_path: Path) -> None:
+    result = runs.decompose(steps=2)
+    apd.Decomposition(**{**vars(result), "scores": [float("nan")] * 2}).save(tmp_path)
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    assert json.loads((tmp_path / "cfg.json").read_text(), parse_constant=refuse)["scores"] == [None, None]
+
+
+# Runs.
+
+
+def test_numbers_of_numpy_and_torch_work_and_can_be_saved(tmp_path: Path) -> None:
+    settings = {"steps": np.int64(2), "lr": torch.tensor(0.05), "top_k": np.float64(1.2), "p": np.float32(0.5)}
+    runs.decompose(**settings, checkpoint=tmp_path / "run", micro_batch=np.int64(16)).save(tmp_path)
+    config = apd.Decomposition.load(tmp_path, runs.tms()).config
+    assert {type(value) for name, value in asdict(config).items() if name in settings} == {int, float}
+
+
+def steep(outputs: Tensor, wanted: Tensor) -> Tensor:
+    """Finite values whose derivatives are not."""
+    errors = (outputs - wanted).square().mean(-1)
+    return errors + (0 * errors.detach() + 0 * errors).sqrt()
+
+
+def test_a_last_step_that_ends_in_nan_is_no_result() -> None:
+    with pytest.raises(apd.NonFiniteLoss, match="step 1: the components or their scores") as caught:
+        runs.decompose(steps=1, divergence=steep)
+    assert all(t.isfinite().all() for t in caught.value.result.components.parameters())
+    assert not caught.value.result.finished
+
+
+def test_attributions_that_are_nan_are_no_choice() -> None:
+    def nans(network: apd.Network, components: apd.Components, x: Tensor) -> Tensor:
+        return torch.full((2, len(x), components.n_components), torch.nan)
+
+    with (
+        pytest.warns(RuntimeWarning, match="could not be compared"),
+        pytest.raises(apd.NonFiniteLoss, match=r"attributions .* are NaN"),
+    ):
+        runs.decompose(attribution=nans)
+
+
+def test_float16_is_refused_with_what_to_do() -> None:
+    with pytest.raises(TypeError, match=r"weights are torch.float16.*target\.float\(\)"):
+        runs.decompose(lambda step, generator: runs.batches(step, generator).half(), runs.tms().half())
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_autograd_the_result_is_the_same(mode: Any) -> None:
+    plain, target = runs.decompose(steps=3), runs.tms()
+    x = runs.batches(0, torch.Generator().manual_seed(0))
+    expected = apd.attributions.gradient(target, plain.components, x)
+    with mode():
+        again = runs.decompose(steps=3, target=target)
+        torch.testing.assert_close(apd.attributions.gradient(target, plain.components, x.clone()), expected)
+    assert runs.fingerprint(again) == runs.fingerprint(plain)
+
+
+def test_a_target_made_in_inference_mode_is_refused() -> None:
+    with torch.inference_mode(), pytest.raises(TypeError, match="was made in torch"):
+        runs.decompose(steps=3)
+
+
+def test_a_source_that_uses_its_memory_again() -> None:
+    buffer = torch.empty(64, 5)
+
+    def source(step: int, generator: torch.Generator) -> Tensor:
+        return buffer.copy_(runs.batches(step, generator))
+
+    assert runs.fingerprint(runs.decompose(source)) == runs.fingerprint(runs.decompose())
+
+
+def test_indices_of_32_bits() -> None:
+    target = nn.Sequential(nn.Embedding(6, 3), nn.Linear(3, 2))
+    components = apd.Components.random({"0.weight": (6, 3)}, 4, generator=torch.Generator().manual_seed(0))
+    i = torch.tensor([0, 3, 5])
+    found = [apd.attributions.gradient(target, components, index) for index in (i, i.int())]
+    assert torch.equal(*found)
+
+
+def test_other_types_are_named() -> None:
+    target = runs.tms()
+    components = apd.Components.random({"encode.weight": (5, 2)}, 3)
+    with pytest.raises(ValueError, match=r"does not run on x, a tensor \[4, 5\] of torch.float64, with components of"):
+        apd.attributions.gradient(target, components, torch.rand(4, 5).double())
+    with pytest.raises(ValueError, match=r"does not run on x, a tensor \[64, 5\] of torch.float64, with weights of"):
+        runs.decompose(lambda step, generator: runs.batches(step, generator).double())
+
+
+# What mutations have shown to be untested.
+
+
+@pytest.mark.parametrize("restarts", [None, 2])
+def test_columns_of_unit_length_leave_the_components_as_they_are(restarts: int | None) -> None:
+    components = apd.Components.random({"w": (4, 3), "v": (2, 5)}, 3, 2, restarts, 2.0)
+    before = components.flat()
+    normalise_columns(components)
+    for a in components.A.values():
+        torch.testing.assert_close(a.norm(dim=-2), torch.ones(a.shape[:-2] + a.shape[-1:]))
+    torch.testing.assert_close(components.flat(), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gated_functions_keep_their_type_and_values(dtype: torch.dtype) -> None:
+    target = apd.targets.GatedFunctions(2, 4).to(dtype)
+    knots = target.knots.to(dtype)
+    for i in range(2):
+        bits = torch.zeros(4, 2, dtype=dtype)
+        bits[:, i] = 1
+        y = target(torch.cat([knots[:, None], bits], 1))
+        assert y.dtype == dtype
+        torch.testing.assert_close(y[:, 0], target.functions(knots)[:, i].to(dtype), atol=1e-4, rtol=1e-4)
+    assert target.functions(torch.ones(3, dtype=torch.float32)).dtype == target.coefficients.dtype
