@@ -42,7 +42,7 @@ class Decomposition:
         chosen: index of that restart.
         finished: False if the run was stopped before its last step.
         fingerprint: hash of the target's parameters and buffers.
-        restarts: the components of all restarts, stacked; not stored.
+        restarts: the components of all restarts, stacked; stored if `save` is asked to.
     """
 
     components: Components
@@ -54,13 +54,21 @@ class Decomposition:
     fingerprint: str
     restarts: Components | None = None
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
+    def save(self, folder: str | os.PathLike[str], restarts: bool = False) -> None:
         """Write `cfg.json` and `components.safetensors` (keys path.A [C, d_in, m] and path.B [C, m, d_out]).
 
         Args:
             folder: made if missing; a decomposition that is there is replaced.
+            restarts: write those of all restarts too (keys path.A.restarts [R, C, d_in, m], and so on).
+
+        Raises:
+            ValueError: restarts are asked for, and this decomposition has none.
         """
-        tensors = {f"{path}.{name}": t for name in "AB" for path, t in getattr(self.components, name).items()}
+        tensors = _named(self.components, "")
+        if restarts:
+            if self.restarts is None:
+                raise ValueError("this decomposition has no restarts: it was loaded from a folder without them")
+            tensors |= _named(self.restarts.map(torch.clone), ".restarts")  # the chosen one is a view of these
         # The tensors' file goes first and carries everything; cfg.json repeats the facts for people and tools.
         store.write_tensors(Path(folder) / "components.safetensors", "decomposition", tensors, self._facts())
         text = json.dumps({"format": store.FORMAT, **self._facts()}, indent=1)
@@ -86,7 +94,7 @@ class Decomposition:
             target: the network that was decomposed.
 
         Returns:
-            Decomposition: with the chosen restart's components.
+            Decomposition: with the chosen restart's components, and those of all if they were stored.
 
         Raises:
             FileNotFoundError: no such folder or file.
@@ -105,15 +113,24 @@ class Decomposition:
                 f"{file} decomposes another target: its parameters hash to {facts['fingerprint'][:12]}, "
                 f"these to {own[:12]}"
             )
-        components = Components(
-            {path: tensors[f"{path}.A"] for path in weights}, {path: tensors[f"{path}.B"] for path in weights}
-        )
         return cls(
-            components=components,
+            components=_taken(tensors, weights, ""),
             config=Config.from_dict(facts["config"]),
             history=facts["history"],
             scores=facts["scores"],
             chosen=facts["chosen"],
             finished=facts["finished"],
             fingerprint=facts["fingerprint"],
+            restarts=_taken(tensors, weights, ".restarts") if f"{weights[0]}.A.restarts" in tensors else None,
         )
+
+
+def _named(components: Components, ending: str) -> dict[str, Tensor]:
+    """The factors by the names under which they are stored."""
+    return {f"{path}.{name}{ending}": t for name in "AB" for path, t in getattr(components, name).items()}
+
+
+def _taken(tensors: Mapping[str, Tensor], paths: list[str], ending: str) -> Components:
+    """The components that `_named` gave names."""
+    A, B = ({path: tensors[f"{path}.{name}{ending}"] for path in paths} for name in "AB")
+    return Components(A, B)

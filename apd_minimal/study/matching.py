@@ -102,6 +102,7 @@ def match_weights(
     _check(first, second)
     alive = [components.norms() for components in (first, second)]
     rows, columns = ((length > empty * length.max()).nonzero().flatten() for length in alive)
+    _check_in_use(rows, columns)
     generator = torch.Generator().manual_seed(seed)
     mine, theirs = (c.map(Tensor.detach).subset(i) for c, i in ((first, rows), (second, columns)))
 
@@ -135,7 +136,8 @@ def match_use(first: Tensor, second: Tensor, by: str = "correlation", n_draws: i
     """
     if first.ndim != 2 or second.ndim != 2 or len(first) != len(second):
         raise ValueError(
-            f"attributions must be [B, C] and [B, C'] of the same samples, got {list(first.shape)} and {list(second.shape)}"
+            "attributions must be [B, C] and [B, C'] of the same samples, got "
+            f"{list(first.shape)} and {list(second.shape)}"
         )
     if by not in ("correlation", "overlap"):
         raise ValueError(f"by must be 'correlation' or 'overlap', got {by!r}")
@@ -143,6 +145,7 @@ def match_use(first: Tensor, second: Tensor, by: str = "correlation", n_draws: i
         raise ValueError("attributions hold NaN or infinite values")
     a, b = (_standard(t.detach().double()) if by == "correlation" else (t > 0).double() for t in (first, second))
     rows, columns = (t.any(0).nonzero().flatten() for t in (a, b))
+    _check_in_use(rows, columns)
     a, b = a[:, rows], b[:, columns]
     generator = torch.Generator().manual_seed(seed)
 
@@ -162,13 +165,18 @@ def _check(first: Components, second: Components) -> None:
         raise ValueError(f"both must decompose the same weights, got {shapes[0]} and {shapes[1]}")
 
 
+def _check_in_use(rows: Tensor, columns: Tensor) -> None:
+    if not len(rows) or not len(columns):
+        raise ValueError(f"no component is in use: {len(rows)} in the first, {len(columns)} in the second")
+
+
 def _products(first: Components, second: Components, path: str) -> Tensor:
     """Inner products of one weight's matrices [C, C']: tr(B_c^T A_c^T A_c' B_c')."""
     others, m = second.A[path].shape[0], second.A[path].shape[2]
     left = second.A[path].transpose(0, 1).flatten(1)  # [d_in, C' m']
     right = second.B[path].flatten(0, 1).T  # [d_out, C' m']
     rows = [((a.T @ left) * (b @ right)).sum(0) for a, b in zip(first.A[path], first.B[path], strict=True)]
-    return torch.stack(rows).view(-1, others, m).sum(2)
+    return torch.stack(rows).unflatten(1, (others, m)).sum(2)
 
 
 def _permuted(t: Tensor, generator: torch.Generator) -> Tensor:
@@ -191,10 +199,6 @@ def _match(
     """The best match of what is in use, by its indices, and as many by chance."""
     if n_draws < 1:
         raise ValueError(f"n_draws must be at least 1, got {n_draws}")
-    if not similarity.numel():
-        raise ValueError(
-            f"no component is in use: {similarity.shape[0]} in the first, {similarity.shape[1]} in the second"
-        )
 
     def best(table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         i, j = (

@@ -19,6 +19,10 @@ from ..components import Components
 from ..losses import faithfulness, mse
 from ..network import Network, as_network
 from ..selection import batch_top_k
+from .matching import Matching as Matching
+from .matching import cosines as cosines
+from .matching import match_use as match_use
+from .matching import match_weights as match_weights
 
 Truth = Mapping[str, Tensor]
 
