@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .advice import advice
 from .attributions import Attribution
 from .components import Components
 from .config import Config, Schedule
@@ -88,7 +90,7 @@ def decompose(
         run.resume(checkpoint)
     try:
         follow(run, checkpoint, checkpoint_every, watch, progress)
-        return run.result()
+        result = run.result()
     except KeyboardInterrupt:
         return run.so_far()
     except NonFiniteLoss:
@@ -99,6 +101,9 @@ def decompose(
             if hasattr(error, "add_note"):  # from Python 3.11
                 error.add_note(f"decompose: the result after {run.step} steps is in this exception's .result")
         raise
+    if says := advice(network, result.components, config):
+        warnings.warn(says, UserWarning, stacklevel=2)
+    return result
 
 
 def check(config: Config, divergence: str | Divergence, hidden_modules: Sequence[str], micro_batch: int | None) -> None:
