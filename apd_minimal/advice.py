@@ -36,10 +36,10 @@ def advice(network: Network, components: Components, config: Config) -> str | No
     )
     if not error > UNFAITHFUL or own == 0:  # without the loss, it was on purpose
         return None
-    needed = max(10 * own, minimal / float(mean_square))
+    needed = float(f"{max(10 * own, minimal / float(mean_square)):.1g}")
     return (
         f"the components do not sum to the weights: the squared error is {error:.2g} of the weights' squared length "
-        f"(at most {UNFAITHFUL} is well). Raise faithfulness from {own:g} to about {needed:.1g}; if that is not "
+        f"(at most {UNFAITHFUL} is well). Raise faithfulness from {own:g} to about {needed:g}; if that is not "
         f"enough, raise steps (now {config.steps}), rank (now {config.rank or 'full'}) or n_components (now "
         f"{config.n_components})"
     )

@@ -152,9 +152,9 @@ def ownership(
     P, Z = components.flat().detach(), _flat(truth, paths)
     cosines = (Z / Z.norm(dim=1, keepdim=True)) @ (P / P.norm(dim=1, keepdim=True).clamp_min(1e-12)).T  # [J, C]
     rows, columns = linear_sum_assignment(cosines.cpu().numpy(), maximize=True)
-    owner = torch.full((len(Z),), -1)
-    owner[torch.as_tensor(rows)] = torch.as_tensor(columns)
-    j, held = torch.arange(len(Z)), owner >= 0
+    owner = torch.full((len(Z),), -1, device=Z.device)
+    owner[torch.as_tensor(rows)] = torch.as_tensor(columns).to(owner)
+    j, held = torch.arange(len(Z), device=Z.device), owner >= 0
     # A mechanism without a component scores 0 everywhere.
     cosine = cosines[j, owner] * held
     ratio = P[owner].norm(dim=1) / Z.norm(dim=1) * held
