@@ -1,7 +1,8 @@
 """Remake data/sizes.json: which settings own every feature of a TMS, from 3-2 to 60-15 (`TMS.recipe`, chapter 7).
 
 Settings were tried on target seeds from 7100 up; what is reported was run once, on seeds from 7200 up. Every run is
-kept, also those that failed. One thread; a run takes 5 s (3-2) to some minutes (60-15). For example
+kept, also those that failed; those on a GPU were entered by hand. One thread; a run takes 5 s (3-2) to some minutes
+(60-15). For example
 `python -m experiments.sizes --sizes 7-3 20-6 --seeds 7100 7101 --settings gentle "in proportion to 5-2"`.
 """
 

@@ -28,8 +28,11 @@ class Elsewhere(Tensor):
 
     @staticmethod
     def __new__(cls, raw: Tensor) -> Elsewhere:
-        layout = {"strides": raw.stride(), "storage_offset": raw.storage_offset(), "dtype": raw.dtype}
-        made = Tensor._make_wrapper_subclass(cls, raw.shape, device=torch.device("meta"), **layout)  # type: ignore[attr-defined]
+        wrap: Any = Tensor._make_wrapper_subclass
+        device, place = torch.device("meta"), raw.storage_offset()
+        made: Elsewhere = wrap(
+            cls, raw.shape, strides=raw.stride(), storage_offset=place, dtype=raw.dtype, device=device
+        )
         made.raw = raw
         return made
 
@@ -37,7 +40,7 @@ class Elsewhere(Tensor):
         return self.raw.tolist()  # which torch does for no subclass
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         return _run(func, args, kwargs or {})
 
 
