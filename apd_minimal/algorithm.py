@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import checks
+from .advice import advice
 from .attributions import Attribution
 from .components import Components
 from .config import Config, Schedule
@@ -111,7 +113,7 @@ def decompose(
         run.resume(checkpoint)
     try:
         follow(run, checkpoint, checkpoint_every, callback, progress, log)
-        return run.result()
+        result = run.result()
     except KeyboardInterrupt:
         return run.so_far()
     except NonFiniteLoss:
@@ -122,6 +124,9 @@ def decompose(
             if hasattr(error, "add_note"):  # from Python 3.11
                 error.add_note(f"decompose: the result after {run.step} steps is in this exception's .result")
         raise
+    if says := advice(network, result.components, config):
+        warnings.warn(says, UserWarning, stacklevel=2)
+    return result
 
 
 def check(

@@ -66,7 +66,7 @@ class Decomposition:
         chosen: index of that restart.
         finished: False if the run was stopped before its last step.
         fingerprint: hash of the target's parameters and buffers.
-        restarts: the components of all restarts, stacked; not stored.
+        restarts: the components of all restarts, stacked; stored if `save` is asked to.
         threshold: the attribution above which a component is active, by which `active` judges; None where active are
             so many of each sample, or where a selection of one's own decided.
         selection: what chose the active components of the run; not stored.
@@ -100,6 +100,7 @@ class Decomposition:
         from .attributions import gradient
         from .selection import sample_top_k
 
+        checks.function("attribution", attribution)
         config, network = self.config, as_network(target, self.components)
         if attribution is not None:
             scores = attribution(network, self.components, x)
@@ -112,14 +113,23 @@ class Decomposition:
             raise ValueError("this decomposition has no threshold: its run broke, or another selection decided")
         return scores > self.threshold
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
+    def save(self, folder: str | os.PathLike[str], restarts: bool = False) -> None:
         """Write `cfg.json` and `components.safetensors` (keys path.A [C, d_in, m] and path.B [C, m, d_out]).
 
         Args:
             folder: made if missing; a decomposition that is there is replaced.
+            restarts: write those of all restarts too (keys path.A.restarts [R, C, d_in, m], and so on).
+
+        Raises:
+            ValueError: restarts are asked for, and this decomposition has none.
         """
         checks.kind("folder", folder, (str, os.PathLike), "a path")
-        tensors = {f"{path}.{name}": t for name in "AB" for path, t in getattr(self.components, name).items()}
+        restarts = checks.flag("restarts", restarts)
+        tensors = _named(self.components, "")
+        if restarts:
+            if self.restarts is None:
+                raise ValueError("this decomposition has no restarts: it was loaded from a folder without them")
+            tensors |= _named(self.restarts.map(torch.clone), ".restarts")  # the chosen one is a view of these
         # The tensors' file goes first and carries everything; cfg.json repeats the facts for people and tools.
         store.write_tensors(Path(folder) / "components.safetensors", "decomposition", tensors, self._facts())
         text = json.dumps({"format": store.FORMAT, **self._facts()}, indent=1, allow_nan=False)
@@ -147,7 +157,7 @@ class Decomposition:
             target: the network that was decomposed.
 
         Returns:
-            Decomposition: with the chosen restart's components.
+            Decomposition: with the chosen restart's components, and those of all if they were stored.
 
         Raises:
             FileNotFoundError: no such folder or file.
@@ -170,13 +180,10 @@ class Decomposition:
                 raise store.StoreError(f"{file} decomposes another target: {other}; load it with that one")
             config = Config.from_dict(facts["config"])
             factors = {f"{path}.{name}" for path in weights for name in "AB"}
-            if tensors.keys() != factors:
+            more = {f"{name}.restarts" for name in factors}
+            if tensors.keys() not in (factors, factors | more):
                 raise ValueError(f"tensors {sorted(factors)} are expected, got {sorted(tensors)}")
-            components = network._fit(
-                Components(
-                    {path: tensors[f"{path}.A"] for path in weights}, {path: tensors[f"{path}.B"] for path in weights}
-                )
-            )
+            components = network._fit(_taken(tensors, weights, ""))
             if components.restarts is not None or components.n_components != config.n_components:
                 raise ValueError(
                     f"n_components is {config.n_components}, but there are factors of {components.n_components}"
@@ -190,6 +197,18 @@ class Decomposition:
                 chosen=checks.number("chosen", facts["chosen"], 0, len(scores) - 1, whole=True),
                 finished=checks.flag("finished", facts["finished"]),
                 fingerprint=facts["fingerprint"],
+                restarts=network._fit(_taken(tensors, weights, ".restarts")) if tensors.keys() > factors else None,
                 # Files of earlier versions have none.
                 threshold=None if (found := facts.get("threshold")) is None else checks.number("threshold", found),
             )
+
+
+def _named(components: Components, ending: str) -> dict[str, Tensor]:
+    """The factors by the names under which they are stored."""
+    return {f"{path}.{name}{ending}": t for name in "AB" for path, t in getattr(components, name).items()}
+
+
+def _taken(tensors: Mapping[str, Tensor], paths: list[str], ending: str) -> Components:
+    """The components that `_named` gave names."""
+    A, B = ({path: tensors[f"{path}.{name}{ending}"] for path in paths} for name in "AB")
+    return Components(A, B)

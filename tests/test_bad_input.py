@@ -7,6 +7,7 @@ the parameter's name, and `OWN_KINDS` those of parameters that mean something el
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import linecache
 import tempfile
@@ -68,8 +69,17 @@ ELSEWHERE = {
     "NonFiniteLoss": "raised by the package",
     "Decomposition": "made by the package; its methods are tried here",
     "diagnose.Diagnosis": "made by the package",
+    "metrics.Matching": "made by the package",
     "metrics.Ownership": "made by the package",
     "metrics.Scrubbing": "made by the package",
+    "selection.Selection": "a protocol: its methods are called by the package",
+    **{
+        f"selection.Selection.{name}": "called by the package"
+        for name in ("start", "choose", "draw", "threshold", "parameters", "forget")
+    },
+    "selection.TopK": "made by the package from `top_k`",
+    **{f"selection.TopK.{name}": "called by the package" for name in ("choose", "threshold")},
+    "store.reading": "used by the package around what it reads",
     "rules.Rule": "functions of whoever adds a kind of module",
     "rules.Rule.rows": "a field",
     "rules.Rule.unrows": "a field",
@@ -180,6 +190,11 @@ VALID: dict[str, tuple[Any, dict[str, Any]]] = {  # name: (self or None, argumen
     "frames.live": (None, SLIDER),
     "frames.slider": (None, FRAMES),
     "glue.glue": (None, {"name": "a", "value": 1.5}),
+    "glue.floored": (None, {"value": 1.5}),
+    "metrics.cosines": (None, {"first": components(), "second": components()}),
+    "metrics.match_weights": (None, {"first": components(), "second": components()}),
+    "metrics.match_use": (None, {"first": torch.rand(9, 3), "second": torch.rand(9, 3)}),
+    "Decomposition.active": (dataclasses.replace(decomposition(), threshold=0.1), {"target": TARGET, "x": X}),
     "glue.claim": (None, {"number": 1, "verdict": "holds", "finding": "So."}),
     "plots.matrices": (None, {"components": components()}),
     "plots.columns": (None, {"vectors": {"a": torch.ones(2, 2)}}),
@@ -454,6 +469,9 @@ KINDS: dict[str, Strategy] = {
     "high": number(0.0),
     "attribution": function(none=True),
     "callback": function(none=True),
+    "n_draws": SIZE,
+    "selection": st.one_of(function(none=True), st.sampled_from([1, "top_k", len])),
+    "log": st.one_of(but(str, type(None)), st.integers(), st.booleans()),
     "output": function(none=True),
     "checkpoint": st.one_of(but(str), st.integers(), st.booleans()),
     "checkpoint_every": SIZE,
@@ -571,6 +589,17 @@ OWN_KINDS: dict[str, dict[str, Strategy]] = {
     "frames.static": {"start": number(0, 1, whole=True), "kind": choice(*FIGURE_KINDS)},
     "frames.live": {"start": number(0, 1, whole=True)},
     "frames.slider": {"start": number(0, 1, whole=True), "kind": choice(*FIGURE_KINDS)},
+    **{
+        f"metrics.{name}": {"first": but(apd.Components), "second": but(apd.Components), "empty": number(0)}
+        for name in ("cosines", "match_weights")
+    },
+    "metrics.match_use": {"first": but(Tensor), "second": but(Tensor), "by": choice("correlation", "overlap")},
+    "Decomposition.save": {"restarts": st.sampled_from(["yes", 2, [True], None])},
+    "glue.floored": {
+        "value": st.sampled_from([None, [1], {}, torch.zeros(2), "1", True]),
+        "floor": number(0),
+        "digits": SIZE,
+    },
     "glue.glue": {"value": st.sampled_from([None, [1], {}, torch.zeros(2), np.zeros(3), object()])},
     "glue.claim": {
         "number": SIZE,

@@ -14,8 +14,8 @@ NAMES = {
     "data": "SparseFeatures checked",
     "diagnose": "Diagnosis diagnose",
     "losses": "DIVERGENCES faithfulness kl minimality mse simplicity simplicity_exact",
-    "metrics": "Ownership Scrubbing description_length ml2r mmcs output_error ownership relative_faithfulness "
-    "scrubbing",
+    "metrics": "Matching Ownership Scrubbing cosines description_length match_use match_weights ml2r mmcs output_error "
+    "ownership relative_faithfulness scrubbing",
     "rules": "Rule TransposedLinear rule",
     "store": "FORMAT StoreError read_tensors reading write write_tensors",
     "targets": "GatedFunctions GatedInputs Questions ResidualMLP TMS Transformer",

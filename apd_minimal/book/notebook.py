@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ def setup(threads: int = 1) -> None:
         raise ValueError(f"threads is {threads}; expected at least 1")
     torch.set_num_threads(threads)
     plt.style.use(STYLE)
+    # Chapters cut runs short on purpose, and say themselves how faithful a result is.
+    warnings.filterwarnings("ignore", message="the components do not sum to the weights")
     try:
         from IPython import get_ipython
         from matplotlib_inline.config import InlineBackend

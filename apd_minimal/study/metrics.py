@@ -20,6 +20,10 @@ from ..components import Components, usable
 from ..losses import faithfulness, mse
 from ..network import Network, as_network
 from ..selection import batch_top_k
+from .matching import Matching as Matching
+from .matching import cosines as cosines
+from .matching import match_use as match_use
+from .matching import match_weights as match_weights
 
 Truth = Mapping[str, Tensor]
 
@@ -159,9 +163,9 @@ def ownership(
     P, Z = components.flat().detach(), _flat(truth, paths)
     cosines = (Z / Z.norm(dim=1, keepdim=True)) @ (P / P.norm(dim=1, keepdim=True).clamp_min(1e-12)).T  # [J, C]
     rows, columns = linear_sum_assignment(cosines.cpu().numpy(), maximize=True)
-    owner = torch.full((len(Z),), -1)
-    owner[torch.as_tensor(rows)] = torch.as_tensor(columns)
-    j, held = torch.arange(len(Z)), owner >= 0
+    owner = torch.full((len(Z),), -1, device=Z.device)
+    owner[torch.as_tensor(rows)] = torch.as_tensor(columns).to(owner)
+    j, held = torch.arange(len(Z), device=Z.device), owner >= 0
     # A mechanism without a component scores 0 everywhere.
     cosine = cosines[j, owner] * held
     ratio = P[owner].norm(dim=1) / Z.norm(dim=1) * held

@@ -214,7 +214,7 @@ class ResidualMLP(nn.Module):
         """
         usable(components, alone=True)
         rows = self.contributions()
-        truth = torch.zeros(self.n_features, *rows.shape)
+        truth = rows.new_zeros(self.n_features, *rows.shape)
         truth[torch.arange(self.n_features), torch.arange(self.n_features)] = rows
         own = Components.from_matrices({"contributions": self.contributions(components)})
         return ownership(own, {"contributions": truth}, min_cosine, length_range, min_purity)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -72,24 +73,36 @@ class TMS(nn.Module):
     def recipe(self) -> dict[str, Any]:
         """Inputs and settings with which chapters 1 and 7 take it apart: `decompose(target, **target.recipe)`.
 
-        They were found on target seeds from 100 up; the defaults of `decompose` are those of the larger size.
+        They were found on target seeds from 100 up; the defaults of `decompose` are those of 40-10. Other sizes have
+        k and C in proportion; experiments/sizes.py says what was tried and how often every feature was owned.
+
+        Warns:
+            UserWarning: a size at which the recipe was not shown to own every feature; it says why.
         """
-        always = 0 if self.middle is None else 1  # the identity is active on every sample
-        if self.n_features > 5:
+        n, always = self.n_features, 0 if self.middle is None else 1  # the identity is active on every sample
+        own_size = (n, self.d_hidden) in ((5, 2), (40, 10))
+        if doubt := self._doubt(own_size):
+            warnings.warn(f"TMS {n}-{self.d_hidden}: {doubt}", UserWarning, stacklevel=2)
+        if n > 5:
             late = ((0.0, 1.0), (0.7, 1.0), (0.75, 10.0))  # without this it stays just above 1e-5
-            return {
+            recipe: dict[str, Any] = {
                 "batches": self.data(512),
                 "weights": self.weights,
-                "n_components": 3 * self.n_features // 2 + always,
-                "top_k": _then(0.045 * self.n_features + always, 0.1 * self.n_features + always),
+                "n_components": 3 * n // 2 + always,
+                "top_k": _then(0.045 * n + always, 0.1 * n + always),
                 "rank": None if always else 4,
                 "faithfulness": late if always else 1.0,
                 "steps": 1500,
                 "restarts": 2,  # one in ten ends with features that share a component; the held-out error tells
             }
+            if own_size:
+                return recipe
+            # Strong simplicity puts opposite features into one component of rank one.
+            gentle = {"n_components": 3 * n + always, "simplicity": ((0.0, 20.0), (0.7, 0.0))}
+            return recipe | gentle | {"steps": 1500 if n <= 40 else 3000}
         data = self.data(128, nonempty=True)
         share = data.share_nonempty  # the paper's weights are for batches with their empty samples
-        recipe: dict[str, Any] = {
+        recipe = {
             "batches": data,
             "weights": self.weights,
             "n_components": 12,
@@ -107,8 +120,13 @@ class TMS(nn.Module):
             "min_cosine": 0.9,
             "restarts": 4,
         }
-        if not always:
+        if not always and own_size:
             return recipe
+        if not always:
+            # At 3-2 two features are opposite; with k at 0.84 of the mean number of active ones, as at 5-2, they share
+            # a component on every target.
+            k = _then(0.65 * data.mean_active, 0.34 / 0.25 * data.mean_active)
+            return recipe | {"n_components": -(-12 * n // 5), "top_k": k}
         # Components that may span both weights mix features with the identity, and so do new starts.
         return recipe | {
             "n_components": 13,
@@ -120,6 +138,37 @@ class TMS(nn.Module):
             "min_cosine": 0.8,
             "restarts": 8,
         }
+
+    def _doubt(self, own_size: bool) -> str:
+        """Why the recipe may not own every feature; empty where it was shown to."""
+        n, lines = self.n_features, self.same_line
+        if own_size:
+            return ""
+        if self.middle is not None:
+            why = "with an identity layer, recipes were found for 5-2 and 40-10 only"
+        elif n > 40:
+            why = (
+                "above 40 features the recipe is not shown to own every one: at 60-15 it owned 58, 58 and 53 of 60 on "
+                "three targets; more restarts, or n_components of twice the features, may help"
+            )
+        elif n < 3 or not 1.5 <= n / self.d_hidden <= 4:
+            why = "recipes were tried from 3-2 to 40-10, with 1.5 to 4 features for each hidden dimension"
+        else:
+            return ""
+        pairs = ", ".join(f"{i} and {j}" for i, j in lines[:5])
+        return why + (f"; features on one line ({pairs}) are the first to end in one component" if lines else "")
+
+    @property
+    def same_line(self) -> list[tuple[int, int]]:
+        """Pairs of features whose rows of W lie on one line, |cosine| at least 0.99: most often opposite ones.
+
+        One component of rank one can hold both without an error on inputs with one of them, so that only the
+        simplicity loss speaks for two components (chapter 12). A feature shorter than 1% of the longest is on none.
+        """
+        W = self.encode.weight.detach().T if self.rotation is None else self.rotation @ self.encode.weight.detach().T
+        length = W.norm(dim=1, keepdim=True)
+        unit = W / length.clamp_min(1e-12) * (length > 0.01 * length.max())
+        return [(i, j) for i, j in ((unit @ unit.T).abs().triu(1) >= 0.99).nonzero().tolist()]
 
     @property
     def weights(self) -> list[str]:
@@ -163,7 +212,7 @@ class TMS(nn.Module):
             TMS: itself.
         """
         generator = torch.Generator().manual_seed(numbers(seed)[0])
-        Q = torch.linalg.qr(torch.randn(self.n_features, self.n_features, generator=generator)).Q
+        Q = torch.linalg.qr(torch.randn(self.n_features, self.n_features, generator=generator)).Q.to(self.bias)
         self.encode.weight.copy_(self.encode.weight @ Q)
         self.rotation = Q if self.rotation is None else self.rotation @ Q
         return self
@@ -177,17 +226,20 @@ class TMS(nn.Module):
         return ownership(components, self.mechanisms())
 
     def mechanisms(self) -> dict[str, Tensor]:
-        """The true mechanisms, per parameter path [J, d_in, d_out]: one for each feature, the identity last."""
+        """The true mechanisms, per parameter path [J, d_in, d_out]: one for each feature, the identity last.
+
+        `same_line` lists the features that are hard to tell apart.
+        """
         W = self.encode.weight.detach().T  # [n_features, d_hidden]
-        directions = torch.eye(self.n_features) if self.rotation is None else self.rotation
+        directions = torch.eye(self.n_features).to(W) if self.rotation is None else self.rotation
         # Feature j owns the part of W that its input direction meets.
         features = torch.einsum("ji,jk,kd->jid", directions, directions, W)
         if self.middle is None:
             return {"encode.weight": features}
         d = self.d_hidden
         return {
-            "encode.weight": torch.cat([features, torch.zeros(1, self.n_features, d)]),
-            "middle.weight": torch.cat([torch.zeros(self.n_features, d, d), torch.eye(d)[None]]),
+            "encode.weight": torch.cat([features, W.new_zeros(1, self.n_features, d)]),
+            "middle.weight": torch.cat([W.new_zeros(self.n_features, d, d), torch.eye(d).to(W)[None]]),
         }
 
     @torch.no_grad()

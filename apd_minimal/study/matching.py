@@ -1,0 +1,211 @@
+"""Do two decompositions of one target find the same components? Two seeds, two restarts, two settings.
+
+A match is one to one and has the largest sum of similarities (Hungarian algorithm), by weights or by use. How high
+it would be by chance is measured, not assumed: the second decomposition is scrambled and matched again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from .. import checks
+from ..components import Components
+
+
+@dataclass(frozen=True)
+class Matching:
+    """Pairs of components, one of each decomposition; see `match_weights` and `match_use`.
+
+    Attributes:
+        first: indices in the first decomposition [M], rising; M is the smaller number of components in use.
+        second: of the partner of each in the second one [M].
+        similarity: of each pair [M], at most 1.
+        chance: similarities of the pairs after scrambling the second decomposition [n_draws, M].
+        unmatched: how many components in use are left over, all of them in one of the two.
+    """
+
+    first: Tensor
+    second: Tensor
+    similarity: Tensor
+    chance: Tensor
+    unmatched: int
+
+    @property
+    def mean(self) -> float:
+        """Mean similarity of the pairs."""
+        return float(self.similarity.mean())
+
+    @property
+    def above_chance(self) -> Tensor:
+        """Which pairs are more alike than 95% of all pairs by chance [M]."""
+        return self.similarity > torch.quantile(self.chance, 0.95)
+
+    def __str__(self) -> str:
+        lines = ["first  second  similarity"]
+        for pair in zip(self.first.tolist(), self.second.tolist(), self.similarity.tolist(), strict=True):
+            lines.append("{:5d}  {:6d}  {:10.3f}".format(*pair))
+        means = self.chance.mean(1)
+        lines.append(
+            f"mean {self.mean:.3f}; by chance {means.mean():.3f} (at most {means.max():.3f} in {len(means)} draws); "
+            f"{int(self.above_chance.sum())} of {len(self.first)} pairs above chance, {self.unmatched} unmatched"
+        )
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def cosines(first: Components, second: Components) -> Tensor:
+    """Cosine of every whole component with every one of another decomposition, all weights together.
+
+    It is computed from the factors, one component of the first at a time, so that no component is ever formed.
+
+    Args:
+        first: C components, without restarts.
+        second: C' components of the same weights; their ranks may differ.
+
+    Returns:
+        Tensor: [C, C'], each in [-1, 1]; 0 for components of length zero.
+
+    Raises:
+        ValueError: restarts, or weights of other names or shapes.
+    """
+    _check(first, second)
+    products = torch.stack([_products(first, second, path) for path in first.paths]).sum(0)
+    lengths = first.norms()[:, None] * second.norms()
+    return (products / lengths.clamp_min(torch.finfo(lengths.dtype).tiny)).clamp(-1, 1)
+
+
+def match_weights(
+    first: Components, second: Components, n_draws: int = 20, seed: int = 0, empty: float = 0.01
+) -> Matching:
+    """Match two decompositions by the cosine between whole components.
+
+    The chance baseline permutes, in each component of the second by itself, the inputs and the outputs of every
+    weight: ranks, lengths and the values of the factors stay, but what a component connects is left to chance.
+
+    Args:
+        first: C components, without restarts.
+        second: C' components of the same weights.
+        n_draws: of the chance baseline, at least 1.
+        seed: of these draws.
+        empty: components not longer than this share of the longest are left out.
+
+    Returns:
+        Matching: with cosines as similarities.
+
+    Raises:
+        ValueError: restarts, weights of other names or shapes, no component in use, n_draws below 1.
+    """
+    _check(first, second)
+    n_draws, seed = checks.number("n_draws", n_draws, 1, whole=True), checks.number("seed", seed, 0, whole=True)
+    empty = checks.number("empty", empty, 0)
+    alive = [components.norms() for components in (first, second)]
+    rows, columns = ((length > empty * length.max()).nonzero().flatten() for length in alive)
+    _check_in_use(rows, columns)
+    generator = torch.Generator().manual_seed(seed)
+    mine, theirs = (c.map(Tensor.detach).subset(i) for c, i in ((first, rows), (second, columns)))
+
+    def scrambled() -> Tensor:
+        A = {path: _permuted(a, generator) for path, a in theirs.A.items()}
+        B = {path: _permuted(b.mT, generator).mT for path, b in theirs.B.items()}
+        return cosines(mine, Components(A, B))
+
+    return _match(cosines(mine, theirs), rows, columns, scrambled, n_draws)
+
+
+def match_use(first: Tensor, second: Tensor, by: str = "correlation", n_draws: int = 20, seed: int = 0) -> Matching:
+    """Match two decompositions by what they are used for, on the same samples.
+
+    The chance baseline permutes the samples of each component of the second by itself: how often and how strongly
+    it is used stays, but on which samples is left to chance.
+
+    Args:
+        first: attributions or masks [B, C], for example of `attributions.gradient` or `selection.batch_top_k`.
+        second: of the other decomposition on the same samples [B, C'].
+        by: "correlation" (Pearson's, over samples), or "overlap" of masks (samples shared by a pair over samples of
+            either); with "overlap" whatever is above 0 counts as active.
+        n_draws: of the chance baseline, at least 1.
+        seed: of these draws.
+
+    Returns:
+        Matching: components that are the same on all samples (correlation) or never active (overlap) are left out.
+
+    Raises:
+        ValueError: other shapes, values that are not finite, an unknown `by`, no component in use, n_draws below 1.
+    """
+    checks.tensor("first", first, "B", "C")
+    checks.tensor("second", second, len(first), "C'")
+    checks.choice("by", by, ("correlation", "overlap"))
+    n_draws, seed = checks.number("n_draws", n_draws, 1, whole=True), checks.number("seed", seed, 0, whole=True)
+    a, b = (_standard(t.detach().double()) if by == "correlation" else (t > 0).double() for t in (first, second))
+    rows, columns = (t.any(0).nonzero().flatten() for t in (a, b))
+    _check_in_use(rows, columns)
+    a, b = a[:, rows], b[:, columns]
+    generator = torch.Generator().manual_seed(seed)
+
+    def similarity(other: Tensor) -> Tensor:
+        both = a.T @ other
+        return both if by == "correlation" else both / (a.sum(0)[:, None] + other.sum(0) - both)
+
+    return _match(similarity(b), rows, columns, lambda: similarity(_permuted(b.T, generator).T), n_draws)
+
+
+def _check(first: Components, second: Components) -> None:
+    for name, components in (("first", first), ("second", second)):
+        checks.kind(name, components, Components, "Components")
+        if components.restarts is not None:
+            raise ValueError("pick one restart first: components.restart(index)")
+    shapes = [{path: (c.A[path].shape[-2], c.B[path].shape[-1]) for path in c.paths} for c in (first, second)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"both must decompose the same weights, got {shapes[0]} and {shapes[1]}")
+
+
+def _check_in_use(rows: Tensor, columns: Tensor) -> None:
+    if not len(rows) or not len(columns):
+        raise ValueError(f"no component is in use: {len(rows)} in the first, {len(columns)} in the second")
+
+
+def _products(first: Components, second: Components, path: str) -> Tensor:
+    """Inner products of one weight's matrices [C, C']: tr(B_c^T A_c^T A_c' B_c')."""
+    others, m = second.A[path].shape[0], second.A[path].shape[2]
+    left = second.A[path].transpose(0, 1).flatten(1)  # [d_in, C' m']
+    right = second.B[path].flatten(0, 1).T  # [d_out, C' m']
+    rows = [((a.T @ left) * (b @ right)).sum(0) for a, b in zip(first.A[path], first.B[path], strict=True)]
+    return torch.stack(rows).unflatten(1, (others, m)).sum(2)
+
+
+def _permuted(t: Tensor, generator: torch.Generator) -> Tensor:
+    """The second axis of [C, n, ...] in a random order, another one for each element of the first."""
+    order = torch.rand(t.shape[:2], generator=generator).argsort(1).to(t.device)
+    return t[torch.arange(len(t), device=t.device)[:, None], order]
+
+
+def _standard(scores: Tensor) -> Tensor:
+    """Columns with mean 0 and length 1; zeros where a column is constant."""
+    centred = scores - scores.mean(0)
+    length = centred.norm(dim=0)
+    constant = length <= 1e-9 * scores.norm(dim=0)
+    return torch.where(constant, 0.0, centred / length.clamp_min(torch.finfo(length.dtype).tiny))
+
+
+def _match(
+    similarity: Tensor, rows: Tensor, columns: Tensor, scrambled: Callable[[], Tensor], n_draws: int
+) -> Matching:
+    """The best match of what is in use, by its indices, and as many by chance."""
+    if n_draws < 1:
+        raise ValueError(f"n_draws must be at least 1, got {n_draws}")
+
+    def best(table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        i, j = (
+            torch.as_tensor(index, device=table.device)
+            for index in linear_sum_assignment(table.cpu().numpy(), maximize=True)
+        )
+        return i, j, table[i, j]
+
+    i, j, found = best(similarity)
+    chance = torch.stack([best(scrambled())[2] for _ in range(n_draws)])
+    return Matching(rows[i], columns[j], found, chance, abs(len(rows) - len(columns)))
