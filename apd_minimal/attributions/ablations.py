@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..components import Components
 from ..network import Network
 from .coalitions import Game
-from .gradients import _finish
+from .meet import finished
 
 
 def ablation(
@@ -53,6 +53,6 @@ def ablation(
 
     def scores(part: Tensor) -> tuple[Tensor]:
         effects = sign * (game.values(part, changed) - game.values(part, unchanged))  # [R, C, B, n_out]
-        return (_finish(effects.transpose(1, 2), per_output),)
+        return (finished(effects.transpose(1, 2), per_output),)
 
     return game.over_samples(scores, x)[0]
