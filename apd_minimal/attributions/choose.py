@@ -29,7 +29,7 @@ FORWARD = 7e5  # and forward mode
 PROBE = 2e6  # a look at some samples, to see which outputs are at rest and which gradients are shared
 PROBED = 16  # so many samples
 FEW = 16  # up to so many outputs all are captured, and those at rest left out afterwards
-NUMBERS = 2**24  # of gradients or tangents that are held at a time
+NUMBERS = 2**25  # of gradients or tangents that are held at a time
 
 _shapes: WeakKeyDictionary[Network, dict[tuple[object, ...], _Shapes]] = WeakKeyDictionary()
 
@@ -69,12 +69,26 @@ def shapes_of(network: Network, x: Tensor) -> _Shapes:
 
 
 def at_once(network: Network, components: Components, base: Components | None, x: Tensor, mode: str) -> int:
-    """How many samples to work on at a time where nothing is said."""
+    """How many samples to work on at a time where nothing is said: pieces of one size."""
     shapes = shapes_of(network, x)
     restarts, n_components = components.A[components.paths[0]].shape[:2]
     if mode == "forward":
-        return max(1, NUMBERS // (restarts * n_components * shapes.outputs))
-    return max(1, NUMBERS // ((1 if base is None else restarts) * shapes.n_out * shapes.outputs))
+        numbers = restarts * n_components * shapes.outputs
+    else:
+        numbers = (1 if base is None else restarts) * shapes.n_out * shapes.outputs
+        if mode == "backward" and numbers * len(x) > NUMBERS:
+            shared = _shared(network, base, x[:PROBED], shapes)
+            numbers -= numbers // shapes.outputs * sum(T * e for i, (_, T, _, e) in enumerate(shapes.uses) if i in shared)
+    n_pieces = -(-numbers * len(x) // NUMBERS)
+    return -(-len(x) // max(1, n_pieces))
+
+
+def _shared(network: Network, base: Components | None, x: Tensor, shapes: _Shapes) -> list[int]:
+    """At which uses all of some samples have the same gradients; two outputs stand for all."""
+    captured = capture(network, base, x, outputs=range(min(2, shapes.n_out)))
+    # By their sites, since a use that these outputs do not depend on is left out.
+    alike = {id(use.site) for use in captured if use.shared}
+    return [i for i, site in enumerate(shapes.sites) if site in alike]
 
 
 def cheapest(network: Network, components: Components, base: Components | None, x: Tensor) -> str:
@@ -100,10 +114,7 @@ def cheapest(network: Network, components: Components, base: Components | None, 
             on = 1.0
         times["sample_gradients"] = count.pairs(on)
     if on > 0.5 and count.backward(range(len(count.shapes.uses))) < worth:
-        captured = capture(network, base, few, outputs=range(min(2, n_out)))
-        # By their sites, since a use that these outputs do not depend on is left out.
-        alike = {id(use.site) for use in captured if use.shared}
-        times["backward"] = count.backward([i for i, site in enumerate(count.shapes.sites) if site in alike])
+        times["backward"] = count.backward(_shared(network, base, few, count.shapes))
     return min(times, key=times.__getitem__)
 
 

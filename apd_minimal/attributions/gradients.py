@@ -79,6 +79,7 @@ def gradient(
     base = stacked if at == "components" else None
     chosen = mode or ("backward" if per_position or n_probes else cheapest(network, stacked, base, x))
     may_pick = mode is None and not (per_position or n_probes) and shapes_of(network, x).n_out <= FEW
+    n_inputs = x[0].numel() if x.is_floating_point() else None
     pieces: list[Tensor] = []
     done = 0
     while done < len(x):
@@ -99,7 +100,7 @@ def gradient(
             if pairs is not None and few_are_on(network, stacked, base, part, pairs.share):
                 pieces.append(meet_pairs(stacked, pairs, per_output))
             else:
-                pieces.append(meet(stacked, captured, per_output, per_position))
+                pieces.append(meet(stacked, captured, per_output, per_position, n_inputs))
         else:
             pieces.append(meet_pairs(stacked, live_pairs(network, base, part), per_output))
         done += len(part)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.func import jvp, vmap
 
 from ..components import Components
+from ..kernels.narrow import narrow
 from ..network import Network
 from ..sites import Site, Use
 from .capture import Captured, Pairs, by_sample, plain_attention
@@ -63,6 +65,7 @@ def meet(
     captured: Sequence[Captured],
     per_output: bool,
     per_position: bool = False,
+    n_inputs: int | None = None,
 ) -> Tensor:
     """Meet every component with the outputs' gradients.
 
@@ -71,6 +74,7 @@ def meet(
         captured: every use of a weight.
         per_output: give the signed derivatives instead of their root mean square over outputs.
         per_position: keep positions apart.
+        n_inputs: numbers that a sample has for inputs, if a layer's rows may lie in so many directions; else None.
 
     Returns:
         Tensor: [R, B, (T,) C], or [R, B, (T,) C, n].
@@ -84,7 +88,7 @@ def meet(
     n_restarts, n_components = _lead(components)
     parts = _folded(components, captured)
     # What all samples share comes first: the rest can then be added in one product.
-    uses = [_Met(use, parts, per_position) for use in sorted(captured, key=lambda use: not use.shared)]
+    uses = [_Met(use, parts, per_position, n_inputs) for use in sorted(captured, key=lambda use: not use.shared)]
     batch = captured[0].rows.shape[1]
     size = max(1, NUMBERS // max(use.numbers for use in uses))
     found = []
@@ -114,12 +118,29 @@ def _unfolded(found: Tensor, n_restarts: int, n_components: int, axis: int) -> T
     return found[0].unflatten(axis, (n_restarts, n_components)).movedim(axis - 1, 0)
 
 
+def _narrowed(use: Captured, first: Tensor, n_inputs: int | None) -> tuple[Captured, Tensor]:
+    """The same with rows and first factors [R, C, d, m] in few directions, where that is less work."""
+    _, batch, T, d = use.rows.shape
+    width = first[:, :, 0].numel()
+    if n_inputs is None or len(use.rows) > 1:
+        return use, first
+    n, k = batch * T, n_inputs + 1  # and one for a bias
+    if 2 * (k * (d + n) * width + 3 * n * d * k) > n * d * width:
+        return use, first
+    found = narrow(use.rows.flatten(0, 2), k)
+    if found is None:
+        return use, first
+    coordinates, directions = found
+    return replace(use, rows=coordinates.unflatten(0, (1, batch, T))), directions @ first
+
+
 class _Met:
     """One use of a weight with the components, multiplied in the order that takes the fewest operations."""
 
-    def __init__(self, use: Captured, components: Components, per_position: bool) -> None:
-        self.use, self.shared, self.per_position = use, use.shared and not per_position, per_position
+    def __init__(self, use: Captured, components: Components, per_position: bool, n_inputs: int | None) -> None:
+        self.shared, self.per_position = use.shared and not per_position, per_position
         first, second = use.site.factors(components)  # [R, C, d, m], [R, C, m, d']
+        self.use, first = _narrowed(use, first, n_inputs)
         if self.shared:  # then the gradients meet the components first
             met = second[:, :, None] @ use.deltas[:, 0].permute(0, 2, 3, 1)[:, None]  # [R, C, T, m, n]
         else:
