@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from ..components import Components
 from ..network import Network
 from ..sites import Use
-from .coalitions import Game
 from .capture import by_sample
+from .coalitions import Game
 from .meet import component_outputs
 
 

@@ -7,7 +7,7 @@ output that have a gradient at all (`live`); where most outputs are at rest this
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -199,9 +199,10 @@ def live(network: Network, base: Components | None, x: Tensor) -> Tensor:
     return (moved.reshape(-1, len(x), moved[(0,) * (1 if base is None else 2)].numel()) != 0).any(0)
 
 
-def plain_attention() -> sdpa_kernel:
+def plain_attention() -> AbstractContextManager[None]:
     """In forward mode attention's fused kernels are many times slower than the plain one, or fail."""
-    return sdpa_kernel(SDPBackend.MATH)
+    chosen: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH)
+    return chosen
 
 
 @dataclass(frozen=True)

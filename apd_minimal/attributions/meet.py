@@ -207,7 +207,8 @@ def meet_pairs(components: Components, pairs: Pairs, per_output: bool) -> Tensor
     parts, outputs = _folded(components, pairs.captured), pairs.outputs
     _, segment, counts = outputs.unique_consecutive(return_inverse=True, return_counts=True)
     starts = counts.cumsum(0) - counts
-    linear, other = [], []
+    linear: list[Captured] = []
+    other: list[Captured] = []
     for use in pairs.captured:
         deltas = use.deltas[:, :, 0]
         same = torch.equal(deltas, deltas[:, starts[segment]])
