@@ -93,10 +93,10 @@ class Components:
         """
         A, B = {}, {}
         for path, P in matrices.items():
-            U, S, Vh = torch.linalg.svd(P, full_matrices=False)
+            U, S, Vh = torch.linalg.svd(_single(P), full_matrices=False)
             root = S[..., :rank].sqrt()
-            A[path] = U[..., :rank] * root[..., None, :]
-            B[path] = root[..., :, None] * Vh[..., :rank, :]
+            A[path] = (U[..., :rank] * root[..., None, :]).to(P.dtype)
+            B[path] = (root[..., :, None] * Vh[..., :rank, :]).to(P.dtype)
         return cls(A, B)
 
     @property
@@ -141,8 +141,8 @@ class Components:
     def singular_values(self, path: str) -> Tensor:
         """True singular values of every component's matrix, [..., C, m], largest first."""
         # The factors' triangular parts carry all singular values, and are only m by m.
-        r_a = torch.linalg.qr(self.A[path]).R
-        r_b = torch.linalg.qr(self.B[path].transpose(-2, -1)).R
+        r_a = torch.linalg.qr(_single(self.A[path])).R
+        r_b = torch.linalg.qr(_single(self.B[path]).transpose(-2, -1)).R
         return torch.linalg.svdvals(r_a @ r_b.transpose(-2, -1))
 
     def ranks(self, threshold: float = 0.1) -> dict[str, Tensor]:
@@ -181,6 +181,11 @@ class Components:
     def parameters(self) -> list[Tensor]:
         """All factors in a fixed order, for an optimiser."""
         return [t for path in self.paths for t in (self.A[path], self.B[path])]
+
+
+def _single(t: Tensor) -> Tensor:
+    """In single precision if it has less, which torch's factorisations do not take."""
+    return t.float() if t.dtype in (torch.bfloat16, torch.float16) else t
 
 
 @torch.no_grad()

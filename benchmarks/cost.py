@@ -170,7 +170,8 @@ def sample_gradients(case: Case, batch: float, pairs: float) -> Work:
         Work: of them all.
     """
     copies, n, share = case.instances * case.n_components, case.n_features, 1 / case.batch
-    found = (_through_target(case, 2) + _back_to_layers(case, 1)) * (batch * share)  # which outputs are at rest
+    # Which outputs are at rest; what carries tangents is run once more by torch, for its value.
+    found = (_through_target(case, 2) + _back_to_layers(case, 2)) * (batch * share)
     found += (_through_target(case, 1) + _back_to_layers(case, 1)) * (pairs * share)
     uses = used(case)
     for i, (d, m, e) in enumerate(uses):

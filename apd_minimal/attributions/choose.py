@@ -78,9 +78,8 @@ def at_once(network: Network, components: Components, base: Components | None, x
         numbers = (1 if base is None else restarts) * shapes.n_out * shapes.outputs
         if mode == "backward" and numbers * len(x) > NUMBERS:
             shared = _shared(network, base, x[:PROBED], shapes)
-            numbers -= (
-                numbers // shapes.outputs * sum(T * e for i, (_, T, _, e) in enumerate(shapes.uses) if i in shared)
-            )
+            once = sum(T * e for i, (_, T, _, e) in enumerate(shapes.uses) if i in shared)
+            numbers -= numbers // shapes.outputs * once
     n_pieces = -(-numbers * len(x) // NUMBERS)
     return -(-len(x) // max(1, n_pieces))
 
