@@ -45,6 +45,20 @@ def test_captured_gradients_are_those_of_plain_passes(name: str, large: int, mon
         torch.testing.assert_close(use.deltas[0], expected[:, [1, 0]])
 
 
+def test_a_first_output_that_is_shared_and_a_second_that_is_not() -> None:
+    class Half(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([x, x.tanh()], dim=1)
+
+    target = nn.Sequential(nn.Linear(3, 2), Half())
+    one = Case(target, {"0.weight": linear}, lambda b, g: torch.randn(b, 3, generator=g).double())
+    x = one.x(5)
+    (use,), (expected,) = capture(one.network, None, x), plainly(one.network, x)
+    assert not use.shared
+    torch.testing.assert_close(use.deltas[0], expected)
+    assert capture(one.network, None, x, outputs=[0, 1])[0].shared
+
+
 def test_shared_rows_stay_shared_through_a_linear_tail() -> None:
     """Products of repeated rows, and sums of them, are taken for one row; any other product for all."""
     weight = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -140,7 +154,9 @@ def test_rows_in_few_directions(n_directions: int, seed: int) -> None:
     assert (off <= 1e-13 * rows.norm(dim=1)).all()
     torch.testing.assert_close(directions @ directions.T, torch.eye(len(directions), dtype=torch.float64))
     noise = torch.randn(300, 100, generator=generator, dtype=torch.float64)
+    # The first has as many directions as there are; the second's are too short to be seen in the sketch.
     assert narrow(rows + 1e-6 * noise, n_directions) is None
+    assert narrow(rows + 1e-6 * rows.norm(dim=1, keepdim=True) * noise, n_directions) is None
     assert narrow(rows[:30], n_directions) is None
     assert narrow(rows, 40) is None
 
