@@ -15,7 +15,7 @@ from ..network import Network
 from ..sites import Site, Use
 from .capture import Captured, Pairs, by_sample, plain_attention
 
-NUMBERS = 2**22  # of a component's outputs that are worked on at a time, so that they stay in the cache
+NUMBERS = 2**23  # of a component's outputs that are worked on at a time, so that they stay in the cache
 LARGEST = 2**24  # numbers that a product formed in advance may have
 
 
