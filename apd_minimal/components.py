@@ -124,10 +124,10 @@ class Components:
         A, B = {}, {}
         for path, P in matrices.items():
             checks.tensor(f"matrices: {path}", P, ..., "C", "d_in", "d_out")
-            U, S, Vh = torch.linalg.svd(P, full_matrices=False)
+            U, S, Vh = torch.linalg.svd(_single(P), full_matrices=False)
             root = S[..., :rank].sqrt()
-            A[path] = U[..., :rank] * root[..., None, :]
-            B[path] = root[..., :, None] * Vh[..., :rank, :]
+            A[path] = (U[..., :rank] * root[..., None, :]).to(P.dtype)
+            B[path] = (root[..., :, None] * Vh[..., :rank, :]).to(P.dtype)
         return cls(A, B)
 
     @property
@@ -179,8 +179,8 @@ class Components:
         """True singular values of every component's matrix, [..., C, m], largest first."""
         # The factors' triangular parts carry all singular values, and are only m by m.
         a, b = self._factors(path)
-        r_a = torch.linalg.qr(a).R
-        r_b = torch.linalg.qr(b.transpose(-2, -1)).R
+        r_a = torch.linalg.qr(_single(a)).R
+        r_b = torch.linalg.qr(_single(b).transpose(-2, -1)).R
         return torch.linalg.svdvals(r_a @ r_b.transpose(-2, -1))
 
     def ranks(self, threshold: float = 0.1) -> dict[str, Tensor]:
@@ -247,6 +247,11 @@ def usable(components: Any, alone: bool = False) -> Components:
         for name in "AB":
             checks.tensor(f"components.{name}: {path}", getattr(components, name)[path], ...)
     return components
+
+
+def _single(t: Tensor) -> Tensor:
+    """In single precision if it has less, which torch's factorisations do not take."""
+    return t.float() if t.dtype in (torch.bfloat16, torch.float16) else t
 
 
 @torch.no_grad()

@@ -106,6 +106,7 @@ class Run:
     def drawn(self, step: int, generator: torch.Generator) -> Tensor:
         """The inputs of one step, checked."""
         x = checked(self.batches(step, generator), step)
+        self.batch_size = len(x)  # what is done besides the steps takes as many samples at a time
         return x.to(self.components.parameters()[0].device)
 
     def inputs(self, step: int, generator: torch.Generator) -> Tensor:
@@ -260,7 +261,8 @@ class Run:
         else:
             changed = merge_by_bits(components, mask, alpha)
         if self.step < self.config.reseed_until * self.config.steps:
-            changed |= reseed(self.network, components, self.mask(x, components), x, self.divergence)
+            size = self.micro_batch or self.batch_size
+            changed |= reseed(self.network, components, self.mask(x, components), x, self.divergence, size=size)
         return changed
 
     def tidy(self) -> None:
@@ -297,7 +299,7 @@ class Run:
 
     def errors(self, x: Tensor, components: Components) -> Tensor:
         """The mean error of the sparse outputs: [R]."""
-        mask, size = self.gates(x, components), self.micro_batch or len(x)
+        mask, size = self.gates(x, components), self.micro_batch or self.batch_size
         sums = [
             minimality(self.network(part, components, gates), self.network(part), self.divergence) * len(part)
             for part, gates in zip(x.split(size), mask.split(size, dim=1), strict=True)

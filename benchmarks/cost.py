@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from apd_minimal.attributions.capture import LARGE
+from apd_minimal.kernels.narrow import SPARE
 from apd_minimal.network import Network
 from benchmarks.cases import Case
 
@@ -121,17 +123,39 @@ def backward(case: Case, batch: float) -> Work:
     copies, n, uses = case.instances * case.n_components, case.n_features, used(case)
     total = _captured(case, batch)
     for i, (d, m, e) in enumerate(uses):
-        total += matmul(copies, batch, d, m)
-        if case.neurons and i == len(uses) - 1:  # linear from here on: the gradients are the same for all samples
-            total += matmul(copies, m, e, n) + matmul(copies, batch, m, n)
+        k = case.n_features + 1 + SPARE  # of an embedding's rows few directions matter
+        if case.neurons and 4 * k <= min(batch, d) and _pays(case, batch, d, copies * m):
+            total += matmul(1, d, batch, k) + matmul(1, batch, d, k) + matmul(1, batch, k, d)
+            total += matmul(copies, k, d, m)
+            d = k
+        linear = bool(case.neurons) and i == len(uses) - 1  # its gradients are the same for all samples
+        last = n if linear else e
+        if linear:
+            total += matmul(copies, m, e, n)
+        if m * d * last + batch * d * last <= batch * m * (d + last):
+            total += matmul(copies, d, m, last) + matmul(1, batch, d, copies * last)
         else:
-            total += matmul(copies, batch, m, e) + matmul(batch * case.instances, case.n_components, e, n)
+            total += matmul(copies, batch, d, m) + matmul(copies, batch, m, last)
+        if not linear:
+            total += matmul(batch, copies, e, n)
     return total
 
 
+def _pays(case: Case, batch: float, d: int, width: int) -> bool:
+    k = case.n_features + 1
+    return 2 * (k * (d + batch) * width + 3 * batch * d * k) <= batch * d * width
+
+
 def _captured(case: Case, batch: float) -> Work:
-    """One forward pass, and one backward pass for each output."""
-    return (_through_target(case, 1) + _back_to_layers(case, 1) * case.n_features) * (batch / case.batch)
+    """One forward pass, and one backward pass for each output; what samples share there is multiplied once."""
+    share, passes, weights = batch / case.batch, case.n_features, sum(d * e for d, _, e in used(case))
+    total = _through_target(case, 1) * share
+    if not case.neurons or batch * weights < LARGE:
+        return total + _back_to_layers(case, 1) * (passes * share)
+    d, _, e = used(case)[-1]
+    linear = _embed(case, 1) + matmul(1, case.batch, e, d)
+    rest = sum((matmul(1, case.batch, e, d) for d, _, e in used(case)[1:-1]), Work())
+    return total + linear * share + linear * ((passes - 1) / case.batch) + rest * (passes * share)
 
 
 def sample_gradients(case: Case, batch: float, pairs: float) -> Work:
@@ -145,10 +169,17 @@ def sample_gradients(case: Case, batch: float, pairs: float) -> Work:
     Returns:
         Work: of them all.
     """
-    copies = case.instances * case.n_components
-    gradients = sum((matmul(pairs, d, 1, e) for d, _, e in used(case)), Work())
-    met = sum((matmul(copies, d, m, e) + matmul(1, pairs, d * e, copies) for d, m, e in factors(case)), Work())
-    return _captured(case, batch) + gradients + met
+    copies, n, share = case.instances * case.n_components, case.n_features, 1 / case.batch
+    # Which outputs are at rest; what carries tangents is run once more by torch, for its value.
+    found = (_through_target(case, 2) + _back_to_layers(case, 2)) * (batch * share)
+    found += (_through_target(case, 1) + _back_to_layers(case, 1)) * (pairs * share)
+    uses = used(case)
+    for i, (d, m, e) in enumerate(uses):
+        if not case.neurons or i == len(uses) - 1:  # an output's gradients are the same wherever it has any
+            found += matmul(copies, m, e, n) + matmul(copies, d, m, n) + matmul(1, pairs, d, copies)
+        else:
+            found += matmul(copies, d, m, e) + matmul(pairs, d, 1, e) + matmul(1, pairs, d * e, copies)
+    return found
 
 
 def forward(case: Case, batch: float) -> Work:

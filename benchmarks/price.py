@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from apd_minimal import Components
-from apd_minimal.attributions import gradients
+from apd_minimal.attributions.choose import cheapest
 from benchmarks import machine
 from benchmarks.steps import Paper, Plain, Size, Step, ours, peak, timed
 from experiments.experiment import DATA, write_manifest
@@ -64,7 +64,7 @@ def way(size: Size) -> str:
     """Which exact way to attributions the library takes."""
     run = ours(size)
     components: Components = run.components.map(torch.Tensor.detach)
-    return gradients._cheapest(run.network, components, None, run.inputs(0, run.generator))
+    return cheapest(run.network, components, None, run.inputs(0, run.generator))
 
 
 def main() -> None:

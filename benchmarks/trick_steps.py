@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import apd_minimal as apd
 from apd_minimal.attributions import MODES, gradient
-from apd_minimal.attributions.gradients import _cheapest
+from apd_minimal.attributions.choose import cheapest
 from apd_minimal.kernels import grouped
 from apd_minimal.kernels.totals import Totals
 from apd_minimal.targets import ResidualMLP
@@ -162,7 +162,7 @@ def modes() -> list[dict[str, Any]]:
                 values = {mode: run() for mode, run in ways.items()}
                 off = max((v - values["backward"]).abs().max().item() for v in values.values())
                 times = timed({mode: partial(_itself, run) for mode, run in ways.items()}, 2, 0.05)
-                counted = _cheapest(network, parts.stacked(), None, x)
+                counted = cheapest(network, parts.stacked(), None, x)
                 off /= values["backward"].abs().max().item()
                 rows.append({"n_out": n_out, "C": C, "on": on, "seconds": times, "counted": counted, "difference": off})
     return rows

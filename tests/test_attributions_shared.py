@@ -76,7 +76,7 @@ def test_nor_in_any_mode_of_derivatives(mode: str, size: int, monkeypatch: pytes
     one = case("sequence")
     x, components = one.x(batch=3), one.components(restarts=2)
     whole = integrated_gradients(one.network, components, x, n_steps=4)
-    monkeypatch.setattr(coalitions, "_cheapest", lambda *args: mode)
+    monkeypatch.setattr(coalitions, "cheapest", lambda *args: mode)
     parts = integrated_gradients(one.network, components, x, n_steps=4, internal_batch_size=size)
     torch.testing.assert_close(parts, whole)
 
@@ -92,9 +92,9 @@ def test_many_numbers_at_once_are_avoided(monkeypatch: pytest.MonkeyPatch) -> No
         seen.append(len(part) * (weights.restarts or 1))
         return original(network, weights, part)
 
-    original = coalitions._capture
-    monkeypatch.setattr(coalitions, "_capture", noted)
-    monkeypatch.setattr(coalitions, "_cheapest", lambda *args: "backward")
+    original = coalitions.capture
+    monkeypatch.setattr(coalitions, "capture", noted)
+    monkeypatch.setattr(coalitions, "cheapest", lambda *args: "backward")
     per_row = 12 * 4 * (4 + 5 + 3)  # outputs, positions, widths of the three layers
     for rows in (8, 2):
         seen.clear()
@@ -251,7 +251,7 @@ def test_kernels_without_a_forward_mode_take_the_backward_one(monkeypatch: pytes
     components = apd.Components.random(network.shapes, 1)
     x = torch.randn(2, 3, 3, generator=torch.Generator().manual_seed(0))
     expected = integrated_gradients(network, components, x, n_steps=2)
-    monkeypatch.setattr(coalitions, "_cheapest", lambda *args: "forward")
+    monkeypatch.setattr(coalitions, "cheapest", lambda *args: "forward")
     torch.testing.assert_close(integrated_gradients(network, components, x, n_steps=2), expected)
 
 

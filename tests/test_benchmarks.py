@@ -106,6 +106,7 @@ def test_multiplications_of_ours(case: Case) -> None:
     x = 2 * torch.rand(case.batch, case.n_features, generator=torch.Generator().manual_seed(0)) - 1
     pairs = int((network(x) != 0).sum())
     for mode, work in cost.generic(case, case.batch, pairs).items():
+        gradient(network, components, x[:1], mode=mode)  # a look at the shapes, once and for all
         assert counted(lambda mode=mode: gradient(network, components, x, mode=mode)) == work.flops, mode
     if hasattr(network.target, "attributions"):
         none = [0.0] * len(case.neurons)  # the sums of few rows are no matrix products

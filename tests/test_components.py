@@ -120,3 +120,18 @@ def test_random_components() -> None:
 def test_factors_that_do_not_fit(A: dict[str, tuple[int, ...]], B: dict[str, tuple[int, ...]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         apd.Components({k: torch.zeros(s) for k, s in A.items()}, {k: torch.zeros(s) for k, s in B.items()})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_ranks_and_singular_values_of_low_precision(dtype: torch.dtype) -> None:
+    """They are those of the rounded factors in single precision; factors that are made anew keep their type."""
+    low = apd.Components.random({"w": (6, 4)}, 3, 2, generator=torch.Generator().manual_seed(0)).map(
+        lambda t: t.to(dtype)
+    )
+    exact = low.map(Tensor.float)
+    torch.testing.assert_close(low.singular_values("w"), exact.singular_values("w"))
+    assert torch.equal(low.ranks()["w"], exact.ranks()["w"])
+    torch.testing.assert_close(low.norms(), exact.norms())
+    again = apd.Components.from_matrices({"w": low.matrices("w")}, rank=2)
+    assert again.A["w"].dtype == again.B["w"].dtype == dtype
+    torch.testing.assert_close(again.matrices("w").float(), low.matrices("w").float(), rtol=0.05, atol=1e-3)

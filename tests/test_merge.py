@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import apd_minimal as apd
-from apd_minimal.tidy.merge import merge_and_prune
+from apd_minimal.tidy.merge import merge_and_prune, merge_by_bits
 
 SHAPES = {"a": (4, 3), "b": (3, 5)}
 
@@ -137,3 +137,16 @@ def test_the_merged_component_is_the_best_of_its_rank() -> None:
         assert components.A[path].shape[-1] == 1
         # Nothing of rank one comes closer than the other singular values (Eckart, Young).
         torch.testing.assert_close((total - kept).norm(), s[1:].norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_merges_as_single_does(dtype: torch.dtype) -> None:
+    parts = apd.Components.random({"w": (5, 4)}, 3, 2, 1, 1.0, torch.Generator().manual_seed(0))
+    for factor in parts.parameters():
+        factor[:, 2] = factor[:, 0]
+    low, mask = parts.map(lambda t: t.to(dtype)), torch.ones(1, 10, 3)
+    single = low.map(Tensor.float)
+    assert torch.equal(merge_and_prune(low, mask), merge_and_prune(single, mask))
+    assert low.A["w"].dtype == dtype
+    torch.testing.assert_close(low.sum("w").float(), single.sum("w"), rtol=0.05, atol=0.05)
+    assert torch.equal(merge_by_bits(low, mask, 2.0), merge_by_bits(single, mask, 2.0))

@@ -119,3 +119,18 @@ def test_what_each_sample_asks_for_is_a_gradient(name: str) -> None:
 
         gradient = grad(asked)(own)
         torch.testing.assert_close(got[b], torch.cat([gradient[path].flatten() for path in own]))
+
+
+@pytest.mark.parametrize("size", [1, 300, 5000])
+def test_in_pieces_it_is_the_same_and_no_piece_is_larger(size: int) -> None:
+    network, whole, mask, _ = all_but([1], False)
+    parts, x = whole.map(torch.clone), inputs()[:900]
+    seen: list[int] = []
+    started = reseed(network, whole, mask[:, :900], x, apd.losses.mse, n_worst=1)
+    handle = network.target.register_forward_hook(lambda module, args, out: seen.append(len(args[0])))
+    assert torch.equal(reseed(network, parts, mask[:, :900], x, apd.losses.mse, n_worst=1, size=size), started)
+    handle.remove()
+    assert started.any()
+    assert max(seen) == min(size, 900)
+    for a, b in zip(parts.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(a, b)

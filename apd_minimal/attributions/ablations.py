@@ -10,7 +10,7 @@ from ..components import Components
 from ..network import Network
 from .arguments import checked
 from .coalitions import Game
-from .gradients import _finish
+from .meet import finished
 
 
 @checked
@@ -55,6 +55,6 @@ def ablation(
 
     def scores(part: Tensor) -> tuple[Tensor]:
         effects = sign * (game.values(part, changed) - game.values(part, unchanged))  # [R, C, B, n_out]
-        return (_finish(effects.transpose(1, 2), per_output),)
+        return (finished(effects.transpose(1, 2), per_output),)
 
     return game.over_samples(scores, x)[0]

@@ -9,8 +9,9 @@ from ..components import Components
 from ..network import Network
 from ..sites import Use
 from .arguments import checked
+from .capture import by_sample
 from .coalitions import Game
-from .gradients import _by_sample, _component_outputs
+from .meet import component_outputs
 
 
 @checked
@@ -48,7 +49,7 @@ def activation(
         record: list[Use] = []
         game.network(part, None if remainder else game.components, record=record)
         squares = [
-            _component_outputs(use.site, _by_sample(use.rows, len(part)), game.components).square().sum((-2, -1))
+            component_outputs(use.site, by_sample(use.rows, len(part)), game.components).square().sum((-2, -1))
             for use in record
         ]
         return (torch.stack(squares).sum(0).sqrt(),)

@@ -7,6 +7,7 @@ however many components there are. The samples' own gates of `Network` are the d
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 from ..components import Components
 from ..network import Network, as_network
 from ..sites import Use
-from .gradients import _backward, _capture, _Captured, _cheapest, _forward, _sample_gradients
+from .capture import Captured, capture, live_pairs
+from .choose import cheapest
+from .meet import meet, meet_pairs, tangents
 
 # Where the caller does not say how many samples to run at a time: so many, and fewer where gradients, tangents or
 # values would take more than so many numbers. What stays in the cache is faster, and the memory is bounded.
@@ -87,7 +90,7 @@ class Game:
         n_restarts, n_components = self.flat.shape[:2]
         if self.mode is None:
             everything = self.weights(torch.ones(1, n_components))
-            self.mode = _cheapest(self.network, self.components, everything, x)
+            self.mode = cheapest(self.network, self.components, everything, x)
         n_out, width = self._one_sample(x)
         rows = self.rows(n_restarts * width * (n_components if self.mode == "forward" else n_out))
         totals = []
@@ -102,14 +105,16 @@ class Game:
         if self.mode == "forward":
             try:
                 single = [weights.map(lambda t, k=k: t[k::n_points]) for k in range(n_points)]  # type: ignore[misc]
-                moved = [_forward(self.network, self.components, point, x) for point in single]
+                moved = [tangents(self.network, self.components, point, x) for point in single]
                 return torch.einsum("k,krbco->rbco", shares.to(moved[0]), torch.stack(moved))
-            except NotImplementedError:  # some of torch's kernels know no forward mode
+            except RuntimeError:  # not all that a target can do has a forward mode
                 self.mode = "backward"
-        captured = [_points_as_positions(use, shares) for use in _capture(self.network, weights, x)]
         if self.mode == "backward":
-            return _backward(self.components, captured, per_position=False)
-        return _sample_gradients(self.components, captured, per_output=True)
+            captured = [_points_as_positions(use, shares) for use in capture(self.network, weights, x)]
+            return meet(self.components, captured, per_output=True)
+        pairs = live_pairs(self.network, weights, x)
+        captured = [_points_as_positions(use, shares) for use in pairs.captured]
+        return meet_pairs(self.components, replace(pairs, captured=captured), per_output=True)
 
     def over_samples(self, function: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor) -> tuple[Tensor, ...]:
         """Apply a function from samples to tensors [R, B, ...] part by part; join them, in the components' own layout.
@@ -131,9 +136,9 @@ class Game:
         return n_out, sum(use.shift.numel() for use in record)
 
 
-def _points_as_positions(use: _Captured, shares: Tensor) -> _Captured:
+def _points_as_positions(use: Captured, shares: Tensor) -> Captured:
     """Rows [R K, B, T, d] as [R, B, K T, d]; deltas [R K, B, n, T, d'] as [R, B, n, K T, d'], each times its share."""
     n_points = len(shares)
     rows = use.rows.unflatten(0, (-1, n_points)).transpose(1, 2).flatten(2, 3)
     deltas = use.deltas.unflatten(0, (-1, n_points)) * shares.to(use.deltas).view(-1, 1, 1, 1, 1)
-    return _Captured(use.site, rows, deltas.permute(0, 2, 3, 1, 4, 5).flatten(3, 4))
+    return Captured(use.site, rows, deltas.permute(0, 2, 3, 1, 4, 5).flatten(3, 4))

@@ -17,7 +17,7 @@ from ..components import Components
 from ..network import Network
 from .arguments import checked
 from .coalitions import Game
-from .gradients import _finish
+from .meet import finished
 
 METHODS = ("gausslegendre", "riemann_left", "riemann_middle", "riemann_right", "riemann_trapezoid")
 
@@ -92,9 +92,9 @@ def integrated_gradients(
     def scores(part: Tensor) -> tuple[Tensor, ...]:
         signed = game.slopes(part, gates, shares)
         if not return_convergence_delta:
-            return (_finish(signed, per_output),)
+            return (finished(signed, per_output),)
         start, end = game.values(part, ends).unbind(1)
-        return _finish(signed, per_output), signed.sum(2) - (end - start)
+        return finished(signed, per_output), signed.sum(2) - (end - start)
 
     found = game.over_samples(scores, x)
     return (found[0], found[1]) if return_convergence_delta else found[0]

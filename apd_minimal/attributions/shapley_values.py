@@ -17,7 +17,7 @@ from ..components import Components
 from ..network import Network
 from .arguments import checked
 from .coalitions import ROWS, Game
-from .gradients import _finish
+from .meet import finished
 
 MOST_EXACT = 12  # components whose 2^C coalitions are all run
 N_SAMPLES = 24  # orders, where there are more components and nothing is said
@@ -107,7 +107,7 @@ def shapley(
 
     def scores(part: Tensor) -> tuple[Tensor, ...]:
         signed, error = _sampled(game, part, orders) if orders else _exact(game, part)
-        return (_finish(signed, per_output), error) if return_std_error else (_finish(signed, per_output),)
+        return (finished(signed, per_output), error) if return_std_error else (finished(signed, per_output),)
 
     found = game.over_samples(scores, x)
     return (found[0], found[1]) if return_std_error else found[0]
@@ -196,5 +196,5 @@ def path_shapley(
     coalitions = (torch.rand(len(q), components.n_components, generator=generator) < q).double()
     gates = torch.stack([coalitions, 1 - coalitions], dim=1).flatten(0, 1)[:n_samples]
     shares = torch.full((n_samples,), 1 / n_samples)
-    scores = game.over_samples(lambda part: (_finish(game.slopes(part, gates, shares), per_output),), x)
+    scores = game.over_samples(lambda part: (finished(game.slopes(part, gates, shares), per_output),), x)
     return scores[0]

@@ -53,6 +53,7 @@ def reseed(
     n_worst: int = 1024,
     most: int = 6,
     max_cosine: float = 0.35,
+    size: int | None = None,
 ) -> Tensor:
     """Start up to `most` free (all zero) components of every restart at what is missing, in place.
 
@@ -65,24 +66,26 @@ def reseed(
         n_worst: number of worst-reconstructed samples looked at.
         most: number of new starts at a time.
         max_cosine: no start that points closer than this to a component that is there already.
+        size: samples run at a time, so that the memory does not grow with x; None for all.
 
     Returns:
         Tensor: which components were started [R, C].
     """
-    wanted = network(x)
-    with torch.enable_grad():
-        outputs = network(x, components, mask.bool()).detach().requires_grad_()
-        errors = divergence(outputs, wanted)  # [R, B]
-        lacking = -torch.autograd.grad(errors.sum(), outputs)[0]
-    theta = torch.cat([weight.flatten() for weight in network.weights.values()])
+    gates, parts = mask.bool(), []
+    for i in range(0, len(x), size or len(x)):
+        part = slice(i, i + (size or len(x)))
+        parts.append(_lacking(network, components, gates[:, part], x[part], divergence))
+    errors, lacking = (torch.cat(pieces, dim=1) for pieces in zip(*parts, strict=True))  # [R, B], [R, B, *rest]
     flat = components.flat()
+    flat = flat.to(torch.promote_types(flat.dtype, torch.float32))  # torch's factorisations take no less
+    theta = torch.cat([weight.flatten() for weight in network.weights.values()]).to(flat)
     started = torch.zeros(flat.shape[:2], dtype=torch.bool, device=flat.device)
     for r in range(len(flat)):
         free = (flat[r].norm(dim=-1) == 0).nonzero().flatten().tolist()
         if not free:
             continue
         worst = errors[r].topk(min(n_worst, len(x))).indices
-        asked = missing(network, x[worst], lacking[r, worst])
+        asked = missing(network, x[worst], lacking[r, worst]).to(flat)
         for c in free[:most]:
             v = _strong_direction(asked, network)
             asked = asked - (asked @ v)[:, None] * v
@@ -95,6 +98,17 @@ def reseed(
             started[r, c] = True
             _put(components, r, c, flat[r, c], network)
     return started
+
+
+def _lacking(
+    network: Network, components: Components, gates: Tensor, x: Tensor, divergence: Divergence
+) -> tuple[Tensor, Tensor]:
+    """The errors [R, B] of the sparse outputs, and which way less of them lies [R, B, *rest]."""
+    outputs, wanted = network(x, components, gates), network(x)
+    with torch.enable_grad():
+        outputs = outputs.detach().requires_grad_()
+        errors = divergence(outputs, wanted)
+        return errors.detach(), -torch.autograd.grad(errors.sum(), outputs)[0]
 
 
 def _strong_direction(asked: Tensor, network: Network) -> Tensor:

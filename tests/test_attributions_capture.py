@@ -1,0 +1,242 @@
+"""The fast ways to gradients against the plain ones: captured pairs, shared rows, few directions, no forward mode."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from oracles import Case, attributed, case, every_case, linear
+from torch import Tensor, nn
+
+import apd_minimal as apd
+from apd_minimal.attributions import capture as capturing
+from apd_minimal.attributions import choose, gradient, gradients
+from apd_minimal.attributions import meet as meeting
+from apd_minimal.attributions.capture import capture, live, live_pairs, pairs_of
+from apd_minimal.kernels.narrow import narrow
+from apd_minimal.kernels.rows import SharedRows, repeated
+
+
+def plainly(network: apd.Network, x: Tensor) -> list[Tensor]:
+    """Gradients of every output at every use, one backward pass of torch after the other: [B, n_out, T, d'] each."""
+    record: list[Any] = []
+    out = network(x, record=record).flatten(1)
+    shifts = [use.shift for use in record]
+    passes = [torch.autograd.grad(out[:, o].sum(), shifts, retain_graph=True) for o in range(out.shape[1])]
+    return [
+        torch.stack(own, 1).reshape(len(x), out.shape[1], -1, own[0].shape[-1]) for own in zip(*passes, strict=True)
+    ]
+
+
+@every_case
+@pytest.mark.parametrize("large", [0, 2**60])
+def test_captured_gradients_are_those_of_plain_passes(name: str, large: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capturing, "LARGE", large)
+    one = case(name)
+    x = one.x(5)
+    for use, expected in zip(capture(one.network, None, x), plainly(one.network, x), strict=True):
+        torch.testing.assert_close(use.deltas[0], expected)
+    some = capture(one.network, None, x, outputs=[1, 0])
+    for use, expected in zip(some, plainly(one.network, x), strict=True):
+        torch.testing.assert_close(use.deltas[0], expected[:, [1, 0]])
+
+
+def test_a_first_output_that_is_shared_and_a_second_that_is_not() -> None:
+    class Half(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([x, x.tanh()], dim=1)
+
+    target = nn.Sequential(nn.Linear(3, 2), Half())
+    one = Case(target, {"0.weight": linear}, lambda b, g: torch.randn(b, 3, generator=g).double())
+    x = one.x(5)
+    (use,), (expected,) = capture(one.network, None, x), plainly(one.network, x)
+    assert not use.shared
+    torch.testing.assert_close(use.deltas[0], expected)
+    assert capture(one.network, None, x, outputs=[0, 1])[0].shared
+
+
+def test_shared_rows_stay_shared_through_a_linear_tail() -> None:
+    """Products of repeated rows, and sums of them, are taken for one row; any other product for all."""
+    weight = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    row = torch.randn(1, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    many, mixed = row.expand(6, -1), torch.arange(24.0, dtype=torch.float64).view(6, 4)
+    with SharedRows():
+        product, total, plain = many @ weight, many + many, mixed @ weight
+        half = many + mixed
+    assert repeated(product)
+    assert repeated(total)
+    assert not repeated(plain)
+    torch.testing.assert_close(product, (row @ weight).repeat(6, 1))
+    torch.testing.assert_close(total, 2 * row.repeat(6, 1))
+    torch.testing.assert_close(plain, mixed @ weight)
+    torch.testing.assert_close(half, row.repeat(6, 1) + mixed)
+
+
+@every_case
+def test_live_pairs_are_those_with_a_gradient(name: str) -> None:
+    one = case(name)
+    x = one.x(6)
+    expected = torch.stack([own.flatten(2).any(-1) for own in plainly(one.network, x)]).any(0)
+    assert torch.equal(live(one.network, None, x), expected)
+    found, picked = live_pairs(one.network, None, x), pairs_of(capture(one.network, None, x))
+    for pairs in (found, picked):
+        assert torch.equal(torch.stack([pairs.samples, pairs.outputs]), expected.T.nonzero().T.flip(0))
+        assert pairs.share == expected.double().mean()
+        for use, deltas in zip(pairs.captured, plainly(one.network, x), strict=True):
+            torch.testing.assert_close(use.deltas[0, :, 0], deltas[pairs.samples, pairs.outputs])
+    for a, b in zip(found.captured, picked.captured, strict=True):
+        torch.testing.assert_close(a.rows, b.rows)
+
+
+def test_outputs_at_rest_are_no_pairs() -> None:
+    target = nn.Sequential(nn.Linear(3, 4), nn.ReLU())
+    one = Case(target, {"0.weight": linear}, lambda b, g: torch.randn(b, 3, generator=g).double())
+    x = one.x(50)
+    assert torch.equal(live(one.network, None, x), target(x) > 0)
+    with torch.no_grad():
+        target[0].bias.fill_(-100.0)
+    for per_output in (False, True):
+        got = gradient(one.network, one.components(), x, mode="sample_gradients", per_output=per_output)
+        assert got.shape == ((50, 3, 4) if per_output else (50, 3))
+        assert not got.any()
+
+
+@pytest.mark.parametrize("numbers", [1, 60, 2**22])
+@pytest.mark.parametrize("largest", [0, 2**24])
+@pytest.mark.parametrize("at", ["target", "components"])
+def test_however_much_is_worked_on_at_a_time(
+    numbers: int, largest: int, at: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(meeting, "NUMBERS", numbers)
+    monkeypatch.setattr(meeting, "LARGEST", largest)
+    for name in ("mlp", "tms with identity", "sequence"):
+        one = case(name)
+        x, components = one.x(batch=5), one.components(C=2, restarts=2)
+        expected = torch.stack([attributed(one, components.restart(r), x, at) for r in range(2)])
+        for mode in ("backward", "sample_gradients"):
+            got = gradient(one.network, components, x, at=at, mode=mode, per_output=True)
+            torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("mode", apd.attributions.MODES)
+def test_what_is_held_is_bounded(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the batch: pieces of one size, none of which holds more gradients or tangents than that."""
+    one = case("mlp")
+    x, components = one.x(20), one.components()
+    whole = gradient(one.network, components, x, mode=mode)
+    monkeypatch.setattr(choose, "NUMBERS", 150)
+    seen: list[int] = []
+    handle = one.target.register_forward_hook(lambda module, args, out: seen.append(len(args[0])))
+    torch.testing.assert_close(gradient(one.network, components, x, mode=mode), whole)
+    handle.remove()
+    if mode == "sample_gradients":  # every sample has two outputs
+        seen = [n // 2 for n in seen]
+    assert max(seen) <= 16  # a look at the first samples is taken at most
+    assert choose.at_once(one.network, components.stacked(), None, x, mode) <= 10
+
+
+@given(st.integers(1, 9), st.integers(0, 99))
+def test_rows_in_few_directions(n_directions: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(300, n_directions, generator=generator, dtype=torch.float64)
+    x[::7] = 0
+    x[1] *= 1e-6
+    rows = x @ torch.randn(n_directions, 100, generator=generator, dtype=torch.float64)
+    found = narrow(rows, n_directions)
+    assert found is not None
+    coordinates, directions = found
+    assert coordinates.shape[1] < 20
+    off = (coordinates @ directions - rows).norm(dim=1)
+    assert (off <= 1e-13 * rows.norm(dim=1)).all()
+    torch.testing.assert_close(directions @ directions.T, torch.eye(len(directions), dtype=torch.float64))
+    noise = torch.randn(300, 100, generator=generator, dtype=torch.float64)
+    # The first has as many directions as there are; the second's are too short to be seen in the sketch.
+    assert narrow(rows + 1e-6 * noise, n_directions) is None
+    assert narrow(rows + 1e-6 * rows.norm(dim=1, keepdim=True) * noise, n_directions) is None
+    assert narrow(rows[:30], n_directions) is None
+    assert narrow(rows, 40) is None
+
+
+def test_a_wide_layer_behind_an_embedding_is_met_in_few_directions(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = nn.Sequential(nn.Linear(3, 200), nn.Linear(200, 6), nn.Tanh(), nn.Linear(6, 2))
+    one = Case(target, {"1.weight": linear, "3.weight": linear}, lambda b, g: torch.randn(b, 3, generator=g).double())
+    x, components = one.x(100), one.components(C=40)
+    found: list[object] = []
+
+    def noted(rows: Tensor, n: int) -> object:
+        found.append(narrow(rows, n))
+        return found[-1]
+
+    monkeypatch.setattr(meeting, "narrow", noted)
+    signed = gradient(one.network, components, x, mode="backward", per_output=True)
+    assert any(pair is not None for pair in found)
+    torch.testing.assert_close(signed, attributed(one, components, x))
+
+
+class Doubled(torch.autograd.Function):
+    """Written by a user who needs only to train."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, delta: Tensor) -> Tensor:
+        return 2 * delta
+
+
+class Own(nn.Module):
+    """A layer, a function of the user's own, and many outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 40)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.last(Doubled.apply(torch.tanh(self.first(x)))))
+
+
+@pytest.mark.parametrize("mode", [None, "sample_gradients"])
+def test_a_function_without_forward_mode_is_taken_backward(mode: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = Case(
+        Own(), {"first.weight": linear, "last.weight": linear}, lambda b, g: torch.randn(b, 3, generator=g).double()
+    )
+    x, components = one.x(4), one.components(C=2)
+    monkeypatch.setattr(gradients, "cheapest", lambda *args: "forward")
+    got = gradient(one.network, components, x, mode=mode)
+    torch.testing.assert_close(got, gradient(one.network, components, x, mode="backward"))
+    with pytest.raises(RuntimeError):
+        gradient(one.network, components, x, mode="forward")
+
+
+class Attends(nn.Module):
+    """One head of attention, by torch's own function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.last = nn.Linear(4, 12), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.mix(x)[:, None].chunk(3, -1)
+        return self.last(F.scaled_dot_product_attention(q, k, v)[:, 0])
+
+
+def test_attention_in_forward_mode_takes_the_plain_kernel() -> None:
+    one = Case(
+        Attends(),
+        {"mix.weight": linear, "last.weight": linear},
+        lambda b, g: torch.randn(b, 5, 4, generator=g).double(),
+    )
+    x, components = one.x(3), one.components(C=2)
+    found = {m: gradient(one.network, components, x, mode=m, per_output=True) for m in apd.attributions.MODES}
+    for values in found.values():
+        torch.testing.assert_close(values, found["backward"])
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        gradient(one.network, components, x, mode="forward")
+    fused = [event.key for event in profile.key_averages() if "flash" in event.key or "fused_attention" in event.key]
+    # The run that records the layers' inputs carries no tangents.
+    assert sum(event.count for event in profile.key_averages() if event.key in fused) <= 1
