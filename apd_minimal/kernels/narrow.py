@@ -1,7 +1,8 @@
 """Rows that lie in few directions, written in these: products with them then take fewer operations.
 
 What an embedding puts into a wide layer has as many directions as the network has inputs, however wide the layer is.
-The directions are found by a random sketch (Halko, Martinsson and Tropp, arXiv:0909.4061), and are taken only if they give the rows back.
+The directions are found by a random sketch (Halko, Martinsson and Tropp, arXiv:0909.4061), and are taken only if they
+give the rows back.
 """
 
 from __future__ import annotations
