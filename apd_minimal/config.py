@@ -32,7 +32,7 @@ LIMITS: dict[str, dict[str, Any]] = {
     "tidy_from": {"low": 0, "high": 1},
     "tidy_until": {"low": 0, "high": 1},
     "reseed_until": {"low": 0, "high": 1},
-    "min_cosine": {"low": 0, "high": 1, "above": True},
+    "min_cosine": {"low": 0, "above": True},
     "alpha": {"low": 0, "above": True},
 }
 """The numbers among the settings, and where they must lie; `rank` and `alpha` may be None."""
@@ -62,7 +62,7 @@ class Config:
         tidy_from: progress from which on to merge and prune.
         tidy_until: progress at which this stops.
         reseed_until: progress until which free components start anew where the sparse network fails most.
-        min_cosine: components whose cosine is at least this are merged.
+        min_cosine: components whose cosine is at least this are merged; above 1 none are.
         alpha: bits for each unit of rank; components are merged by description length instead of by cosine.
             None for by cosine.
         per_sample: take the k most attributed of each sample instead of the whole batch.

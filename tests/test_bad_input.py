@@ -572,7 +572,7 @@ OWN_KINDS: dict[str, dict[str, Strategy]] = {
             lambda v: v is not None and not (isinstance(v, tuple) and not v)
         ),
         "alpha": number(0, above=True, none=True),
-        "min_cosine": number(0, 1, above=True),
+        "min_cosine": number(0, above=True),
     },
     "Config.from_dict": {
         "settings": st.one_of(

@@ -133,7 +133,7 @@ def test_what_does_not_fit_is_refused() -> None:
         apd.metrics.match_weights(first, first.map(torch.zeros_like))
     with pytest.raises(ValueError, match=r"second must be of shape .4, C'., got a tensor .5, 2."):
         apd.metrics.match_use(torch.rand(4, 2), torch.rand(5, 2))
-    with pytest.raises(ValueError, match="'correlation' or 'overlap', got 'cosine'"):
+    with pytest.raises(ValueError, match=r"by must be one of .'correlation', 'overlap'., got 'cosine'"):
         apd.metrics.match_use(torch.rand(4, 2), torch.rand(4, 2), by="cosine")
     with pytest.raises(ValueError, match="NaN or infinite"):
         apd.metrics.match_use(torch.rand(4, 2), torch.full((4, 2), torch.nan))

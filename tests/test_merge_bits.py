@@ -246,7 +246,7 @@ def test_errors_name_what_was_given() -> None:
         merge_by_bits(components, torch.ones(1, 4, 3), alpha=1.0)
     with pytest.raises(ValueError, match="pick one restart"):
         shortened(components, torch.ones(1, 4, 2), 1.0)
-    with pytest.raises(ValueError, match=r"alpha.*or None; got -1"):
+    with pytest.raises(ValueError, match=r"alpha must be above 0, got -1"):
         runs.decompose(alpha=-1.0)
     with pytest.raises(ValueError, match=r"per_weight excludes; got alpha=4"):
         apd.Config(3, 1, per_weight=(2, 1), reseed_until=0.0, alpha=4.0).check()

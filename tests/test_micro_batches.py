@@ -174,5 +174,5 @@ def test_a_step_takes_its_pieces_one_after_the_other(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("size", [0, -3])
 def test_an_empty_piece_is_refused(size: int) -> None:
-    with pytest.raises(ValueError, match=f"micro_batch must be at least 1, or None for the whole batch, got {size}"):
+    with pytest.raises(ValueError, match=f"micro_batch must be at least 1, got {size}"):
         apd.decompose(mlp(), batches, ["0.weight"], 3, 1.0, micro_batch=size, progress=False)

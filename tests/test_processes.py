@@ -123,7 +123,7 @@ def test_wrong_input_is_refused_on_every_rank(tmp_path: Path) -> None:
             "other batches": "the ranks were given different batches",
             "other checkpoints": "the ranks were given different checkpoints",
             "no such mesh": 'mesh must have the dimensions ("data", "components"), got None',
-            "broken": "step 1: the f",
+            "broken": "step 1: the a",
             "autocast": "True",
             "mesh": "2 ranks cannot be laid out with 3 along components",
         }

@@ -59,7 +59,9 @@ def floored(value: Any, digits: int = 1, floor: float = 1e-12) -> str:
     Returns:
         str: ``below 1e-12`` if the number is smaller than that in size, else the number, such as ``3.2e-07``.
     """
-    value = checks.number("value", value)
+    value = checks.plain(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"value must be a number, got {checks.given(value)}")
     digits, floor = checks.number("digits", digits, 1, whole=True), checks.number("floor", floor, 0)
     return f"below {floor:g}" if abs(value) < floor else f"{value:.{digits - 1}e}"
 
