@@ -257,9 +257,7 @@ def test_a_run_that_fails_is_named(processes: int) -> None:
     with pytest.raises(RuntimeError, match=r"group 'last': ValueError: top_k must be .* n_components=1, got 1\.2"):
         decompose_groups(TARGET, BATCHES, GROUPS, per_group=wrong, processes=processes, **SETTINGS)
     endless = {"last": {"lr": 1e30, "steps": 60}}  # NonFiniteLoss carries a result, and cannot be sent as it is
-    with pytest.raises(
-        RuntimeError, match=r"group 'last': NonFiniteLoss: step \d+: the (\w+ loss is|attributions .* are NaN)"
-    ):
+    with pytest.raises(RuntimeError, match=r"group 'last': NonFiniteLoss: step \d+: the (\w+ loss|attributions) "):
         decompose_groups(TARGET, BATCHES, GROUPS, per_group=endless, processes=processes, **SETTINGS)
 
 
