@@ -56,6 +56,7 @@ class Network:
     ) -> None:
         if not isinstance(target, nn.Module):
             raise TypeError(f"the target must be a torch.nn.Module, got {type(target).__name__}")
+        weights = list(weights) if isinstance(weights, Mapping) else weights  # such as another network's
         if not _paths(weights) or not weights:
             raise ValueError(f"weights must be a list of at least one parameter path, got {weights!r}")
         if not _paths(hidden):
