@@ -41,7 +41,10 @@ def test_every_group_is_a_plain_run_in_whatever_process() -> None:
     for i, (name, weights) in enumerate(GROUPS.items()):
         direct = apd.decompose(TARGET, BATCHES, weights, seed=3 + i, **{**SETTINGS, **per_group.get(name, {})})
         assert same(here[name], direct)
-        assert same(there[name], direct)
+        for one, other in zip(there[name].components.parameters(), direct.components.parameters(), strict=True):
+            # Another process has its own number of threads, and so sums in another order; steps magnify that.
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+        assert there[name].scores == pytest.approx(direct.scores, rel=1e-3)
         assert here[name].components.paths == weights
         assert there[name].fingerprint == direct.fingerprint
     assert all(torch.equal(p, before[name]) for name, p in TARGET.named_parameters())

@@ -23,7 +23,13 @@ KERNELS = {
     "MKL_CBWR=AVX2": {"MKL_CBWR": "AVX2"},
     "MKL_CBWR=AVX512": {"MKL_CBWR": "AVX512"},
     "ATEN_CPU_CAPABILITY=default": {"ATEN_CPU_CAPABILITY": "default"},
-    "two threads": {"APD_THREADS": "2", "OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2", "OPENBLAS_NUM_THREADS": "2"},
+    "two threads": {
+        "APD_THREADS": "2",
+        "OMP_NUM_THREADS": "2",
+        "MKL_NUM_THREADS": "2",
+        "OPENBLAS_NUM_THREADS": "2",
+        "OMP_WAIT_POLICY": "passive",  # two processes share the cores: one that waits should not spin
+    },
 }
 # Every kind of kernel that the book uses; the sum is long enough for two threads.
 PROBE = """

@@ -49,9 +49,9 @@ def decompose_groups(
 ) -> dict[str, Decomposition]:
     """Decompose each group of weights alone, while all other weights stay the target's.
 
-    A group's run is `decompose(target, batches, weights=groups[name], ...)` and nothing else, with the same result bit
-    for bit, in whatever process. The seeds are `seed`, `seed + 1`, ... in the order of the groups: with one seed for
-    all, matrices of equal shape would start from equal components.
+    A group's run is `decompose(target, batches, weights=groups[name], ...)` and nothing else, with the same result
+    in whatever process, bit for bit on one thread. The seeds are `seed`, `seed + 1`, ... in the order of the groups:
+    with one seed for all, matrices of equal shape would start from equal components.
 
     Args:
         target: any network; it is left exactly as it is.
