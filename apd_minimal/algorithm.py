@@ -77,8 +77,8 @@ def decompose(
         recompute: work out what the components do in every layer once more on the way back, instead of keeping it
             (gradient checkpointing): the same result with less memory and more time.
         callback: called as callback(step, losses, components) at every logged step; losses maps names to lists over
-            restarts. For TensorBoard: `lambda step, losses, components: [writer.add_scalar(name, min(values), step)
-            for name, values in losses.items()]`; for W&B: `wandb.log({name: min(values) ...}, step=step)`.
+            restarts. For TensorBoard, let it call writer.add_scalar(name, min(values), step) for each of them; for
+            W&B, wandb.log with a dictionary of the same.
         log: a file that gets one line of JSON for every logged step: "step", and each loss as a list over restarts.
         progress: show a progress bar with the losses.
         **settings: any field of `Config`.

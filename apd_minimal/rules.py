@@ -18,7 +18,7 @@ elementwise parameter [d], say, is a matrix [1, d] that every number of the inpu
 
 Where a module's output is not the product plus something, the rule says what the module computes. `product(name, x)`
 is the input x times that parameter. Three matrices [heads, d, d_head] of an attention layer, used as
-`einsum("btd,hde->bthe", x, W)`, become
+`einsum("btd,hde->bthe", x, W)`, become:
 
     @apd.rules.rule.register
     def _(module: MyAttention) -> dict[str, Rule]:
