@@ -56,7 +56,10 @@ def decompose(
 
     Args:
         target: any network with weights of known kinds; it is left exactly as it is.
-        batches: batches(step, generator) gives the inputs [B, ...] of a step; all randomness from the generator.
+        batches: batches(step, generator) gives the inputs [B, ...] of a step, 0 <= step < steps; all randomness from
+            the generator. For merging, and with a generator of their own for the held-out inputs, batches of the steps
+            done so far are asked for again, from step 0 on: a list `lambda step, generator: items[step]` gives the
+            same inputs again, and a source that draws gives new ones.
         weights: parameter paths such as "encode.weight".
         n_components: C; more than the mechanisms you expect.
         top_k: mean number of active components per sample; a number, or points (progress, value) of a schedule.

@@ -114,10 +114,13 @@ class Run:
         return self.drawn(step, generator)
 
     def many_inputs(self, n_samples: int, generator: torch.Generator) -> Tensor:
-        """At least so many inputs, from as many batches as it takes."""
-        batches = [self.drawn(self.step, generator)]
+        """At least so many inputs, from as many batches as it takes: those of the steps that were done, in turn.
+
+        A source that draws from the generator gives others than it gave in these steps.
+        """
+        batches = [self.drawn(0, generator)]
         while sum(map(len, batches)) < n_samples:
-            batches.append(self.drawn(self.step, generator))
+            batches.append(self.drawn(len(batches) % max(1, self.step), generator))
         return torch.cat(batches)
 
     def gates(self, x: Tensor, components: Components | None = None, share: float = 1.0) -> Tensor:

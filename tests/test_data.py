@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import runs
 import torch
 from scipy.stats import chi2, kstest
 from torch import Tensor
@@ -91,3 +92,34 @@ def test_settings_that_make_no_sense() -> None:
     for n, batch, name in ((0, 4, "n_features"), (5, 0, "batch_size")):
         with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
             SparseFeatures(n, 0.5, batch_size=batch)
+
+
+def test_a_list_of_as_many_batches_as_steps() -> None:
+    """No step outside of 0 to steps - 1 is asked for, and whoever counts steps sees them all again, not one for ever."""
+    items = [runs.batches(i, torch.Generator().manual_seed(i)) for i in range(20)]
+    asked: list[int] = []
+
+    def source(step: int, generator: torch.Generator) -> Tensor:
+        asked.append(step)
+        return items[step]
+
+    result = runs.decompose(source, steps=20)
+    assert result.finished
+    assert set(asked) == set(range(20))
+    assert asked[-128:] == [i % 20 for i in range(128)], "held out: 8,192 samples, 64 in a batch"
+    assert max(asked[: asked.index(10)]) < 10, "merging asks for no batch before its step"
+
+
+def test_held_out_inputs_of_a_source_that_draws() -> None:
+    """They are those of a generator of their own, whatever the steps are called."""
+    seen: list[Tensor] = []
+
+    def source(step: int, generator: torch.Generator) -> Tensor:
+        seen.append(runs.batches(step, generator))
+        return seen[-1]
+
+    runs.decompose(source, steps=5, tidy_every=0.0, seed=3)
+    generator = torch.Generator().manual_seed(3 + 1_000_003)
+    held_out = seen[-8192 // 64 :]
+    assert len(held_out) == 128
+    assert all(torch.equal(x, runs.batches(0, generator)) for x in held_out)

@@ -53,12 +53,7 @@ def test_killed_at_a_random_step_and_while_writing_a_run_ends_with_the_same_bits
 )
 def test_stopped_by_an_exception_at_a_random_step(tmp_path: Path, changes: dict[str, object]) -> None:
     step = random.SystemRandom().randrange(7, runs.STEPS)
-
-    def breaks(at: int, generator: torch.Generator) -> Tensor:
-        if at == step:
-            raise RuntimeError("broken")
-        return runs.batches(at, generator)
-
+    breaks = from_step(step, fails(RuntimeError))
     checkpoint = tmp_path / "run.safetensors"
     with pytest.warns(RuntimeWarning, match="could not be compared"), pytest.raises(RuntimeError, match="broken"):
         runs.decompose(breaks, checkpoint=checkpoint, checkpoint_every=3, **changes)
@@ -102,12 +97,12 @@ def test_ctrl_c_at_a_known_step() -> None:
 
 
 def from_step(first: int, bad: Callable[[Tensor], Tensor], only_once: bool = False) -> runs.Batches:
-    """A source that gives something else from one step on."""
+    """A source that gives something else from the first call for a step on: for good, or only once."""
     seen: list[int] = []
 
     def source(step: int, generator: torch.Generator) -> Tensor:
         x = runs.batches(step, generator)
-        if step < first or (only_once and seen):
+        if (only_once and seen) or (step < first and not seen):
             return x
         seen.append(step)
         return bad(x)
@@ -231,11 +226,16 @@ def fails_at_once(network: apd.Network, components: apd.Components, x: Tensor) -
 
 
 def test_held_out_inputs_that_fail_after_the_last_step_cost_nothing(states: dict[int, apd.Components]) -> None:
+    def source(step: int, generator: torch.Generator) -> Tensor:
+        if generator.initial_seed() != 0:  # the run's own; held-out inputs have another
+            raise RuntimeError("broken")
+        return runs.batches(step, generator)
+
     with (
         pytest.warns(RuntimeWarning, match=r"the restarts could not be compared.*RuntimeError\('broken'\)"),
         pytest.raises(RuntimeError, match="broken") as caught,
     ):
-        runs.decompose(from_step(runs.STEPS, fails(RuntimeError)))
+        runs.decompose(source)
     result = caught.value.result  # type: ignore[attr-defined]
     assert result.finished, "all its steps were made"
     assert_components(result, states[runs.STEPS])
