@@ -23,7 +23,7 @@ from .data import Batches
 from .decomposition import Decomposition
 from .losses import DIVERGENCES, Divergence
 from .network import Network
-from .selection import Selection
+from .selection import Selection, TopK
 from .train import NonFiniteLoss, Run
 
 Callback = Callable[[int, dict[str, list[float]], Components], None]
@@ -83,6 +83,7 @@ def decompose(
             restarts. For TensorBoard, let it call writer.add_scalar(name, min(values), step) for each of them; for
             W&B, wandb.log with a dictionary of the same.
         log: a file that gets one line of JSON for every logged step: "step", and each loss as a list over restarts.
+            One that is there is replaced, or, by a run that goes on from a checkpoint, kept up to where that stands.
         progress: show a progress bar with the losses.
         **settings: any field of `Config`.
 
@@ -103,6 +104,8 @@ def decompose(
     if (top_k is None) == (selection is None):
         raise ValueError(f"give top_k or a selection, got top_k={top_k!r} and selection={selection!r}")
     checks.kind("selection", selection, (Selection, type(None)), "an apd_minimal.selection.Selection or None")
+    if type(selection) is TopK:  # the same as its settings, so that whatever reads these knows k
+        top_k, settings, selection = selection.top_k, settings | {"per_sample": selection.per_sample}, None
     most = n_components if top_k is None else top_k
     config = Config.from_dict({"n_components": n_components, "top_k": most, **settings})
     check(config, divergence, hidden_modules, micro_batch, attribution)
@@ -204,6 +207,11 @@ def follow(
     log: str | os.PathLike[str] | None = None,
 ) -> None:
     """All steps that are left of a run."""
+    if log is not None:
+        old = Path(log).read_text(encoding="utf-8").splitlines(True) if run.step and Path(log).exists() else []
+        # A run that was killed may have left half a line.
+        kept = [line for line in old if line.endswith("\n") and json.loads(line)["step"] < run.step]
+        Path(log).write_text("".join(kept), encoding="utf-8")
     live = sys.stderr.isatty() or "ipykernel" in sys.modules  # else the bar goes to a file, line by line
     with (
         tqdm(

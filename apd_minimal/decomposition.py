@@ -70,6 +70,7 @@ class Decomposition:
         threshold: the attribution above which a component is active, by which `active` judges; None where active are
             so many of each sample, or where a selection of one's own decided.
         selection: what chose the active components of the run; not stored.
+        attribution: name of the run's own attribution; None for gradients.
     """
 
     components: Components
@@ -82,6 +83,7 @@ class Decomposition:
     restarts: Components | None = None
     threshold: float | None = None
     selection: Any = None
+    attribution: str | None = None
 
     def active(self, target: nn.Module | Network, x: Tensor, attribution: Any = None) -> Tensor:
         """Say which components are active on each sample, whatever else is in the batch.
@@ -95,12 +97,15 @@ class Decomposition:
             Tensor: boolean [B, C], or [B, positions, C] where the run has attributions for each position.
 
         Raises:
-            ValueError: the run ended without a threshold, or the inputs do not fit.
+            ValueError: the run ended without a threshold, or had an attribution of its own and none is given; or the
+                inputs do not fit.
         """
         from .attributions import gradient
         from .selection import sample_top_k
 
         checks.function("attribution", attribution)
+        if attribution is None and self.attribution is not None:
+            raise ValueError(f"attribution must be that of the run, {self.attribution}, got None")
         config, network = self.config, as_network(target, self.components)
         if attribution is not None:
             scores = attribution(network, self.components, x)
@@ -146,6 +151,7 @@ class Decomposition:
             "scores": [score if math.isfinite(score) else None for score in self.scores],
             "history": self.history,
             "threshold": self.threshold,
+            "attribution": self.attribution,
         }
 
     @classmethod
@@ -199,6 +205,7 @@ class Decomposition:
                 fingerprint=facts["fingerprint"],
                 restarts=network._fit(_taken(tensors, weights, ".restarts")) if tensors.keys() > factors else None,
                 # Files of earlier versions have none.
+                attribution=facts.get("attribution"),
                 threshold=None if (found := facts.get("threshold")) is None else checks.number("threshold", found),
             )
 

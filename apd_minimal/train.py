@@ -336,6 +336,7 @@ class Run:
             restarts=everything,
             threshold=None if threshold is None else float(threshold[chosen]),
             selection=self.selection,
+            attribution=self.identity["attribution"],
         )
 
     def so_far(self, components: Components | None = None) -> Decomposition:

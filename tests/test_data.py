@@ -95,7 +95,7 @@ def test_settings_that_make_no_sense() -> None:
 
 
 def test_a_list_of_as_many_batches_as_steps() -> None:
-    """No step outside of 0 to steps - 1 is asked for, and whoever counts steps sees them all again, not one for ever."""
+    """No step outside of 0 to steps - 1 is asked for, and whoever counts steps sees all of them again, not one."""
     items = [runs.batches(i, torch.Generator().manual_seed(i)) for i in range(20)]
     asked: list[int] = []
 

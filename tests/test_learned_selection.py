@@ -142,6 +142,47 @@ def test_who_is_active_does_not_depend_on_the_batch(tmp_path: Path) -> None:
     assert result.active(target, x).sum(1).float().mean() == pytest.approx(1.2, rel=0.15)
 
 
+def test_who_is_active_needs_the_attribution_of_the_run(tmp_path: Path) -> None:
+    target, own = runs.tms(), apd.attributions.activation
+    result = runs.decompose(attribution=own)
+    x = runs.batches(0, torch.Generator().manual_seed(3))
+    result.save(tmp_path)
+    for one in (result, apd.Decomposition.load(tmp_path, target)):
+        with pytest.raises(ValueError, match=r"attribution must be that of the run, .*activation, got None"):
+            one.active(target, x)
+        assert one.threshold is not None
+        assert torch.equal(one.active(target, x, attribution=own), own(target, one.components, x) > one.threshold)
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_top_k_as_an_object_is_top_k_as_a_setting(per_sample: bool) -> None:
+    k = 1.0 if per_sample else 1.2
+    given = runs.decompose(top_k=None, selection=apd.selection.TopK(k, per_sample))
+    plain = runs.decompose(top_k=k, per_sample=per_sample)
+    assert given.config == plain.config
+    assert runs.fingerprint(given) == runs.fingerprint(plain)
+
+
+def test_a_log_goes_on_where_the_checkpoint_stands(tmp_path: Path) -> None:
+    class Stopped(Exception):
+        pass
+
+    def stop(step: int, losses: dict[str, list[float]], components: apd.Components) -> None:
+        if step == 25:
+            raise Stopped
+
+    files: dict[str, Any] = {"checkpoint": tmp_path / "run.safetensors", "checkpoint_every": 10}
+    for log in (tmp_path / "stopped.jsonl", tmp_path / "whole.jsonl"):
+        log.write_text("of an earlier run\n")
+    with pytest.raises(Stopped):
+        runs.decompose(**files, log=tmp_path / "stopped.jsonl", callback=stop)
+    with open(tmp_path / "stopped.jsonl", "a") as log_file:
+        log_file.write('{"step": 2')  # as a kill may leave it
+    runs.decompose(**files, log=tmp_path / "stopped.jsonl")
+    runs.decompose(log=tmp_path / "whole.jsonl")
+    assert (tmp_path / "stopped.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
+
+
 def test_options_of_gradients_are_refused_with_another_attribution() -> None:
     for option in ({"attribute_at": "components"}, {"per_position": True}):
         with pytest.raises(ValueError, match="options of gradient attributions"):

@@ -68,7 +68,7 @@ def test_fields() -> None:
 
     assert fields(apd.Components) == ["A", "B"]
     assert fields(apd.Decomposition) == (
-        "components config history scores chosen finished fingerprint restarts threshold selection".split()
+        "components config history scores chosen finished fingerprint restarts threshold selection attribution".split()
     )
     assert fields(apd.metrics.Ownership) == "owner cosine length_ratio purity owned".split()
     assert {"n_components", "top_k", "rank", "steps", "lr", "p", "restarts", "seed"} <= set(fields(apd.Config))
