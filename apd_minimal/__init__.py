@@ -9,16 +9,16 @@ print(apd.metrics.ownership(result.components, target.mechanisms()))
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from . import attributions, data, losses, rules, selection, store
+from . import losses, rules, selection
 from .algorithm import decompose
+from .checks import NonFiniteLoss
 from .components import Components
 from .config import Config
 from .decomposition import Decomposition
 from .network import Network
-from .train import NonFiniteLoss
 
 if TYPE_CHECKING:
-    from . import targets
+    from . import attributions, data, store, targets
     from .book import artefacts, frames, glue
     from .study import diagnose, metrics, plots
 
@@ -49,11 +49,14 @@ __version__ = "0.1.0"
 # What a plain run does not need is loaded when it is first asked for.
 _LATER = {
     "artefacts": "book.artefacts",
+    "attributions": "attributions",
+    "data": "data",
     "diagnose": "study.diagnose",
     "frames": "book.frames",
     "glue": "book.glue",
     "metrics": "study.metrics",
     "plots": "study.plots",
+    "store": "store",
     "targets": "targets",
 }
 

@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from . import checks
 from .advice import advice
-from .attributions import Attribution
-from .components import Components
+from .attributions.gradients import Attribution
+from .batch import Batches
 from .config import Config, Schedule
-from .data import Batches
 from .decomposition import Decomposition
+from .local import Local
 from .losses import DIVERGENCES, Divergence
 from .network import Network
+from .outcome import outcome
 from .selection import Selection, TopK
-from .train import NonFiniteLoss, Run
+from .train import Callback, Run, follow
 
-Callback = Callable[[int, dict[str, list[float]], Components], None]
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 @torch.inference_mode(False)
@@ -45,6 +45,8 @@ def decompose(
     selection: Selection | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 500,
+    extend: bool = False,
+    mesh: DeviceMesh | None = None,
     micro_batch: int | None = None,
     recompute: bool = False,
     callback: Callback | None = None,
@@ -74,6 +76,13 @@ def decompose(
             functions by their names alone, and the batches not at all (`checkpoint.identity`); a generator that
             an attribution draws from is not in it.
         checkpoint_every: steps between checkpoints.
+        extend: the checkpoint may be of a run of fewer steps, which goes on, even if it was finished. Progress counts
+            anew: after 1,000 of 2,000 steps schedules and learning rate are where they are half-way.
+        mesh: the processes that share the run (`scale.processes.mesh`, chapter 22). Each calls this with the same
+            arguments and gets the same result, up to rounding that of one process. The checkpoint and the log are
+            written by the first and must be on a disk that all see; another mesh, or one process, can go on from the
+            checkpoint. micro_batch is for each process, and a callback gets the components that the process has.
+            What is left after Ctrl-C, or an exception without a result, is the checkpoint.
         micro_batch: samples worked on at a time, which bounds the memory of a step; the mask is still chosen over
             the whole batch, so that the result is the same, up to rounding (and the draws of an attribution that
             draws). None for all at once.
@@ -98,6 +107,7 @@ def decompose(
         KeyError, TypeError, ValueError: input that does not fit; the message names what was given and expected.
         NonFiniteLoss: a loss became NaN or infinite.
         StoreError: the checkpoint is damaged, or belongs to another run; the message says what differs.
+        RankLost: another process of the mesh died, or did not answer in time.
         Exception: whatever a function given here raises. After the first step, it carries the state so far as its
             attribute `result`; if the restarts cannot be scored then, there is a warning, and the scores are NaN.
     """
@@ -112,27 +122,43 @@ def decompose(
     check_rest(batches, output, attribution, callback, checkpoint, checkpoint_every)
     checks.kind("log", log, (str, os.PathLike, type(None)), "a path or None")
     recompute, progress = checks.flag("recompute", recompute), checks.flag("progress", progress)
+    if checks.flag("extend", extend) and checkpoint is None:
+        raise ValueError("extend goes on from a checkpoint, and checkpoint is None")
+    if mesh is not None:
+        from .scale.processes import Shared
     micro_batch = None if micro_batch is None else int(micro_batch)
     network = Network(target, weights, output, hidden_modules, recompute)
-    run = begin(Run, network, batches, config, divergence, attribution, micro_batch, selection)
-    if checkpoint is not None and Path(checkpoint).exists():
-        run.resume(checkpoint)
+    local = None if mesh is None else Shared(mesh, checkpoint)
+    with nullcontext() if local is None else local.answering():  # else a rank that is gone is named
+        run = begin(network, batches, config, divergence, attribution, micro_batch, selection, local)
+        if checkpoint is not None and Path(checkpoint).exists():
+            from .checkpoint import resume
+
+            resume(run, checkpoint, extend)
+        run.local.agree_on("checkpoints", [checkpoint is not None, checkpoint_every, extend, run.step])
+        result = finish(run, checkpoint, checkpoint_every, callback, progress, log)
+    if result.finished and (says := advice(network, result.components, config)):
+        warnings.warn(says, UserWarning, stacklevel=2)
+    return result
+
+
+def finish(run: Run, checkpoint: Any, checkpoint_every: int, callback: Any, progress: bool, log: Any) -> Decomposition:
+    """Take the steps that are left and choose among the restarts; an exception carries the result so far."""
     try:
         follow(run, checkpoint, checkpoint_every, callback, progress, log)
-        result = run.result()
+        return outcome(run)
     except KeyboardInterrupt:
+        if not run.local.single:  # the others may be anywhere, and no result is to be had without them
+            raise
         return run.so_far()
-    except NonFiniteLoss:
+    except checks.NonFiniteLoss:
         raise
     except Exception as error:
-        if run.step:  # before the first step there is nothing to lose
+        if run.step and run.local.single:  # before the first step there is nothing to lose
             error.result = run.so_far()  # type: ignore[attr-defined]
             if hasattr(error, "add_note"):  # from Python 3.11
                 error.add_note(f"decompose: the result after {run.step} steps is in this exception's .result")
         raise
-    if says := advice(network, result.components, config):
-        warnings.warn(says, UserWarning, stacklevel=2)
-    return result
 
 
 def check(
@@ -172,18 +198,17 @@ def check_rest(batches: Any, output: Any, attribution: Any, callback: Any, check
 
 
 def begin(
-    make: Callable[..., Run],
     network: Network,
     batches: Batches,
     config: Config,
-    divergence: str | Divergence,
-    attribution: Attribution | None,
-    micro_batch: int | None,
+    divergence: str | Divergence = "mse",
+    attribution: Attribution | None = None,
+    micro_batch: int | None = None,
     selection: Selection | None = None,
+    local: Local | None = None,
 ) -> Run:
-    """A run before its first step; the network is checked on inputs of that step."""
+    """Prepare a run, and check the network on inputs of the first step."""
     function = DIVERGENCES[divergence] if isinstance(divergence, str) else divergence
-    run = make(network, batches, config, function, attribution, micro_batch, selection)
     dtype = next(iter(network.weights.values())).dtype
     if dtype not in (torch.float32, torch.float64, torch.bfloat16):
         raise TypeError(
@@ -192,45 +217,8 @@ def begin(
         )
     if any(p.is_inference() for p in network.target.parameters()):
         raise TypeError("the target was made in torch.inference_mode, where nothing can be trained: make it outside")
-    x = run.inputs(0, torch.Generator().manual_seed(config.seed))
+    run = Run(network, batches, config, function, attribution, micro_batch, selection, local)
+    x = run.local.samples(run.next_batch(0, torch.Generator().manual_seed(config.seed)))
     with checks.running(x, f"weights of {dtype}"):
         network.check(x)
     return run
-
-
-def follow(
-    run: Run,
-    checkpoint: str | os.PathLike[str] | None,
-    checkpoint_every: int,
-    callback: Callback | None,
-    progress: bool,
-    log: str | os.PathLike[str] | None = None,
-) -> None:
-    """All steps that are left of a run."""
-    if log is not None:
-        old = Path(log).read_text(encoding="utf-8").splitlines(True) if run.step and Path(log).exists() else []
-        # A run that was killed may have left half a line.
-        kept = [line for line in old if line.endswith("\n") and json.loads(line)["step"] < run.step]
-        Path(log).write_text("".join(kept), encoding="utf-8")
-    live = sys.stderr.isatty() or "ipykernel" in sys.modules  # else the bar goes to a file, line by line
-    with (
-        tqdm(
-            total=run.config.steps, initial=run.step, disable=not progress, unit="step", mininterval=0.1 if live else 60
-        ) as bar,
-        open(os.devnull if log is None else log, "a", encoding="utf-8") as lines,
-    ):
-        while run.step < run.config.steps:
-            try:
-                losses = run.advance()
-            except checks.NotFinite as error:
-                message = f"step {run.step}: {error}; the last good state is in .result"
-                raise NonFiniteLoss(message, run.so_far(run.good)) from error
-            bar.update()
-            if run.config.logs(run.step - 1):
-                bar.set_postfix({name: f"{min(values):.1e}" for name, values in losses.items()})
-                lines.write(json.dumps({"step": run.step - 1, **losses}, allow_nan=False) + "\n")
-                lines.flush()
-                if callback is not None:
-                    callback(run.step - 1, losses, run.components.map(Tensor.detach))
-            if checkpoint is not None and (run.step % checkpoint_every == 0 or run.step == run.config.steps):
-                run.save(checkpoint)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+Batches = Callable[[int, torch.Generator], Tensor]  # (step, generator) -> inputs [B, ...]
 
 
 @dataclass(frozen=True)
@@ -12,28 +16,28 @@ class Batch:
     """What the sparse losses of a step need.
 
     Attributes:
-        x: inputs [B, ...], those that say nothing to any component left out.
-        wanted: the target's outputs [B, ...].
+        x: inputs [B, ...], without those that are zero in front of every decomposed weight.
+        outputs: the target's outputs [B, ...].
         hidden: the target's hidden activations that count, each [B, ...].
         gates: which components are active [R, B, (positions,) C], boolean or soft.
         noise: uniform numbers of that shape, for the stochastic pass; None if there is no scrub loss.
-        share: what the losses of these samples count for: how many of the step's samples they are.
+        share: what the losses of these samples count for: which share of the step's samples they are.
     """
 
     x: Tensor
-    wanted: Tensor
+    outputs: Tensor
     hidden: list[Tensor]
     gates: Tensor
     noise: Tensor | None
     share: float
 
     def pieces(self, size: int | None) -> list[Batch]:
-        """The same in pieces of so many samples."""
+        """Cut into pieces of so many samples (chapter 19)."""
         n = len(self.x)
         return [
             Batch(
                 self.x[part],
-                self.wanted[part],
+                self.outputs[part],
                 [h[part] for h in self.hidden],
                 self.gates[:, part],
                 None if self.noise is None else self.noise[:, part],

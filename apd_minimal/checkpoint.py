@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from . import checks, store
 from .config import Config
-from .decomposition import differences, fingerprint
+from .decomposition import fingerprint, name_of
 from .network import Network
+
+if TYPE_CHECKING:
+    from .train import Run
 
 
 def identity(
@@ -41,53 +41,57 @@ def identity(
         "fingerprint": fingerprint(network.target.state_dict()),
         "weights": list(network.weights),
         "hidden modules": network.hidden,
-        "output": _name(network.output),
-        "divergence": _name(divergence),
-        "attribution": _name(attribution),
-        "selection": _name(selection),
+        "output": name_of(network.output),
+        "divergence": name_of(divergence),
+        "attribution": name_of(attribution),
+        "selection": name_of(selection),
     }
 
 
-def _name(function: Any) -> str | None:
-    if function is None:
-        return None
-    while isinstance(function, partial):
-        function = function.func
-    named = function if hasattr(function, "__qualname__") else type(function)
-    return f"{getattr(named, '__module__', None)}.{named.__qualname__}"
-
-
-def write_state(
-    path: str | os.PathLike[str],
-    run: dict[str, Any],
-    step: int,
-    history: dict[str, list[Any]],
-    generator: torch.Generator,
-    factors: Sequence[Tensor],
-    moments: Sequence[Mapping[str, Tensor]],
-) -> None:
-    """Write a checkpoint.
+def save(run: Run, path: str | os.PathLike[str]) -> None:
+    """Write a checkpoint of a run, that of all processes if they share it.
 
     Args:
-        path: the file.
-        run: the run's `identity`.
-        step: steps done.
-        history: what was logged.
-        generator: of the run's randomness.
-        factors: the components' factors, in the order of `Components.parameters`.
-        moments: what the optimiser knows about each of them.
+        run: between two steps.
+        path: the file; the process that writes replaces it.
     """
-    tensors = {"generator": generator.get_state()}
-    for i, (factor, known) in enumerate(zip(factors, moments, strict=True)):
-        tensors[f"factor.{i}"] = factor.detach()
-        for name, value in known.items():
-            tensors[f"adam.{i}.{name}"] = value
-    store.write_tensors(path, "checkpoint", tensors, {"step": step, "history": history, **run})
+    tensors = {"generator": run.generator.get_state()}
+    for i, (p, shared) in enumerate(run.shared()):
+        for name, t in {f"factor.{i}": p, **{f"adam.{i}.{k}": t for k, t in run.optimiser.state[p].items()}}.items():
+            whole = run.local.whole(t.detach()) if shared else t.detach()
+            if run.local.writes:
+                tensors[name] = whole.cpu()
+    if run.local.writes:
+        facts = {"step": run.step, "history": run.history, **run.identity}
+        store.write_tensors(path, "checkpoint", tensors, facts)
+    run.local.wait()
+
+
+def resume(run: Run, path: str | os.PathLike[str], extend: bool = False) -> None:
+    """Take up the state of a checkpoint.
+
+    Args:
+        run: before its first step.
+        path: the file.
+        extend: the checkpoint may be of a run of fewer steps.
+
+    Raises:
+        StoreError: a damaged file, or a checkpoint of another run; the message says what differs.
+    """
+    state = read_state(path, run.identity, extend)
+    run.step, run.history = state.step, state.history
+    with store.reading(path, "checkpoint"):
+        run.generator.set_state(state.generator)
+        for (p, shared), factor, moments in zip(run.shared(), state.factors, state.moments, strict=True):
+            own = run.local.own if shared else Tensor.clone
+            p.data.copy_(checks.tensor("a factor", own(factor), *p.shape))
+            run.optimiser.state[p] = {name: own(t).to(p.device) for name, t in moments.items()}
+    run.remember()
 
 
 @dataclass(frozen=True)
 class State:
-    """What a checkpoint holds; see `write_state`."""
+    """What a checkpoint holds; see `save`."""
 
     step: int
     history: dict[str, list[Any]]
@@ -96,12 +100,13 @@ class State:
     moments: list[dict[str, Tensor]]
 
 
-def read_state(path: str | os.PathLike[str], run: dict[str, Any]) -> State:
+def read_state(path: str | os.PathLike[str], run: dict[str, Any], extend: bool = False) -> State:
     """Read a checkpoint.
 
     Args:
         path: the file.
         run: the `identity` of the run that wants it.
+        extend: it may be of a run of fewer steps.
 
     Returns:
         State: what was written.
@@ -112,13 +117,13 @@ def read_state(path: str | os.PathLike[str], run: dict[str, Any]) -> State:
     checks.kind("checkpoint", path, (str, os.PathLike), "a path")
     tensors, facts = store.read_tensors(path, "checkpoint")
     with store.reading(path, "checkpoint"):
-        return _state(path, run, tensors, facts)
+        return _state(path, run, tensors, facts, extend)
 
 
 def _state(
-    path: str | os.PathLike[str], run: dict[str, Any], tensors: dict[str, Tensor], facts: dict[str, Any]
+    path: str | os.PathLike[str], run: dict[str, Any], tensors: dict[str, Tensor], facts: dict[str, Any], extend: bool
 ) -> State:
-    other_target = differences(facts["fingerprint"], run["fingerprint"])
+    other_target = store.differences(facts["fingerprint"], run["fingerprint"])
     if other_target:
         raise store.StoreError(
             f"{path} belongs to a run on another target: {other_target}; take that one, or another file"
@@ -129,10 +134,12 @@ def _state(
     other = [
         name for name in own if name not in ("config", "fingerprint") and name in stored and stored[name] != own[name]
     ]
-    if other:
+    longer = other == ["steps"] and stored["steps"] < own["steps"]
+    if other and not (extend and longer):
         differ = "; ".join(f"{name} was {stored[name]!r}, given {own[name]!r}" for name in other)
         raise store.StoreError(
             f"take the same settings, or another file: {path} belongs to a run with other settings: {differ}"
+            + ("; extend=True goes on with it for more steps" if longer else "")
         )
     factors = [tensors[f"factor.{i}"] for i in range(sum(name.startswith("factor.") for name in tensors))]
     moments = [

@@ -6,14 +6,25 @@ import math
 import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from .decomposition import Decomposition
+
 
 class NotFinite(ValueError):
     """Numbers that were worked out are NaN or infinite."""
+
+
+class NonFiniteLoss(ArithmeticError):
+    """A loss became NaN or infinite. Its `result` is the last finite state, marked unfinished."""
+
+    def __init__(self, message: str, result: Decomposition) -> None:
+        super().__init__(message)
+        self.result = result
 
 
 def given(value: Any) -> str:
@@ -153,3 +164,21 @@ def interval(name: str, value: Any) -> tuple[float, float]:
     if low > high:
         raise ValueError(f"{name} must be (least, largest), got {given(value)}")
     return low, high
+
+
+def batch(x: Any, step: int) -> Tensor:
+    """Check what a source of batches gave for a step, and copy it, so that the source may use its memory again.
+
+    Raises:
+        ValueError: no tensor, an empty one, or numbers that are NaN or infinite.
+    """
+    step = number("step", step, 0, whole=True)
+    if not isinstance(x, Tensor) or x.ndim == 0 or len(x) == 0:
+        given = f"{type(x).__name__} of shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(
+            f"batches(step={step}) must give a tensor [B, ...] with B at least 1, got a {given}; of a dict or a "
+            "tuple give the part that is the input, and wrap a network that takes more in a module that takes one"
+        )
+    if x.is_floating_point() and not torch.isfinite(x).all():
+        raise ValueError(f"batches(step={step}) gave NaN or infinite inputs")
+    return x.clone()

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -177,20 +176,6 @@ class Config:
         if missing:
             raise TypeError(f"settings without {sorted(missing)}, got {sorted(settings)}")
         return cls(**settings)
-
-
-def completed(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings as they were stored, with the defaults of fields that came into `Config` since then.
-
-    Args:
-        settings: fields of `Config`, and others, which are kept.
-
-    Returns:
-        dict[str, Any]: as JSON has it.
-    """
-    own = {f.name for f in fields(Config)} & set(settings)
-    config = Config.from_dict({name: settings[name] for name in own})
-    return settings | json.loads(json.dumps(asdict(config)))
 
 
 def at_progress(schedule: Schedule, t: float) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,27 +9,6 @@ import torch
 from torch import Tensor
 
 from . import checks
-
-Batches = Callable[[int, torch.Generator], Tensor]
-
-
-def checked(x: Any, step: int) -> Tensor:
-    """A copy of what a source of batches gave for a step, so that the source may use its memory again.
-
-    Raises:
-        ValueError: no tensor, an empty one, or numbers that are NaN or infinite.
-    """
-    step = checks.number("step", step, 0, whole=True)
-    if not isinstance(x, Tensor) or x.ndim == 0 or len(x) == 0:
-        given = f"{type(x).__name__} of shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(
-            f"batches(step={step}) must give a tensor [B, ...] with B at least 1, got a {given}; of a dict or a "
-            "tuple give the part that is the input, and wrap a network that takes more in a module that takes one"
-        )
-    if x.is_floating_point() and not torch.isfinite(x).all():
-        raise ValueError(f"batches(step={step}) gave NaN or infinite inputs")
-    return x.clone()
-
 
 PROBABILITY: dict[str, Any] = {"low": 0, "high": 1, "above": True}
 SIZES: dict[str, dict[str, Any]] = {

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import checks, store
+from . import checks
 from .components import Components
 from .config import Config, at_progress
 from .network import Network, as_network
@@ -36,21 +34,14 @@ def fingerprint(state: Mapping[str, Any]) -> str:
     return "\n".join([digest.hexdigest(), *lines])
 
 
-def differences(stored: str, own: str) -> str:
-    """What differs between two fingerprints, in words; nothing if they are of the same target.
-
-    Fingerprints of earlier versions have no lines, so that nothing is named.
-    """
-    if stored[:64] == own[:64]:
-        return ""
-    old, new = ({line.split("\t")[0]: line.split("\t")[1:] for line in f.splitlines()[1:]} for f in (stored, own))
-    named = []
-    for path in sorted(old.keys() | new.keys()) if old else ():
-        before, after = old.get(path, ["missing"]), new.get(path, ["missing"])
-        if before != after:
-            named.append(f"{path} was {before[0]}, is {after[0]}" + (", other values" if before[0] == after[0] else ""))
-    text = f"its parameters hash to {stored[:12]}, these to {own[:12]}"
-    return text + (f" ({'; '.join(named[:5])}{'; ...' if named[5:] else ''})" if named else "")
+def name_of(function: Any) -> str | None:
+    """Name a function by module and qualified name, a partial by the function inside, an object by its class."""
+    if function is None:
+        return None
+    while isinstance(function, partial):
+        function = function.func
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{getattr(named, '__module__', None)}.{named.__qualname__}"
 
 
 @dataclass(frozen=True)
@@ -128,31 +119,9 @@ class Decomposition:
         Raises:
             ValueError: restarts are asked for, and this decomposition has none.
         """
-        checks.kind("folder", folder, (str, os.PathLike), "a path")
-        restarts = checks.flag("restarts", restarts)
-        tensors = _named(self.components, "")
-        if restarts:
-            if self.restarts is None:
-                raise ValueError("this decomposition has no restarts: it was loaded from a folder without them")
-            tensors |= _named(self.restarts.map(torch.clone), ".restarts")  # the chosen one is a view of these
-        # The tensors' file goes first and carries everything; cfg.json repeats the facts for people and tools.
-        store.write_tensors(Path(folder) / "components.safetensors", "decomposition", tensors, self._facts())
-        text = json.dumps({"format": store.FORMAT, **self._facts()}, indent=1, allow_nan=False)
-        store.write(Path(folder) / "cfg.json", text.encode())
+        from .stored import save
 
-    def _facts(self) -> dict[str, Any]:
-        return {
-            "fingerprint": self.fingerprint,
-            "weights": self.components.paths,
-            "config": asdict(self.config),
-            "finished": self.finished,
-            "chosen": self.chosen,
-            # Strict JSON knows no NaN.
-            "scores": [score if math.isfinite(score) else None for score in self.scores],
-            "history": self.history,
-            "threshold": self.threshold,
-            "attribution": self.attribution,
-        }
+        save(self, folder, restarts)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], target: nn.Module) -> Decomposition:
@@ -169,53 +138,6 @@ class Decomposition:
             FileNotFoundError: no such folder or file.
             StoreError: a truncated or foreign file, or a decomposition of another target.
         """
-        checks.kind("folder", folder, (str, os.PathLike), "a path")
-        checks.kind("target", target, nn.Module, "a torch.nn.Module")
-        file = Path(folder) / "components.safetensors"
-        tensors, facts = store.read_tensors(file, "decomposition")
-        with store.reading(file, "decomposition"):
-            weights = facts["weights"]
-            try:
-                network = Network(target, weights)
-            except (KeyError, TypeError) as error:
-                raise store.StoreError(
-                    f"{file} decomposes {weights}, which this target does not have: {error}"
-                ) from None
-            other = differences(facts["fingerprint"], fingerprint(target.state_dict()))
-            if other:
-                raise store.StoreError(f"{file} decomposes another target: {other}; load it with that one")
-            config = Config.from_dict(facts["config"])
-            factors = {f"{path}.{name}" for path in weights for name in "AB"}
-            more = {f"{name}.restarts" for name in factors}
-            if tensors.keys() not in (factors, factors | more):
-                raise ValueError(f"tensors {sorted(factors)} are expected, got {sorted(tensors)}")
-            components = network._fit(_taken(tensors, weights, ""))
-            if components.restarts is not None or components.n_components != config.n_components:
-                raise ValueError(
-                    f"n_components is {config.n_components}, but there are factors of {components.n_components}"
-                )
-            scores = [math.nan if score is None else checks.number("scores", score) for score in facts["scores"]]
-            return cls(
-                components=components,
-                config=config,
-                history=checks.kind("history", facts["history"], dict, "a mapping from names to lists"),
-                scores=scores,
-                chosen=checks.number("chosen", facts["chosen"], 0, len(scores) - 1, whole=True),
-                finished=checks.flag("finished", facts["finished"]),
-                fingerprint=facts["fingerprint"],
-                restarts=network._fit(_taken(tensors, weights, ".restarts")) if tensors.keys() > factors else None,
-                # Files of earlier versions have none.
-                attribution=facts.get("attribution"),
-                threshold=None if (found := facts.get("threshold")) is None else checks.number("threshold", found),
-            )
+        from .stored import load
 
-
-def _named(components: Components, ending: str) -> dict[str, Tensor]:
-    """The factors by the names under which they are stored."""
-    return {f"{path}.{name}{ending}": t for name in "AB" for path, t in getattr(components, name).items()}
-
-
-def _taken(tensors: Mapping[str, Tensor], paths: list[str], ending: str) -> Components:
-    """The components that `_named` gave names."""
-    A, B = ({path: tensors[f"{path}.{name}{ending}"] for path in paths} for name in "AB")
-    return Components(A, B)
+        return load(folder, target)

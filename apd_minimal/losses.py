@@ -1,13 +1,16 @@
-"""APD's three losses (braun2025), each one function; they keep the axis of restarts.
+"""APD's losses (braun2025), each one function; they keep the axis of restarts.
 
 faithfulness: the components sum to the target's weights (chapter 3).
 minimality: on every input, few components do the target's work (chapter 4).
 simplicity: the components that are used are of low rank (chapter 5).
+hidden: the sparse network's hidden activations are the target's (chapter 9).
+scrub: so it stays when some of the others join, drawn by `Selection.draw` (chapter 6); it is `minimality` of these
+outputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,26 +47,26 @@ def faithfulness(components: Components, weights: Mapping[str, Tensor]) -> Tenso
         return torch.stack(squares).sum(0) / components.n_entries
 
 
-def mse(outputs: Tensor, wanted: Tensor) -> Tensor:
+def mse(outputs: Tensor, target_outputs: Tensor) -> Tensor:
     """Squared error of each sample, averaged over everything else: [..., B, *rest] to [..., B]."""
-    _same(outputs, wanted)
-    return _per_sample((outputs - wanted).square(), outputs.ndim - wanted.ndim + 1)
+    _same(outputs, target_outputs)
+    return _per_sample((outputs - target_outputs).square(), outputs.ndim - target_outputs.ndim + 1)
 
 
-def kl(outputs: Tensor, wanted: Tensor) -> Tensor:
-    """KL(wanted || outputs), softmax over the last axis, averaged over positions: [..., B, (T,) V] to [..., B]."""
-    _same(outputs, wanted)
-    if wanted.ndim < 2:
-        raise ValueError(f"wanted must be [B, ..., classes], got {checks.given(wanted)}")
-    p = F.log_softmax(wanted, dim=-1)
+def kl(outputs: Tensor, target_outputs: Tensor) -> Tensor:
+    """KL(target || outputs), softmax over the last axis, averaged over positions: [..., B, (T,) V] to [..., B]."""
+    _same(outputs, target_outputs)
+    if target_outputs.ndim < 2:
+        raise ValueError(f"target_outputs must be [B, ..., classes], got {checks.given(target_outputs)}")
+    p = F.log_softmax(target_outputs, dim=-1)
     q = F.log_softmax(outputs, dim=-1)
-    return _per_sample((p.exp() * (p - q)).sum(-1), outputs.ndim - wanted.ndim + 1)
+    return _per_sample((p.exp() * (p - q)).sum(-1), outputs.ndim - target_outputs.ndim + 1)
 
 
-def _same(outputs: Any, wanted: Any) -> None:
-    """Outputs with any axes in front of those that are wanted; nothing is broadcast."""
-    checks.tensor("wanted", wanted, "B", ..., finite=False)
-    checks.tensor("outputs", outputs, ..., *wanted.shape, finite=False)
+def _same(outputs: Any, target_outputs: Any) -> None:
+    """Check outputs, which may have more axes in front than the target's; nothing is broadcast."""
+    checks.tensor("target_outputs", target_outputs, "B", ..., finite=False)
+    checks.tensor("outputs", outputs, ..., *target_outputs.shape, finite=False)
 
 
 def _check(components: Any) -> None:
@@ -78,13 +81,13 @@ def _per_sample(values: Tensor, lead: int) -> Tensor:
 DIVERGENCES: dict[str, Divergence] = {"mse": mse, "kl": kl}
 
 
-def minimality(outputs: Tensor, wanted: Tensor, divergence: Divergence = mse) -> Tensor:
+def minimality(outputs: Tensor, target_outputs: Tensor, divergence: Divergence = mse) -> Tensor:
     """How far the sparse outputs are from the target's.
 
     Args:
         outputs: of the active components alone, [..., B, *rest]; a leading axis of restarts is kept.
-        wanted: the target's outputs [B, *rest].
-        divergence: per sample, (outputs, wanted) to [..., B].
+        target_outputs: the target's outputs [B, *rest].
+        divergence: per sample, (outputs, target_outputs) to [..., B].
 
     Returns:
         Tensor: mean over the batch; a scalar, or [restarts].
@@ -92,20 +95,48 @@ def minimality(outputs: Tensor, wanted: Tensor, divergence: Divergence = mse) ->
     Raises:
         ValueError: a divergence that does not give one value for each sample.
     """
-    _same(outputs, wanted)
+    _same(outputs, target_outputs)
     if not callable(divergence):
-        raise TypeError(f"divergence must be a function (outputs, wanted) -> [..., B], got {checks.given(divergence)}")
+        raise TypeError(
+            f"divergence must be a function (outputs, target_outputs) -> [..., B], got {checks.given(divergence)}"
+        )
     if outputs.dtype in (torch.bfloat16, torch.float16):  # under autocast
-        outputs, wanted = outputs.float(), wanted.float()
-    errors = divergence(outputs, wanted)
-    expected = list(outputs.shape[: outputs.ndim - wanted.ndim + 1])
+        outputs, target_outputs = outputs.float(), target_outputs.float()
+    errors = divergence(outputs, target_outputs)
+    expected = list(outputs.shape[: outputs.ndim - target_outputs.ndim + 1])
     given = list(errors.shape) if isinstance(errors, Tensor) else type(errors).__name__
     if given != expected:
         raise ValueError(
             f"divergence must give one value per sample, {expected}, got {given} for outputs {list(outputs.shape)} "
-            f"and wanted {list(wanted.shape)}"
+            f"and target_outputs {list(target_outputs.shape)}"
         )
     return errors.mean(-1)
+
+
+def hidden(activations: Sequence[Tensor], target_activations: Sequence[Tensor]) -> Tensor:
+    """How far the sparse network's hidden activations are from the target's (braun2025, their hidden loss).
+
+    Args:
+        activations: of each module that counts, [..., B, *rest]; a leading axis of restarts is kept.
+        target_activations: the target's, each [B, *rest].
+
+    Returns:
+        Tensor: mean squared error, summed over the modules; a scalar, or [restarts].
+
+    Raises:
+        ValueError: no module, or not the same number of them.
+    """
+    for name, given in (("activations", activations), ("target_activations", target_activations)):
+        checks.kind(name, given, (list, tuple), "a list of tensors")
+        for value in given:
+            checks.tensor(name, value, "B", ..., finite=False)
+    if not activations or len(activations) != len(target_activations):
+        raise ValueError(
+            f"activations and target_activations must be of the same modules, at least one: got {len(activations)} "
+            f"and {len(target_activations)}"
+        )
+    pairs = zip(activations, target_activations, strict=True)
+    return torch.stack([minimality(sparse, full) for sparse, full in pairs]).sum(0)
 
 
 def simplicity(components: Components, mask: Tensor, p: float = 1.0, epsilon: float = 1e-16) -> Tensor:

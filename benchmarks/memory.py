@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 
 import apd_minimal as apd
+from apd_minimal.outcome import HELD_OUT_SAMPLES
 from apd_minimal.targets import TMS
-from apd_minimal.train import HELD_OUT_SAMPLES, TIDY_SAMPLES
+from apd_minimal.tidy.tidy import TIDY_SAMPLES
 from benchmarks.cases import ONE_LAYER
 from benchmarks.run import high_water
 

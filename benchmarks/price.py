@@ -64,7 +64,7 @@ def way(size: Size) -> str:
     """Which exact way to attributions the library takes."""
     run = ours(size)
     components: Components = run.components.map(torch.Tensor.detach)
-    return cheapest(run.network, components, None, run.inputs(0, run.generator))
+    return cheapest(run.network, components, None, run.next_batch(0, run.generator))
 
 
 def main() -> None:

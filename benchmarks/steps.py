@@ -103,7 +103,7 @@ def ours(
     numbers = {"n_components": size.n_components, "top_k": size.top_k, "rank": size.rank, "steps": STEPS}
     config = apd.Config.from_dict({**numbers, **PAPER, **settings})
     network = apd.Network(target, weights, None, (), recompute)
-    return begin(Run, network, lambda step, generator: x, config, "mse", attribution, micro_batch)
+    return begin(network, lambda step, generator: x, config, "mse", attribution, micro_batch)
 
 
 class Paper:

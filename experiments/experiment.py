@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import apd_minimal as apd
-from apd_minimal.config import Schedule, completed
+from apd_minimal.config import Config, Schedule
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 Job = tuple[Any, ...]
@@ -66,6 +66,20 @@ class Rows:
         for job in jobs & set(map(self.job_of, rows)):
             today[job] = _comparable(self.complete(job, {}))
         return [row for row in rows if today.get(self.job_of(row)) == _comparable(row)]
+
+
+def completed(settings: dict[str, Any]) -> dict[str, Any]:
+    """Give settings as they were stored the defaults of fields that came into `Config` since then.
+
+    Args:
+        settings: fields of `Config`, and others, which are kept.
+
+    Returns:
+        dict[str, Any]: as JSON has it.
+    """
+    own = {f.name for f in fields(Config)} & set(settings)
+    config = Config.from_dict({name: settings[name] for name in own})
+    return settings | json.loads(json.dumps(asdict(config)))
 
 
 def _comparable(row: Row) -> Row:

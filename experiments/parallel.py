@@ -62,7 +62,7 @@ def decomposer(n_ranks: int, components: int) -> Callable[..., apd.Decomposition
     if n_ranks == 1:
         return apd.decompose
     mesh = processes.mesh(components)
-    return lambda *given, **rest: processes.decompose(*given, mesh=mesh, **rest)
+    return lambda *given, **rest: apd.decompose(*given, mesh=mesh, **rest)
 
 
 def same(n_ranks: int, components: int, seed: int, folder: Path) -> dict[str, Any]:

@@ -20,10 +20,11 @@ from typing import Any
 import torch
 
 import apd_minimal as apd
-from apd_minimal.algorithm import begin, follow
+from apd_minimal.algorithm import begin
 from apd_minimal.attributions import gradient
+from apd_minimal.outcome import outcome
 from apd_minimal.targets import TMS, ResidualMLP
-from apd_minimal.train import Run
+from apd_minimal.train import Run, follow
 from benchmarks import trick_steps
 from benchmarks.small_moments import has_torchao, optimiser_of
 from experiments import attributions
@@ -71,13 +72,13 @@ def decompose(target: TMS | ResidualMLP, recipe: dict[str, Any], trick: dict[str
         generator = torch.Generator().manual_seed(1_000 + seed)
         estimate = partial(gradient, n_probes=trick["n_probes"], generator=generator)
     with torch.autocast("cpu", torch.bfloat16) if trick.get("autocast") else nullcontext():
-        run = begin(Run, network, batches, apd.Config.from_dict(recipe), "mse", estimate, None)
+        run = begin(network, batches, apd.Config.from_dict(recipe), "mse", estimate, None)
         if "optimiser" in trick:
             run.optimiser = optimiser_of(trick["optimiser"], run.components.parameters(), run.config.lr)  # type: ignore[assignment]
         if trick.get("optimiser") == "8-bit":
             set_lr(run)
         follow(run, None, 1, None, progress=False)
-        return run.result()
+        return outcome(run)
 
 
 def set_lr(run: Run) -> None:

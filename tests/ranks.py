@@ -15,6 +15,7 @@ import runs
 import torch
 import torch.distributed as dist
 from oracles import case
+from test_learned_selection import Learned
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -46,7 +47,7 @@ def sequence(decompose: Decompose, **changes: Any) -> apd.Decomposition:
         "steps": STEPS, "per_position": True, "tidy_every": 0.0, "micro_batch": 2, "recompute": True,
         "hidden_modules": ["norm"], "hidden": 1.0, "lr": 0.03, "progress": False,
     }  # fmt: skip
-    with patch("apd_minimal.train.HELD_OUT_SAMPLES", 50):
+    with patch("apd_minimal.outcome.HELD_OUT_SAMPLES", 50):
         return decompose(one.target, lambda step, g: one.inputs(11, g), list(one.stored), 5, 1.5, **settings, **changes)
 
 
@@ -63,6 +64,12 @@ CASES: dict[str, Callable[[Decompose], apd.Decomposition]] = {
     ),
     "tms with empty shares": lambda d: tms(d, source=half_empty),
     "sequence": sequence,
+    # Every rank has all of the selection's parameters, and the gradient through its own gates alone.
+    # Without merging, since what Adam does with a component that is all but empty, rounding decides.
+    "learned selection": lambda d: tms(d, top_k=None, selection=Learned(), simplicity=0.5, tidy_every=0.0),
+    "learned with empty shares": lambda d: tms(
+        d, source=half_empty, top_k=None, selection=Learned(), micro_batch=9, tidy_every=0.0
+    ),
 }
 
 
@@ -75,7 +82,7 @@ def write(path: Path, result: apd.Decomposition) -> None:
 
 def spread(mesh: DeviceMesh) -> Decompose:
     """`decompose` on a mesh."""
-    return lambda *given, **rest: processes.decompose(*given, **{"mesh": mesh, **rest})
+    return lambda *given, **rest: apd.decompose(*given, **{"mesh": mesh, **rest})
 
 
 def equal(folder: Path) -> None:
@@ -103,7 +110,8 @@ def checkpointed(folder: Path, how: str) -> None:
         return sparse(step, generator)
 
     mesh = processes.mesh(min(2, dist.get_world_size()))
-    result = tms(spread(mesh), source=source, checkpoint=folder / "run.safetensors", checkpoint_every=3)
+    log = folder / "log.jsonl"
+    result = tms(spread(mesh), source=source, checkpoint=folder / "run.safetensors", checkpoint_every=3, log=log)
     if dist.get_rank() == 0:
         write(folder / "result", result)
 

@@ -158,7 +158,7 @@ OF_MASK = {"components": components(), "mask": torch.ones(4, 3)}
 MATCH = {"components": components(), "truth": TRUTH}
 SLIDER = {"draw": draw, "values": [1, 2], "label": "k"}
 FRAMES = SLIDER | {"alt": str, "caption": "c"}
-PAIR = {"outputs": torch.rand(2, 4, 5), "wanted": torch.rand(4, 5)}
+PAIR = {"outputs": torch.rand(2, 4, 5), "target_outputs": torch.rand(4, 5)}
 TRAINED = {"seed": 0, "steps": 1, "batch_size": 4}
 VALID: dict[str, tuple[Any, dict[str, Any]]] = {  # name: (self or None, arguments)
     "Components": (None, {"A": components().A, "B": components().B}),
@@ -204,12 +204,12 @@ VALID: dict[str, tuple[Any, dict[str, Any]]] = {  # name: (self or None, argumen
     **{f"attributions.{name}": (None, ATTRIBUTION) for name in NAMES["attributions"].split()},
     "data.SparseFeatures": (None, {"n_features": 3}),
     "data.SparseFeatures.__call__": (apd.data.SparseFeatures(3), {"step": 0, "generator": generator()}),
-    "data.checked": (None, {"x": X, "step": 0}),
     "diagnose.diagnose": (None, ATTRIBUTION | {"top_k": 1.0}),
     "losses.faithfulness": (
         None,
         {"components": components(), "weights": {"encode.weight": torch.ones(5, 2)}},
     ),
+    "losses.hidden": (None, {"activations": [PAIR["outputs"]], "target_activations": [PAIR["target_outputs"]]}),
     "losses.kl": (None, PAIR),
     "losses.minimality": (None, PAIR),
     "losses.mse": (None, PAIR),
@@ -474,6 +474,8 @@ KINDS: dict[str, Strategy] = {
     "log": st.one_of(but(str, type(None)), st.integers(), st.booleans()),
     "output": function(none=True),
     "checkpoint": st.one_of(but(str), st.integers(), st.booleans()),
+    "extend": st.one_of(flag(), st.just(True)),  # there is no checkpoint to extend
+    "mesh": st.one_of(but(), st.integers(), st.booleans()),
     "checkpoint_every": SIZE,
     "micro_batch": SIZE_OR_NONE,
     "folder": path(),
@@ -514,7 +516,7 @@ def of_number_or_list(bad: Strategy) -> Strategy:
 
 OUTPUTS = {
     "outputs": tensor(PAIR["outputs"], 0, finite=False).filter(lambda t: not isinstance(t, Tensor) or t.ndim < 5),
-    "wanted": tensor(PAIR["wanted"], finite=False),
+    "target_outputs": tensor(PAIR["target_outputs"], finite=False),
 }
 NO_NAN = {
     "components": bad_components(finite=False, fit=False),
@@ -630,11 +632,12 @@ OWN_KINDS: dict[str, dict[str, Strategy]] = {
     "data.SparseFeatures.__call__": {"generator": source(none=False)},
     "targets.GatedInputs.__call__": {"generator": source(none=False)},
     "targets.Questions.__call__": {"generator": source(none=False)},
-    "data.checked": {
-        "x": st.one_of(but(Tensor), NOTHING, st.sampled_from([X[:0], X[0, 0], [X], {"x": X}, (X, X)]), poked(X))
-    },
     "diagnose.diagnose": ALONE,
     "losses.faithfulness": {"components": bad_components(finite=False)},
+    "losses.hidden": {
+        name: st.one_of(but(list, tuple), NOTHING, st.just([]), but(Tensor).map(lambda bad: [bad]))
+        for name in ("activations", "target_activations")
+    },
     "losses.kl": OUTPUTS,
     "losses.mse": OUTPUTS,
     "losses.minimality": OUTPUTS,
@@ -693,7 +696,7 @@ ALIASES = {  # what a message may call the parameter
     "folder": ("no file at",),
     "path": ("no file at",),
     "kind": ("holds a",),
-    "wanted": ("outputs",),
+    "target_outputs": ("outputs",),
     "A": ("B",),
     "B": ("A",),
 }

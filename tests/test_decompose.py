@@ -261,7 +261,10 @@ def test_batches_must_be_batches(given: Any, message: str) -> None:
         ({"per_weight": (2, 4), "reseed_until": 0.0}, r"a number for each of \['encode.weight'\]"),
         ({"per_sample": True, "top_k": 1.5}, "top_k per sample must be a whole number, got 1.5"),
         ({"divergence": "hinge"}, r"divergence must be one of \['mse', 'kl'\] or a function, got 'hinge'"),
-        ({"attribution": lambda network, c, x: torch.zeros(3, 3)}, r"attributions must be \[2, 64, 6\], got \[3, 3\]"),
+        (
+            {"attribution": lambda network, c, x: torch.zeros(3, 3)},
+            r"attributions must be of shape \[2, 64, ..., 6\], got a tensor \[3, 3\]",
+        ),
     ],
 )
 def test_settings_out_of_range(changes: dict[str, Any], message: str) -> None:
@@ -281,7 +284,7 @@ def test_settings_out_of_range(changes: dict[str, Any], message: str) -> None:
 )
 def test_a_divergence_must_give_one_value_per_sample(divergence: Any, given: str) -> None:
     steps: list[int] = []
-    expected = r"\[2, 64\], got " + given + r" for outputs \[2, 64, 5\] and wanted \[64, 5\]"
+    expected = r"\[2, 64\], got " + given + r" for outputs \[2, 64, 5\] and target_outputs \[64, 5\]"
     with pytest.raises(ValueError, match=f"^divergence must give one value per sample, {expected}$"):
         runs.decompose(divergence=divergence, callback=lambda step, losses, components: steps.append(step))
     assert steps == []

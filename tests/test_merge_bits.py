@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import apd_minimal as apd
-from apd_minimal.config import completed
 from apd_minimal.tidy.merge import merge_by_bits, shortened
+from experiments.experiment import completed
 
 SHAPES = {"a": (4, 3), "b": (3, 5)}
 Weights = dict[str, Tensor]

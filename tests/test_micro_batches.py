@@ -12,7 +12,6 @@ from torch import Tensor, nn
 import apd_minimal as apd
 from apd_minimal.algorithm import begin
 from apd_minimal.attributions import gradient
-from apd_minimal.train import Run
 
 WAYS: list[dict[str, Any]] = [
     {"micro_batch": 1},
@@ -40,8 +39,8 @@ ALL_LOSSES: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(apd.train, "TIDY_SAMPLES", 60)
-    monkeypatch.setattr(apd.train, "HELD_OUT_SAMPLES", 90)
+    monkeypatch.setattr("apd_minimal.tidy.tidy.TIDY_SAMPLES", 60)
+    monkeypatch.setattr("apd_minimal.outcome.HELD_OUT_SAMPLES", 90)
 
 
 def mlp() -> nn.Sequential:
@@ -136,7 +135,7 @@ def kept(n_components: int, batch: int = 64, micro_batch: int | None = None, rec
     x = torch.randn(batch, 5, generator=torch.Generator().manual_seed(0)).double()
     network = apd.Network(mlp(), ["0.weight", "2.weight"], recompute=recompute)
     config = apd.Config(n_components, 2.0, tidy_every=0.0)
-    run = begin(Run, network, lambda step, g: x, config, "mse", None, micro_batch)
+    run = begin(network, lambda step, g: x, config, "mse", None, micro_batch)
     Kept.now = Kept.most = 0
     # Attributions and the sums of factors are not what is asked for here.
     prepared = run.prepared(x, scrubs=True)
@@ -168,9 +167,7 @@ def test_a_step_takes_its_pieces_one_after_the_other(monkeypatch: pytest.MonkeyP
     most = []
     for micro_batch in (None, 16):
         config = apd.Config(32, 2.0, tidy_every=0.0)
-        run = begin(
-            Run, network, lambda step, g: x, config, "mse", lambda n, c, x: torch.rand(1, len(x), 32), micro_batch
-        )
+        run = begin(network, lambda step, g: x, config, "mse", lambda n, c, x: torch.rand(1, len(x), 32), micro_batch)
         Kept.now = Kept.most = 0
         with torch.autograd.graph.saved_tensors_hooks(Kept, lambda k: k.tensor):
             run.advance()

@@ -87,6 +87,8 @@ def test_a_rank_that_dies_stops_the_others_and_any_number_goes_on(
     for code, message in launch(4, "go on", tmp_path):
         assert code == 0, message
     assert_equal(tmp_path / "result", alone["tms"])
+    logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in logged] == list(range(ranks.STEPS)), "one line a step, by one of the ranks"
     checkpoint.write_bytes(before)
     resumed = ranks.tms(apd.decompose, checkpoint=checkpoint)
     assert resumed.history["step"] == list(range(ranks.STEPS))

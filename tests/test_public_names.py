@@ -11,13 +11,13 @@ NAMES = {
     "": "Components Config Decomposition Network NonFiniteLoss artefacts attributions data decompose diagnose frames "
     "glue losses metrics plots rules selection store targets",
     "attributions": "ablation activation gradient integrated_gradients path_shapley shapley",
-    "data": "SparseFeatures checked",
+    "data": "SparseFeatures",
     "diagnose": "Diagnosis diagnose",
-    "losses": "DIVERGENCES faithfulness kl minimality mse simplicity simplicity_exact",
+    "losses": "DIVERGENCES faithfulness hidden kl minimality mse simplicity simplicity_exact",
     "metrics": "Matching Ownership Scrubbing cosines description_length match_use match_weights ml2r mmcs output_error "
     "ownership relative_faithfulness scrubbing",
     "rules": "Rule TransposedLinear rule",
-    "store": "FORMAT StoreError read_tensors reading write write_tensors",
+    "store": "FORMAT StoreError differences read_tensors reading write write_tensors",
     "targets": "GatedFunctions GatedInputs Questions ResidualMLP TMS Transformer",
     "selection": "Selection TopK batch_top_k sample_top_k",
 }
@@ -44,10 +44,10 @@ def parameters(function: object) -> list[str]:
 
 def test_arguments() -> None:
     assert (
-        parameters(apd.decompose)[:16]
+        parameters(apd.decompose)[:18]
         == (
             "target batches weights n_components top_k output divergence hidden_modules attribution selection "
-            "checkpoint checkpoint_every micro_batch recompute callback log"
+            "checkpoint checkpoint_every extend mesh micro_batch recompute callback log"
         ).split()
     )
     assert (

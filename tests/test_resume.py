@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import apd_minimal as apd
 from apd_minimal import store
+from apd_minimal.algorithm import begin
 from apd_minimal.store import StoreError
 
 
@@ -295,12 +296,43 @@ def test_a_finished_checkpoint_gives_its_result_at_once(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["run.safetensors"]
 
 
+def test_a_finished_run_goes_on_for_more_steps_if_asked_to(tmp_path: Path) -> None:
+    """As if its state had been put into a run of so many steps by hand."""
+    checkpoint = tmp_path / "run.safetensors"
+    losses = {"faithfulness": 3.0, "scrub": 0.5, "tidy_every": 0.0}
+    short = runs.decompose(checkpoint=checkpoint, steps=10, **losses)
+    tensors, facts = store.read_tensors(checkpoint, "checkpoint")
+    settings: dict[str, Any] = {"n_components": 6, "top_k": 1.2, **runs.SETTINGS, **losses, "steps": 25}
+    settings.pop("progress")
+    run = begin(apd.Network(runs.tms(), ["encode.weight"]), runs.batches, apd.Config.from_dict(settings))
+    run.generator.set_state(tensors["generator"])
+    for i, p in enumerate(run.parameters()):
+        p.data.copy_(tensors[f"factor.{i}"])
+        run.optimiser.state[p] = {
+            name: tensors[f"adam.{i}.{name}"].clone() for name in ("step", "exp_avg", "exp_avg_sq")
+        }
+    run.step, run.history = 10, facts["history"]
+    while run.step < 25:
+        run.advance()
+    longer = runs.decompose(checkpoint=checkpoint, steps=25, extend=True, **losses)
+    assert longer.restarts is not None and longer.finished
+    for mine, theirs in zip(longer.restarts.parameters(), run.components.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    assert longer.history["step"] == list(range(25))
+    for name, rows in short.history.items():
+        assert longer.history[name][:10] == rows
+    assert store.read_tensors(checkpoint, "checkpoint")[1]["step"] == 25
+
+
 def test_checkpoints_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     checkpoint = tmp_path / "run.safetensors"
     result = runs.decompose(checkpoint=checkpoint, steps=3)
     good = checkpoint.read_bytes()
     for changes, message in (
-        ({"steps": 4}, "steps was 3, given 4$"),
+        ({"steps": 4}, "steps was 3, given 4; extend=True goes on with it for more steps$"),
+        ({"steps": 2}, "steps was 3, given 2$"),
+        ({"steps": 2, "extend": True}, "steps was 3, given 2$"),
+        ({"steps": 4, "lr": 0.04, "extend": True}, "steps was 3, given 4; lr was 0.05, given 0.04$"),
         ({"lr": 0.01, "seed": 1}, "lr was 0.05, given 0.01; seed was 0, given 1$"),
         ({"n_components": 7}, "n_components was 6, given 7$"),
     ):

@@ -23,11 +23,16 @@ own; since the target's own product is worked out beside it, it costs about two 
     activation            1 forward
 """
 
-from .ablations import ablation
-from .activations import activation
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .gradients import MODES, Attribution, gradient
-from .integrated import METHODS, integrated_gradients
-from .shapley_values import path_shapley, shapley
+
+if TYPE_CHECKING:
+    from .ablations import ablation
+    from .activations import activation
+    from .integrated import METHODS, integrated_gradients
+    from .shapley_values import path_shapley, shapley
 
 __all__ = [
     "METHODS",
@@ -40,3 +45,20 @@ __all__ = [
     "path_shapley",
     "shapley",
 ]
+
+# A run with gradients does not need the others: they are loaded when they are first asked for.
+_LATER = {
+    "METHODS": "integrated",
+    "ablation": "ablations",
+    "activation": "activations",
+    "integrated_gradients": "integrated",
+    "path_shapley": "shapley_values",
+    "shapley": "shapley_values",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = found = getattr(import_module(f"{__name__}.{_LATER[name]}"), name)
+    return found

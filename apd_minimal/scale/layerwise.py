@@ -27,9 +27,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..algorithm import decompose
 from ..attributions import Attribution, gradient
+from ..batch import Batches
 from ..components import Components
 from ..config import at_progress
-from ..data import Batches
 from ..decomposition import Decomposition
 from ..network import Network
 from ..selection import batch_top_k, sample_top_k

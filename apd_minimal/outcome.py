@@ -1,0 +1,91 @@
+"""What comes out of a run: its restarts judged on held-out inputs, and the best of them (chapter 6)."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .components import Components
+from .decomposition import Decomposition, fingerprint, name_of
+from .losses import minimality
+from .train import Run
+
+HELD_OUT_SAMPLES = 8192
+
+
+@torch.no_grad()
+def scores(run: Run, components: Components) -> tuple[Tensor, Tensor | None]:
+    """Work out the sparse reconstruction error of each restart on held-out inputs, and its threshold: [R] each."""
+    x = run.many_inputs(HELD_OUT_SAMPLES, torch.Generator().manual_seed(run.config.seed + 1_000_003))
+    with torch.autocast(run.device.type, enabled=False):
+        errors = held_out_errors(run, x, components)
+        return errors, run.selection.threshold(run.local.all_scores(run.attributions(x, components)))
+
+
+def held_out_errors(run: Run, x: Tensor, components: Components) -> Tensor:
+    """Average the error of the sparse outputs over samples x [B, ...]: [R]."""
+    gates, size = run.gates(x, components, run.local.count(len(x), len(x))), run.micro_batch or run.batch_size
+    sums = [
+        minimality(run.network(part, components, on), run.network(part), run.divergence) * len(part)
+        for part, on in zip(x.split(size), gates.split(size, dim=1), strict=True)
+    ]
+    return run.local.mean(torch.stack(sums).sum(0) / len(x) * run.local.weight(len(x)))
+
+
+def outcome(run: Run, components: Components | None = None, errors: Tensor | None = None) -> Decomposition:
+    """Choose among the restarts by their errors.
+
+    Args:
+        run: its components are judged, unless others are given.
+        components: an earlier state, with which the run counts as unfinished.
+        errors: held-out errors [R], if they are known.
+
+    Raises:
+        NonFiniteLoss: the run's own components or their errors are not finite.
+    """
+    everything = run.whole(components or run.components)
+    done = components is None and errors is None
+    finite, threshold = all(bool(p.isfinite().all()) for p in everything.parameters()), None
+    if errors is None and finite:
+        errors, threshold = scores(run, components or run.components)
+    elif errors is None:
+        errors = torch.full((run.config.restarts,), torch.nan)
+    if done and not (finite and errors.isfinite().all()):
+        raise checks.NonFiniteLoss(
+            f"step {run.step}: the components or their scores {errors.tolist()} are NaN or infinite; the last "
+            "finite state is in .result",
+            so_far(run, run.last_finite),
+        )
+    chosen = int(errors.nan_to_num(torch.inf).argmin())
+    return Decomposition(
+        components=everything.restart(chosen),
+        config=run.config,
+        history=run.history,
+        scores=errors.tolist(),
+        chosen=chosen,
+        finished=components is None and run.step == run.config.steps,
+        fingerprint=fingerprint(run.target.target.state_dict()),
+        restarts=everything,
+        threshold=None if threshold is None else float(threshold[chosen]),
+        selection=run.selection,
+        attribution=name_of(run.given[0]),
+    )
+
+
+def so_far(run: Run, components: Components | None = None) -> Decomposition:
+    """Give the result in any case: of the last finite state, and with NaN for errors that cannot be worked out."""
+    finite = all(bool(torch.isfinite(p).all()) for p in run.parameters())
+    if components is run.last_finite or not finite:
+        for p, last in zip(run.selection.parameters(), run.last_finite_selection, strict=True):
+            p.data.copy_(last)
+    if components is None and not finite:
+        components = run.last_finite
+    try:
+        return outcome(run, components)
+    except (Exception, KeyboardInterrupt) as error:
+        message = f"the restarts could not be compared, so that the first was chosen: {error!r}"
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
+        return outcome(run, components, torch.full((run.config.restarts,), torch.nan))

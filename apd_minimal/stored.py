@@ -1,0 +1,102 @@
+"""A decomposition as a folder: components.safetensors carries everything, cfg.json repeats the facts for people."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from . import checks, store
+from .components import Components
+from .config import Config
+from .decomposition import Decomposition, fingerprint
+from .network import Network
+
+
+def save(decomposition: Decomposition, folder: str | os.PathLike[str], restarts: bool = False) -> None:
+    """Write a decomposition; see `Decomposition.save`."""
+    checks.kind("folder", folder, (str, os.PathLike), "a path")
+    restarts = checks.flag("restarts", restarts)
+    facts = _facts(decomposition)
+    tensors = _named(decomposition.components, "")
+    if restarts:
+        if decomposition.restarts is None:
+            raise ValueError("this decomposition has no restarts: it was loaded from a folder without them")
+        tensors |= _named(decomposition.restarts.map(Tensor.clone), ".restarts")  # the chosen one is a view of these
+    # The tensors' file goes first and carries everything; cfg.json repeats the facts for people and tools.
+    store.write_tensors(Path(folder) / "components.safetensors", "decomposition", tensors, facts)
+    text = json.dumps({"format": store.FORMAT, **facts}, indent=1, allow_nan=False)
+    store.write(Path(folder) / "cfg.json", text.encode())
+
+
+def _facts(decomposition: Decomposition) -> dict[str, Any]:
+    return {
+        "fingerprint": decomposition.fingerprint,
+        "weights": decomposition.components.paths,
+        "config": asdict(decomposition.config),
+        "finished": decomposition.finished,
+        "chosen": decomposition.chosen,
+        # Strict JSON knows no NaN.
+        "scores": [score if math.isfinite(score) else None for score in decomposition.scores],
+        "history": decomposition.history,
+        "threshold": decomposition.threshold,
+        "attribution": decomposition.attribution,
+    }
+
+
+def load(folder: str | os.PathLike[str], target: nn.Module) -> Decomposition:
+    """Read a decomposition; see `Decomposition.load`."""
+    checks.kind("folder", folder, (str, os.PathLike), "a path")
+    checks.kind("target", target, nn.Module, "a torch.nn.Module")
+    file = Path(folder) / "components.safetensors"
+    tensors, facts = store.read_tensors(file, "decomposition")
+    with store.reading(file, "decomposition"):
+        weights = facts["weights"]
+        try:
+            network = Network(target, weights)
+        except (KeyError, TypeError) as error:
+            raise store.StoreError(f"{file} decomposes {weights}, which this target does not have: {error}") from None
+        other = store.differences(facts["fingerprint"], fingerprint(target.state_dict()))
+        if other:
+            raise store.StoreError(f"{file} decomposes another target: {other}; load it with that one")
+        config = Config.from_dict(facts["config"])
+        factors = {f"{path}.{name}" for path in weights for name in "AB"}
+        more = {f"{name}.restarts" for name in factors}
+        if tensors.keys() not in (factors, factors | more):
+            raise ValueError(f"tensors {sorted(factors)} are expected, got {sorted(tensors)}")
+        components = network._fit(_taken(tensors, weights, ""))
+        if components.restarts is not None or components.n_components != config.n_components:
+            raise ValueError(
+                f"n_components is {config.n_components}, but there are factors of {components.n_components}"
+            )
+        scores = [math.nan if score is None else checks.number("scores", score) for score in facts["scores"]]
+        return Decomposition(
+            components=components,
+            config=config,
+            history=checks.kind("history", facts["history"], dict, "a mapping from names to lists"),
+            scores=scores,
+            chosen=checks.number("chosen", facts["chosen"], 0, len(scores) - 1, whole=True),
+            finished=checks.flag("finished", facts["finished"]),
+            fingerprint=facts["fingerprint"],
+            restarts=network._fit(_taken(tensors, weights, ".restarts")) if tensors.keys() > factors else None,
+            # Files of earlier versions have none.
+            attribution=facts.get("attribution"),
+            threshold=None if (found := facts.get("threshold")) is None else checks.number("threshold", found),
+        )
+
+
+def _named(components: Components, ending: str) -> dict[str, Tensor]:
+    """The factors by the names under which they are stored."""
+    return {f"{path}.{name}{ending}": t for name in "AB" for path, t in getattr(components, name).items()}
+
+
+def _taken(tensors: Mapping[str, Tensor], paths: list[str], ending: str) -> Components:
+    """The components that `_named` gave names."""
+    A, B = ({path: tensors[f"{path}.{name}{ending}"] for path in paths} for name in "AB")
+    return Components(A, B)
