@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,14 +22,27 @@ def checked(x: Any, step: int) -> Tensor:
     """
     step = checks.number("step", step, 0, whole=True)
     if not isinstance(x, Tensor) or x.ndim == 0 or len(x) == 0:
-        given = f"{type(x).__name__} of shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(
-            f"batches(step={step}) must give a tensor [B, ...] with B at least 1, got a {given}; of a dict or a "
-            "tuple give the part that is the input, and wrap a network that takes more in a module that takes one"
-        )
+        raise ValueError(f"batches(step={step}) must give a tensor [B, ...] with B at least 1, got {_instead(x)}")
     if x.is_floating_point() and not torch.isfinite(x).all():
         raise ValueError(f"batches(step={step}) gave NaN or infinite inputs")
     return x.clone()
+
+
+def _instead(x: Any) -> str:
+    """What was given in place of a tensor [B, ...], and what to do about it."""
+    kind = type(x).__name__
+    if isinstance(x, Tensor):
+        return f"one of shape {list(x.shape)}"
+    if isinstance(x, Mapping) and x:
+        what, do = f"a {kind} of {', '.join(map(repr, x))}", f"give the entry that is the input, batch[{next(iter(x))!r}]"
+    elif isinstance(x, (tuple, list)) and x:
+        parts = ", ".join(type(part).__name__ for part in x[:4]) + (", ..." if len(x) > 4 else "")
+        what, do = f"a {kind} of {parts}", "give the part that is the input, batch[0], or torch.stack(batch) of samples"
+    elif isinstance(x, Iterable):
+        what, do = f"a {kind}", "make a list once, items = list(loader), and give items[step % len(items)]"
+    else:
+        return f"a {kind}"
+    return f"{what}: {do}; wrap a network that takes more tensors in a module that takes one"
 
 
 PROBABILITY: dict[str, Any] = {"low": 0, "high": 1, "above": True}
