@@ -30,19 +30,22 @@ def checked(x: Any, step: int) -> Tensor:
 
 def _instead(x: Any) -> str:
     """What was given in place of a tensor [B, ...], and what to do about it."""
-    kind = type(x).__name__
     if isinstance(x, Tensor):
         return f"one of shape {list(x.shape)}"
+    what = f"a {type(x).__name__}"
     if isinstance(x, Mapping) and x:
-        what, do = f"a {kind} of {', '.join(map(repr, x))}", f"give the entry that is the input, batch[{next(iter(x))!r}]"
+        keys = list(x)
+        what, do = f"{what} of {checks.given(keys)}", f"give the entry that is the input, such as batch[{keys[0]!r}]"
     elif isinstance(x, (tuple, list)) and x:
-        parts = ", ".join(type(part).__name__ for part in x[:4]) + (", ..." if len(x) > 4 else "")
-        what, do = f"a {kind} of {parts}", "give the part that is the input, batch[0], or torch.stack(batch) of samples"
-    elif isinstance(x, Iterable):
-        what, do = f"a {kind}", "make a list once, items = list(loader), and give items[step % len(items)]"
+        kinds = checks.given([type(part).__name__ for part in x])
+        what, do = f"{what} of {kinds}", "give the part that is the input, such as batch[0] (of samples: torch.stack)"
+    elif hasattr(x, "__array__"):
+        do = "give torch.as_tensor(batch)"
+    elif isinstance(x, Iterable) and not isinstance(x, (str, bytes)):
+        do = "make a list of its batches once, items = list(loader), and give items[step % len(items)]"
     else:
-        return f"a {kind}"
-    return f"{what}: {do}; wrap a network that takes more tensors in a module that takes one"
+        return what
+    return f"{what}: {do}; wrap a network that takes several tensors in a module that takes one"
 
 
 PROBABILITY: dict[str, Any] = {"low": 0, "high": 1, "above": True}
