@@ -41,7 +41,7 @@ def _instead(x: Any) -> str:
         what, do = f"{what} of {kinds}", "give the part that is the input, such as batch[0] (of samples: torch.stack)"
     elif hasattr(x, "__array__"):
         do = "give torch.as_tensor(batch)"
-    elif isinstance(x, Iterable) and not isinstance(x, (str, bytes)):
+    elif isinstance(x, Iterable) and not isinstance(x, (str, bytes, Mapping, tuple, list)):
         do = "make a list of its batches once, items = list(loader), and give items[step % len(items)]"
     else:
         return what

@@ -188,9 +188,9 @@ def test_the_selection_is_the_top_k_with_a_soft_edge(
     assert ((gates >= 0) & (gates <= 1)).all()
     assert ((gates > 0) & (gates < 1)).any()
     # What all components of a restart have in common does not matter; what one has alone moves its gates.
-    soft.log_importance.data[0] += 0.7
+    soft.preference.data[0] += 0.7
     torch.testing.assert_close(soft.choose(scores, 0.0, share), gates)
-    soft.log_importance.data[1, 2] += 0.7
+    soft.preference.data[1, 2] += 0.7
     more = soft.choose(scores, 0.0, share) - gates
     assert more[0].abs().max() < 1e-9
     assert more[1, ..., 2].max() > 0.1
@@ -231,7 +231,7 @@ def test_the_selection_is_used_as_shown(load: Callable[[str], ModuleType], capsy
     load("A selection")
     result = run(CONTRIBUTING["A selection"][1])["result"]
     assert result.finished
-    printed = re.findall(r"\d+\.\d*", capsys.readouterr().out)
+    printed = re.findall(r"-?\d+\.[\de+-]*", capsys.readouterr().out)
     assert len(printed) == result.components.n_components
     assert len(set(printed)) > 1, "they moved"
 
