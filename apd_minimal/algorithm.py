@@ -89,8 +89,7 @@ def decompose(
         recompute: work out what the components do in every layer once more on the way back, instead of keeping it
             (gradient checkpointing): the same result with less memory and more time.
         callback: called as callback(step, losses, components) at every logged step; losses maps names to lists over
-            restarts. For TensorBoard, let it call writer.add_scalar(name, min(values), step) for each of them; for
-            W&B, wandb.log with a dictionary of the same.
+            restarts. The page "Your data and your logs" has it for TensorBoard and W&B.
         log: a file that gets one line of JSON for every logged step: "step", and each loss as a list over restarts.
             One that is there is replaced, or, by a run that goes on from a checkpoint, kept up to where that stands.
         progress: show a progress bar with the losses.
@@ -189,7 +188,7 @@ def check_rest(batches: Any, output: Any, attribution: Any, callback: Any, check
     if not callable(batches):
         raise TypeError(
             f"batches must be a function, batches(step, generator) -> inputs [B, ...], got {checks.given(batches)}; "
-            "of a list: lambda step, generator: items[step % len(items)]"
+            "of a list, or of items = list(loader) for a DataLoader: lambda step, generator: items[step % len(items)]"
         )
     for name, value in (("output", output), ("attribution", attribution), ("callback", callback)):
         checks.function(name, value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -172,13 +172,28 @@ def batch(x: Any, step: int) -> Tensor:
     Raises:
         ValueError: no tensor, an empty one, or numbers that are NaN or infinite.
     """
-    step = number("step", step, 0, whole=True)
     if not isinstance(x, Tensor) or x.ndim == 0 or len(x) == 0:
-        given = f"{type(x).__name__} of shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(
-            f"batches(step={step}) must give a tensor [B, ...] with B at least 1, got a {given}; of a dict or a "
-            "tuple give the part that is the input, and wrap a network that takes more in a module that takes one"
-        )
+        raise ValueError(f"batches(step={step}) must give a tensor [B, ...] with B at least 1, got {_instead(x)}")
     if x.is_floating_point() and not torch.isfinite(x).all():
         raise ValueError(f"batches(step={step}) gave NaN or infinite inputs")
     return x.clone()
+
+
+def _instead(x: Any) -> str:
+    """Say what was given in place of a tensor [B, ...], and what to do about it."""
+    if isinstance(x, Tensor):
+        return f"one of shape {list(x.shape)}"
+    what = f"a {type(x).__name__}"
+    if isinstance(x, Mapping) and x:
+        keys = list(x)
+        what, do = f"{what} of {given(keys)}", f"give the entry that is the input, such as batch[{keys[0]!r}]"
+    elif isinstance(x, (tuple, list)) and x:
+        kinds = given([type(part).__name__ for part in x])
+        what, do = f"{what} of {kinds}", "give the part that is the input, such as batch[0] (of samples: torch.stack)"
+    elif hasattr(x, "__array__"):
+        do = "give torch.as_tensor(batch)"
+    elif isinstance(x, Iterable) and not isinstance(x, (str, bytes, Mapping, tuple, list)):
+        do = "make a list of its batches once, items = list(loader), and give items[step % len(items)]"
+    else:
+        return what
+    return f"{what}: {do}; wrap a network that takes several tensors in a module that takes one"

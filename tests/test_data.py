@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import re
+from collections import UserDict
+from typing import Any
 
 import pytest
 import runs
 import torch
 from scipy.stats import chi2, kstest
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 import apd_minimal as apd
+from apd_minimal import checks
 from apd_minimal.data import SparseFeatures
 
 
@@ -123,3 +128,50 @@ def test_held_out_inputs_of_a_source_that_draws() -> None:
     held_out = seen[-8192 // 64 :]
     assert len(held_out) == 128
     assert all(torch.equal(x, runs.batches(0, generator)) for x in held_out)
+
+
+HINTS = r"batch\[[^\]]+\]|torch\.as_tensor\(batch\)|items\[[^\]]+\]"
+ROWS: Any = [(torch.rand(3), i) for i in range(8)]
+INPUTS = {"input_ids": torch.ones(2, 3), "attention_mask": torch.ones(2, 3)}
+
+
+@pytest.mark.parametrize(
+    ("batch", "says"),
+    [
+        (INPUTS, "got a dict of ['input_ids', 'attention_mask']: give the entry that is the input, such as "),
+        (UserDict(INPUTS), "got a UserDict of ['input_ids', 'attention_mask']: give the entry "),
+        ((torch.rand(2, 3), [0, 1]), "got a tuple of ['Tensor', 'list']: give the part that is the input, such as "),
+        ([torch.rand(2, 3), torch.zeros(2)], "got a list of ['Tensor', 'Tensor']: give the part that is the input"),
+        (torch.rand(2, 3).numpy(), "got a ndarray: give torch.as_tensor(batch); wrap a network that takes several "),
+        (DataLoader(ROWS, batch_size=4), "got a DataLoader: make a list of its batches once, items = list(loader)"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else type(value).__name__,
+)
+def test_what_is_no_tensor_gets_a_line_that_says_what_to_do(batch: Any, says: str) -> None:
+    with pytest.raises(ValueError, match=r"batches\(step=3\) must give a tensor \[B, \.\.\.\]") as caught:
+        checks.batch(batch, 3)
+    message = str(caught.value)
+    assert says in message
+    assert "\n" not in message
+    assert len(message) < 300
+    # And the advice works.
+    (hint,) = re.findall(HINTS, message)
+    names = {"batch": batch, "torch": torch, "step": 3}
+    if isinstance(batch, DataLoader):
+        names["items"] = [inputs for inputs, labels in batch]
+    assert eval(hint, names).shape in ((2, 3), (4, 3))
+
+
+@pytest.mark.parametrize(
+    ("batch", "got"),
+    [
+        (None, "a NoneType"),
+        ({}, "a dict"),
+        ("text", "a str"),
+        (torch.rand(0, 3), r"one of shape \[0, 3\]"),
+        ((), "a tuple"),
+    ],
+)
+def test_what_is_nothing_gets_no_advice(batch: Any, got: str) -> None:
+    with pytest.raises(ValueError, match=f"got {got}$"):
+        checks.batch(batch, 0)
