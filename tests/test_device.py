@@ -141,7 +141,7 @@ def test_checks_metrics_and_own_attributions(device: str, rotated: bool) -> None
     assert apd.metrics.match_use(scores, scores, n_draws=2).mean > 0.99
 
 
-@pytest.mark.parametrize("settings", [{}, {"micro_batch": 8}, {"unit_norm": True}])
+@pytest.mark.parametrize("settings", [{}, {"micro_batch": 8}, {"unit_norm": True}, {"alpha": 4.0}])
 def test_a_run(device: str, settings: dict[str, Any]) -> None:
     target, _, _, _ = pieces(device)
     result = apd.decompose(
@@ -149,3 +149,36 @@ def test_a_run(device: str, settings: dict[str, Any]) -> None:
         restarts=2, steps=8, tidy_every=0.25, progress=False, **settings,
     )  # fmt: skip
     assert {p.device.type for p in result.components.parameters()} == {device}
+
+
+TRAINED: dict[str, Callable[[], Any]] = {
+    "tms": lambda: apd.targets.TMS(5, 2),
+    "residual": lambda: apd.targets.ResidualMLP(4, 6, (3, 2)),
+    "transformer": lambda: apd.targets.Transformer(7, 8, 2, 8, 1),
+}
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_target_trains_where_it_is(device: str, name: str) -> None:
+    """From the same start and on the same batches as on the CPU."""
+    if device == "meta" and name == "tms":
+        pytest.skip("a move to the fake device unties the two weights")
+    here, there = TRAINED[name](), TRAINED[name]().to(device)
+    here.fit(seed=3, steps=3, batch_size=16)
+    there.fit(seed=3, steps=3, batch_size=16)
+    for (path, p), q in zip(here.named_parameters(), there.parameters(), strict=True):
+        assert q.device.type == device
+        values = q.detach().raw if device == "meta" else q.detach().cpu()
+        torch.testing.assert_close(values, p.detach(), rtol=1e-4, atol=1e-5, msg=path)
+
+
+def test_ten_steps_are_those_of_the_cpu(device: str) -> None:
+    if device == "meta":
+        pytest.skip("the fake device draws other random numbers")
+    found = []
+    for place in ("cpu", device):
+        target = apd.targets.TMS(5, 2).fit(seed=0, steps=200).to(place)
+        settings = {**target.recipe, "steps": 10, "restarts": 2, "tidy_every": 0.0, "progress": False}
+        found.append(apd.decompose(target, **settings).components.map(lambda t: t.cpu()))
+    for p, q in zip(*(components.parameters() for components in found), strict=True):
+        assert (p - q).norm() < 1e-4 * p.norm()

@@ -13,7 +13,7 @@ from ..components import Components, usable
 from ..data import PROBABILITY, SparseFeatures
 from ..network import Network
 from ..study.metrics import Ownership, ownership
-from .training import numbers, train
+from .training import numbers, train, xavier
 
 CHUNK = 64  # samples at a time, so that [CHUNK, C, n_features] stays in the cache
 
@@ -136,14 +136,13 @@ class ResidualMLP(nn.Module):
         # Another stream than the embedding's: with the same one, the first neurons would start as the first features.
         data, generator = self.data(batch_size), torch.Generator().manual_seed(seed + 1_000_000_007)
         parameters = [layer.weight for pair in self.layers for layer in pair]
-        with torch.no_grad():
-            for weight in parameters:
-                nn.init.xavier_normal_(weight, generator=generator)
+        for weight in parameters:
+            xavier(weight, generator)
         optimiser = torch.optim.AdamW(parameters, lr=3e-3, weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
 
         def loss(step: int) -> Tensor:
-            x = data(step, generator)
+            x = data(step, generator).to(parameters[0].device)
             return (self.composed(x) - self.labels(x)).square().mean()
 
         train(optimiser, schedule, steps, loss)

@@ -14,7 +14,7 @@ from ..data import PROBABILITY, SparseFeatures
 from ..network import Network
 from ..rules import TransposedLinear
 from ..study.metrics import Ownership, ownership
-from .training import numbers, train
+from .training import numbers, train, xavier
 
 
 class TMS(nn.Module):
@@ -194,13 +194,12 @@ class TMS(nn.Module):
         seed, steps, batch_size = numbers(seed, steps=(steps, 1), batch_size=(batch_size, 1))
         data = self.data(batch_size)
         generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            nn.init.xavier_normal_(self.encode.weight, generator=generator)
+        xavier(self.encode.weight, generator)
         optimiser = torch.optim.AdamW([self.encode.weight, self.bias], lr=5e-3, weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / steps)
 
         def loss(step: int) -> Tensor:
-            x = data(step, generator)
+            x = data(step, generator).to(self.bias.device)
             return (self(x) - x).square().mean()
 
         train(optimiser, schedule, steps, loss)

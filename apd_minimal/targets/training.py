@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import checks
 
@@ -15,6 +15,13 @@ def numbers(seed: int, **least: tuple[Any, int]) -> list[int]:
     """A seed, and whole numbers with the least that each may be, as Python numbers."""
     seed = checks.number("seed", seed, 0, 2**62, whole=True)
     return [seed, *(checks.number(name, value, low, whole=True) for name, (value, low) in least.items())]
+
+
+@torch.no_grad()
+def xavier(weight: Tensor, generator: torch.Generator) -> None:
+    """Start a weight as Xavier normal, in place; drawn on the CPU, so that it is the same on every device."""
+    drawn = nn.init.xavier_normal_(torch.empty(weight.shape, dtype=weight.dtype), generator=generator)
+    weight.copy_(drawn)
 
 
 def train(

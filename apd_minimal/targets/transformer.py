@@ -182,7 +182,7 @@ class Transformer(nn.Module):
         hard, every = self.data(batch_size, (TASKS.index("after"),)), self.data(batch_size)
 
         def loss(step: int) -> Tensor:
-            x = (hard if step < steps // 5 else every)(step, generator)
+            x = (hard if step < steps // 5 else every)(step, generator).to(self.unembed.weight.device)
             return F.cross_entropy(self(x)[:, -1], self.answers(x))
 
         train(optimiser, schedule, steps, loss)
