@@ -16,15 +16,16 @@ from torch import Tensor, nn
 
 from . import checks, store
 from .components import Components
-from .config import Config, at_progress
+from .config import Config
 from .network import Network, as_network
+from .selection import OneRestart, Selection, TopK
 
 
 def fingerprint(state: Mapping[str, Any]) -> str:
-    """Hash of the tensors of a target's `state_dict()`, biases and buffers too, by which a stored one knows it.
+    """Hash the tensors of a target's `state_dict()`, biases and buffers too, so that a stored one can be recognised.
 
-    After it, one line for each tensor (path, type and shape, hash), by which `differences` tells what is another.
-    Extra state that is no tensor (`get_extra_state`) is left out: it has no bytes that are the same everywhere.
+    After the hash of all, one line for each tensor (path, type and shape, hash), for `differences` to compare. Extra
+    state that is no tensor (`get_extra_state`) is left out: it has no bytes that are the same everywhere.
     """
     digest, lines = hashlib.sha256(), []
     for path in sorted(path for path, value in state.items() if isinstance(value, Tensor)):
@@ -37,9 +38,9 @@ def fingerprint(state: Mapping[str, Any]) -> str:
 
 
 def differences(stored: str, own: str) -> str:
-    """What differs between two fingerprints, in words; nothing if they are of the same target.
+    """Say what differs between two fingerprints; an empty text if they are of the same target.
 
-    Fingerprints of earlier versions have no lines, so that nothing is named.
+    Fingerprints of earlier versions have no lines, and then no tensor is named.
     """
     if stored[:64] == own[:64]:
         return ""
@@ -67,9 +68,9 @@ class Decomposition:
         finished: False if the run was stopped before its last step.
         fingerprint: hash of the target's parameters and buffers.
         restarts: the components of all restarts, stacked; stored if `save` is asked to.
-        threshold: the attribution above which a component is active, by which `active` judges; None where active are
-            so many of each sample, or where a selection of one's own decided.
-        selection: what chose the active components of the run; not stored.
+        threshold: the attribution above which a component is active, as the selection gave it at the end of the run;
+            None if it gave none.
+        selection: what chose the active components of the run, in all restarts; not stored (None after `load`).
         attribution: name of the run's own attribution; None for gradients.
     """
 
@@ -82,8 +83,54 @@ class Decomposition:
     fingerprint: str
     restarts: Components | None = None
     threshold: float | None = None
-    selection: Any = None
+    selection: Selection | None = None
     attribution: str | None = None
+
+    @property
+    def chosen_selection(self) -> Selection:
+        """The run's selection, for attributions [1, B, (positions,) C] of the chosen restart.
+
+        After `load`, it is the top k of the settings.
+
+        Raises:
+            ValueError: the decomposition was loaded, and its run had a selection of its own, which is not stored.
+        """
+        config = self.config
+        if type(self.selection) is TopK:
+            return self.selection
+        if self.selection is not None:
+            return OneRestart(self.selection, config.restarts, self.chosen, self.threshold)
+        if config.top_k == config.n_components:  # what `decompose` puts where a selection decides
+            raise ValueError(
+                f"top_k is {config.top_k}, all components, as in runs with a selection of their own, which is not "
+                "stored: put it back with dataclasses.replace(decomposition, selection=...)"
+            )
+        return TopK(config.top_k, config.per_sample)
+
+    def attributions(self, target: nn.Module | Network, x: Tensor, attribution: Any = None) -> Tensor:
+        """Compute the attributions by which the run chose who is active.
+
+        Args:
+            target: the network that was decomposed.
+            x: inputs [B, ...].
+            attribution: the one of the run; None for gradients.
+
+        Returns:
+            Tensor: [B, C], or [B, positions, C] where the run has attributions for each position.
+
+        Raises:
+            ValueError: the run had an attribution of its own and none is given, or the inputs do not fit.
+        """
+        from .attributions import gradient
+
+        checks.function("attribution", attribution)
+        if attribution is None and self.attribution is not None:
+            raise ValueError(f"attribution must be that of the run, {self.attribution}, got None")
+        network, config = as_network(target, self.components), self.config
+        if attribution is not None:
+            scores: Tensor = attribution(network, self.components, x)
+            return scores
+        return gradient(network, self.components, x, at=config.attribute_at, per_position=config.per_position)
 
     def active(self, target: nn.Module | Network, x: Tensor, attribution: Any = None) -> Tensor:
         """Say which components are active on each sample, whatever else is in the batch.
@@ -97,26 +144,15 @@ class Decomposition:
             Tensor: boolean [B, C], or [B, positions, C] where the run has attributions for each position.
 
         Raises:
-            ValueError: the run ended without a threshold, or had an attribution of its own and none is given; or the
-                inputs do not fit.
+            ValueError: the run's selection says nothing about a sample alone (`Selection.active`), or is missing; the
+                run had an attribution of its own and none is given; or the inputs do not fit.
         """
-        from .attributions import gradient
-        from .selection import sample_top_k
-
-        checks.function("attribution", attribution)
-        if attribution is None and self.attribution is not None:
-            raise ValueError(f"attribution must be that of the run, {self.attribution}, got None")
-        config, network = self.config, as_network(target, self.components)
-        if attribution is not None:
-            scores = attribution(network, self.components, x)
-        else:
-            at, per_position = config.attribute_at, config.per_position
-            scores = gradient(network, self.components, x, at=at, per_position=per_position)
-        if config.per_sample:
-            return sample_top_k(scores, at_progress(config.top_k, 1.0)).bool()
-        if self.threshold is None:
-            raise ValueError("this decomposition has no threshold: its run broke, or another selection decided")
-        return scores > self.threshold
+        scores = self.attributions(target, x, attribution)
+        with torch.no_grad():
+            if self.selection is None and self.threshold is not None:  # loaded: a threshold is all that is needed
+                return scores > self.threshold
+            threshold = None if self.threshold is None else scores.new_tensor([self.threshold])
+            return self.chosen_selection.active(scores[None], threshold)[0]
 
     def save(self, folder: str | os.PathLike[str], restarts: bool = False) -> None:
         """Write `cfg.json` and `components.safetensors` (keys path.A [C, d_in, m] and path.B [C, m, d_out]).
@@ -130,11 +166,11 @@ class Decomposition:
         """
         checks.kind("folder", folder, (str, os.PathLike), "a path")
         restarts = checks.flag("restarts", restarts)
-        tensors = _named(self.components, "")
+        tensors = _to_tensors(self.components, "")
         if restarts:
             if self.restarts is None:
                 raise ValueError("this decomposition has no restarts: it was loaded from a folder without them")
-            tensors |= _named(self.restarts.map(torch.clone), ".restarts")  # the chosen one is a view of these
+            tensors |= _to_tensors(self.restarts.map(torch.clone), ".restarts")  # the chosen one is a view of these
         # The tensors' file goes first and carries everything; cfg.json repeats the facts for people and tools.
         store.write_tensors(Path(folder) / "components.safetensors", "decomposition", tensors, self._facts())
         text = json.dumps({"format": store.FORMAT, **self._facts()}, indent=1, allow_nan=False)
@@ -189,11 +225,12 @@ class Decomposition:
             more = {f"{name}.restarts" for name in factors}
             if tensors.keys() not in (factors, factors | more):
                 raise ValueError(f"tensors {sorted(factors)} are expected, got {sorted(tensors)}")
-            components = network._fit(_taken(tensors, weights, ""))
+            components = network._fit(_from_tensors(tensors, weights, ""))
             if components.restarts is not None or components.n_components != config.n_components:
                 raise ValueError(
                     f"n_components is {config.n_components}, but there are factors of {components.n_components}"
                 )
+            stacked = _from_tensors(tensors, weights, ".restarts") if tensors.keys() > factors else None
             scores = [math.nan if score is None else checks.number("scores", score) for score in facts["scores"]]
             return cls(
                 components=components,
@@ -203,19 +240,19 @@ class Decomposition:
                 chosen=checks.number("chosen", facts["chosen"], 0, len(scores) - 1, whole=True),
                 finished=checks.flag("finished", facts["finished"]),
                 fingerprint=facts["fingerprint"],
-                restarts=network._fit(_taken(tensors, weights, ".restarts")) if tensors.keys() > factors else None,
+                restarts=None if stacked is None else network._fit(stacked),
                 # Files of earlier versions have none.
                 attribution=facts.get("attribution"),
                 threshold=None if (found := facts.get("threshold")) is None else checks.number("threshold", found),
             )
 
 
-def _named(components: Components, ending: str) -> dict[str, Tensor]:
-    """The factors by the names under which they are stored."""
+def _to_tensors(components: Components, ending: str) -> dict[str, Tensor]:
+    """Give the factors by the names under which they are stored."""
     return {f"{path}.{name}{ending}": t for name in "AB" for path, t in getattr(components, name).items()}
 
 
-def _taken(tensors: Mapping[str, Tensor], paths: list[str], ending: str) -> Components:
-    """The components that `_named` gave names."""
+def _from_tensors(tensors: Mapping[str, Tensor], paths: list[str], ending: str) -> Components:
+    """Make components of the factors that `_to_tensors` gave names."""
     A, B = ({path: tensors[f"{path}.{name}{ending}"] for path in paths} for name in "AB")
     return Components(A, B)

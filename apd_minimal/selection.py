@@ -7,6 +7,7 @@ parameters, which are then trained with the components, and are part of every ch
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,6 +67,29 @@ class Selection:
         """
         return None
 
+    def active(self, scores: Tensor, threshold: Tensor | None) -> Tensor:
+        """Say who is active once the run is over, from each sample's scores alone.
+
+        By default that is whatever scores above the threshold.
+
+        Args:
+            scores: attributions [R, B, (positions,) C].
+            threshold: as `threshold` gave it at the end of the run, [R]; None if it gave none.
+
+        Returns:
+            Tensor: boolean, of the scores' shape.
+
+        Raises:
+            ValueError: there is no threshold.
+        """
+        if threshold is None:
+            name = type(self).__name__
+            raise ValueError(
+                f"there is no threshold above which a component is active: the run broke, or {name}.threshold gave "
+                f"none; then write {name}.active(scores, threshold), which says it from each sample's scores alone"
+            )
+        return scores > threshold.reshape(-1, *[1] * (scores.ndim - 1))
+
     def parameters(self) -> list[Tensor]:
         """Leaf tensors [R, C, ...] that are trained with the components."""
         return []
@@ -91,25 +115,130 @@ class TopK(Selection):
     per_sample: bool = False
 
     def choose(self, scores: Tensor, t: float, share: float = 1.0) -> Tensor:
-        """As there: boolean gates."""
+        """Choose the k most attributed: boolean gates."""
         k = at_progress(self.top_k, t)
         if self.per_sample:
             return sample_top_k(scores, k).bool()
         return batch_top_k(scores.flatten(1, -2), min(k / share, scores.shape[-1])).reshape(scores.shape).bool()
 
     def threshold(self, scores: Tensor) -> Tensor | None:
-        """Half-way between the smallest score that is active and the largest that is not; None per sample."""
+        """Give the middle between the smallest active score and the largest inactive one; None per sample."""
         if self.per_sample:
             return None
         flat = scores.flatten(1)
         n = min(max(1, int(at_progress(self.top_k, 1.0) * scores[0, ..., 0].numel() + 1e-6)), flat.shape[1] - 1)
         return flat.topk(n + 1, dim=1).values[:, -2:].mean(1) if n else flat.amin(1) / 2
 
+    def active(self, scores: Tensor, threshold: Tensor | None) -> Tensor:
+        """Say who is active: each sample's k most attributed, or what scores above the threshold."""
+        return self.choose(scores, 1.0) if self.per_sample else super().active(scores, threshold)
 
-def _check(scores: Tensor, k: float) -> None:
-    checks.tensor("scores", scores, ..., "B", "C", finite=False)
+
+@dataclass
+class OneRestart(Selection):
+    """The selection of a finished run, for scores [1, B, (positions,) C] of one of its restarts.
+
+    Args:
+        selection: of the run; what it has learned has an axis of restarts.
+        restarts: R, those of the run.
+        index: of the one restart.
+        stored: the threshold of that restart at the end of the run, if there was one.
+    """
+
+    selection: Selection
+    restarts: int
+    index: int
+    stored: float | None = None
+
+    def choose(self, scores: Tensor, t: float, share: float = 1.0) -> Tensor:
+        """Choose as the run does in this restart."""
+        return self._chosen(self.selection.choose(self._repeated(scores), t, share))
+
+    def threshold(self, scores: Tensor) -> Tensor | None:
+        """Give the threshold of the end of the run, whatever the scores."""
+        return None if self.stored is None else scores.new_tensor([self.stored])
+
+    def active(self, scores: Tensor, threshold: Tensor | None) -> Tensor:
+        """Say who is active as the run does in this restart."""
+        repeated = None if threshold is None else threshold.expand(self.restarts)
+        return self._chosen(self.selection.active(self._repeated(scores), repeated))
+
+    def _repeated(self, scores: Tensor) -> Tensor:
+        return scores.expand(self.restarts, *scores.shape[1:])
+
+    def _chosen(self, gates: Tensor) -> Tensor:
+        return gates[self.index : self.index + 1]
+
+
+def as_selection(top_k: float | Selection, n_components: int) -> Selection:
+    """Give a selection as it is, and `TopK` over the batch for a number.
+
+    Args:
+        top_k: a selection, or the mean number of active components per sample, 0 < k <= C.
+        n_components: C.
+
+    Raises:
+        TypeError, ValueError: neither a selection nor a number in that range.
+    """
+    if isinstance(top_k, Selection):
+        return top_k
+    n_components = checks.number("n_components", n_components, 1, whole=True)
+    return TopK(checks.number("top_k", top_k, 0, n_components, above=True))
+
+
+@torch.no_grad()
+def final_gates(selection: Selection, scores: Tensor) -> Tensor:
+    """Choose who is active as at the end of a run.
+
+    Args:
+        selection: of one restart (`Decomposition.chosen_selection`), or one without parameters.
+        scores: attributions [B, (positions,) C].
+
+    Returns:
+        Tensor: gates of the scores' shape, boolean or soft ones in [0, 1].
+
+    Raises:
+        ValueError: scores that are NaN, or gates of another shape.
+    """
+    checks.kind("selection", selection, Selection, "an apd_minimal.selection.Selection")
+    _check_scores(scores, "B", ..., "C")
+    gates = selection.choose(scores[None], 1.0)
+    if gates.shape != (1, *scores.shape):
+        raise ValueError(
+            f"{type(selection).__name__}.choose must give gates [1, {', '.join(map(str, scores.shape))}], got "
+            f"{checks.given(gates)}; if it belongs to a run with several restarts, give the result's chosen_selection"
+        )
+    return gates[0]
+
+
+@torch.no_grad()
+def final_mask(selection: Selection, scores: Tensor) -> Tensor:
+    """Say who is active as at the end of a run: boolean gates as they are, and for soft ones `Selection.active`.
+
+    Args:
+        selection: of one restart (`Decomposition.chosen_selection`), or one without parameters.
+        scores: attributions [B, (positions,) C].
+
+    Returns:
+        Tensor: boolean, of the scores' shape.
+
+    Raises:
+        ValueError: as for `final_gates`, or soft gates of a selection that does not say who is active.
+    """
+    gates = final_gates(selection, scores)
+    if gates.dtype == torch.bool:
+        return gates
+    return selection.active(scores[None], selection.threshold(scores[None]))[0]
+
+
+def _check_scores(scores: Tensor, *shape: Any) -> None:
+    checks.tensor("scores", scores, *shape, finite=False)
     if scores.isnan().any():
         raise checks.NotFinite(f"the attributions (scores, {checks.given(scores)}) are NaN")
+
+
+def _check(scores: Tensor, k: float) -> None:
+    _check_scores(scores, ..., "B", "C")
     n_components = scores.shape[-1]
     if isinstance(k := checks.plain(k), (int, float)) and not 0 < k <= n_components:
         raise ValueError(f"k must be above 0 and at most the number of components, {n_components}; got {k}")

@@ -75,10 +75,15 @@ ELSEWHERE = {
     "selection.Selection": "a protocol: its methods are called by the package",
     **{
         f"selection.Selection.{name}": "called by the package"
-        for name in ("start", "choose", "draw", "threshold", "parameters", "forget")
+        for name in ("start", "choose", "draw", "threshold", "active", "parameters", "forget")
     },
     "selection.TopK": "made by the package from `top_k`",
-    **{f"selection.TopK.{name}": "called by the package" for name in ("choose", "threshold")},
+    "selection.OneRestart": "made by the package from `Decomposition.selection`",
+    **{
+        f"selection.{kind}.{name}": "called by the package"
+        for kind in ("TopK", "OneRestart")
+        for name in ("choose", "threshold", "active")
+    },
     "store.reading": "used by the package around what it reads",
     "rules.Rule": "functions of whoever adds a kind of module",
     "rules.Rule.rows": "a field",
@@ -194,6 +199,7 @@ VALID: dict[str, tuple[Any, dict[str, Any]]] = {  # name: (self or None, argumen
     "metrics.cosines": (None, {"first": components(), "second": components()}),
     "metrics.match_weights": (None, {"first": components(), "second": components()}),
     "metrics.match_use": (None, {"first": torch.rand(9, 3), "second": torch.rand(9, 3)}),
+    "Decomposition.attributions": (decomposition(), {"target": TARGET, "x": X}),
     "Decomposition.active": (dataclasses.replace(decomposition(), threshold=0.1), {"target": TARGET, "x": X}),
     "glue.claim": (None, {"number": 1, "verdict": "holds", "finding": "So."}),
     "plots.matrices": (None, {"components": components()}),
@@ -268,6 +274,11 @@ VALID: dict[str, tuple[Any, dict[str, Any]]] = {  # name: (self or None, argumen
     "targets.Transformer.answers": (LETTERS, {"x": torch.tensor([[7] + 8 * [0]])}),
     "targets.Transformer.data": (LETTERS, {}),
     "targets.Transformer.fit": (LETTERS, TRAINED),
+    "selection.as_selection": (None, {"top_k": 1.0, "n_components": 3}),
+    **{
+        f"selection.{name}": (None, {"selection": apd.selection.TopK(1.5), "scores": torch.rand(4, 3)})
+        for name in ("final_gates", "final_mask")
+    },
     "selection.batch_top_k": (None, {"scores": torch.rand(4, 3), "k": 1.5}),
     "selection.sample_top_k": (None, {"scores": torch.rand(4, 3), "k": 1}),
 }
@@ -679,6 +690,10 @@ OWN_KINDS: dict[str, dict[str, Strategy]] = {
         "x": st.one_of(but(Tensor), NOTHING, st.sampled_from([X, torch.zeros(2, 8).long()]))
     },
     "targets.Transformer.data": {"tasks": of_number_or_list(number(0, 5, whole=True))},
+    **{
+        f"selection.{name}": {"selection": st.one_of(function(), st.sampled_from([1, "top_k", len]))}
+        for name in ("final_gates", "final_mask")
+    },
     "selection.sample_top_k": {"k": number(1, 3, whole=True)},
     **WIDTH,
 }
