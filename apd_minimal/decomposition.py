@@ -18,7 +18,7 @@ from . import checks, store
 from .components import Components
 from .config import Config
 from .network import Network, as_network
-from .selection import OneRestart, Selection, TopK
+from .selection import FinalSelection, Selection, TopK
 
 
 def fingerprint(state: Mapping[str, Any]) -> str:
@@ -87,8 +87,8 @@ class Decomposition:
     attribution: str | None = None
 
     @property
-    def chosen_selection(self) -> Selection:
-        """The run's selection, for attributions [1, B, (positions,) C] of the chosen restart.
+    def final_selection(self) -> FinalSelection:
+        """The run's selection as it is at its end, for attributions of the chosen restart.
 
         After `load`, it is the top k of the settings.
 
@@ -96,16 +96,14 @@ class Decomposition:
             ValueError: the decomposition was loaded, and its run had a selection of its own, which is not stored.
         """
         config = self.config
-        if type(self.selection) is TopK:
-            return self.selection
-        if self.selection is not None:
-            return OneRestart(self.selection, config.restarts, self.chosen, self.threshold)
-        if config.top_k == config.n_components:  # what `decompose` puts where a selection decides
+        if self.selection is not None and type(self.selection) is not TopK:
+            return FinalSelection(self.selection, config.restarts, self.chosen, self.threshold)
+        if self.selection is None and config.top_k == config.n_components:  # set so where a selection decides
             raise ValueError(
                 f"top_k is {config.top_k}, all components, as in runs with a selection of their own, which is not "
                 "stored: put it back with dataclasses.replace(decomposition, selection=...)"
             )
-        return TopK(config.top_k, config.per_sample)
+        return FinalSelection(self.selection or TopK(config.top_k, config.per_sample), threshold=self.threshold)
 
     def attributions(self, target: nn.Module | Network, x: Tensor, attribution: Any = None) -> Tensor:
         """Compute the attributions by which the run chose who is active.
@@ -128,8 +126,8 @@ class Decomposition:
             raise ValueError(f"attribution must be that of the run, {self.attribution}, got None")
         network, config = as_network(target, self.components), self.config
         if attribution is not None:
-            scores: Tensor = attribution(network, self.components, x)
-            return scores
+            scores = attribution(network, self.components, x)
+            return checks.tensor("attributions", scores, len(x), ..., self.components.n_components)
         return gradient(network, self.components, x, at=config.attribute_at, per_position=config.per_position)
 
     def active(self, target: nn.Module | Network, x: Tensor, attribution: Any = None) -> Tensor:
@@ -148,11 +146,10 @@ class Decomposition:
                 run had an attribution of its own and none is given; or the inputs do not fit.
         """
         scores = self.attributions(target, x, attribution)
-        with torch.no_grad():
-            if self.selection is None and self.threshold is not None:  # loaded: a threshold is all that is needed
-                return scores > self.threshold
-            threshold = None if self.threshold is None else scores.new_tensor([self.threshold])
-            return self.chosen_selection.active(scores[None], threshold)[0]
+        if self.selection is None and self.threshold is not None and not self.config.per_sample:
+            # Loaded: the threshold is all that is needed, whatever the selection was.
+            return scores > self.threshold
+        return self.final_selection.active(scores)
 
     def save(self, folder: str | os.PathLike[str], restarts: bool = False) -> None:
         """Write `cfg.json` and `components.safetensors` (keys path.A [C, d_in, m] and path.B [C, m, d_out]).

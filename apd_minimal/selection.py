@@ -19,6 +19,9 @@ from .config import Schedule, at_progress
 class Selection:
     """Who is active on which sample. One object serves one run.
 
+    A selection of your own has `choose`, and `threshold` or `active` if one should be able to ask for the active
+    components of a sample once the run is over.
+
     `decompose(selection=...)` takes any of them; `decompose(top_k=...)` is short for `TopK`.
     """
 
@@ -85,8 +88,9 @@ class Selection:
         if threshold is None:
             name = type(self).__name__
             raise ValueError(
-                f"there is no threshold above which a component is active: the run broke, or {name}.threshold gave "
-                f"none; then write {name}.active(scores, threshold), which says it from each sample's scores alone"
+                f"there is no threshold above which a component is active: {name}.threshold gives one at the end of a "
+                f"run that did not break; without, write {name}.active(scores, threshold), which says who is active "
+                "from each sample's scores alone"
             )
         return scores > threshold.reshape(-1, *[1] * (scores.ndim - 1))
 
@@ -134,101 +138,71 @@ class TopK(Selection):
         return self.choose(scores, 1.0) if self.per_sample else super().active(scores, threshold)
 
 
-@dataclass
-class OneRestart(Selection):
-    """The selection of a finished run, for scores [1, B, (positions,) C] of one of its restarts.
+@dataclass(frozen=True)
+class FinalSelection:
+    """A selection as it is at the end of a run, for attributions [B, (positions,) C] of one restart.
 
-    Args:
-        selection: of the run; what it has learned has an axis of restarts.
-        restarts: R, those of the run.
+    Attributes:
+        selection: of the run.
+        restarts: R of the run, an axis of what the selection has learned; 1 for one without parameters.
         index: of the one restart.
-        stored: the threshold of that restart at the end of the run, if there was one.
+        threshold: of that restart, if there is one.
     """
 
     selection: Selection
-    restarts: int
-    index: int
-    stored: float | None = None
+    restarts: int = 1
+    index: int = 0
+    threshold: float | None = None
 
-    def choose(self, scores: Tensor, t: float, share: float = 1.0) -> Tensor:
-        """Choose as the run does in this restart."""
-        return self._chosen(self.selection.choose(self._repeated(scores), t, share))
+    def gates(self, scores: Tensor) -> Tensor:
+        """Choose among these samples: boolean gates of the scores' shape, or soft ones in [0, 1]."""
+        return self._own("choose", scores, 1.0)
 
-    def threshold(self, scores: Tensor) -> Tensor | None:
-        """Give the threshold of the end of the run, whatever the scores."""
-        return None if self.stored is None else scores.new_tensor([self.stored])
+    def mask(self, scores: Tensor) -> Tensor:
+        """Say who is active among these samples: boolean gates as they are, and what is `active` for soft ones."""
+        gates = self.gates(scores)
+        return gates if gates.dtype == torch.bool else self.active(scores)
 
-    def active(self, scores: Tensor, threshold: Tensor | None) -> Tensor:
-        """Say who is active as the run does in this restart."""
-        repeated = None if threshold is None else threshold.expand(self.restarts)
-        return self._chosen(self.selection.active(self._repeated(scores), repeated))
+    def active(self, scores: Tensor) -> Tensor:
+        """Say who is active from each sample's scores alone (`Selection.active`): boolean, of the scores' shape."""
+        threshold = None if self.threshold is None else scores.new_full((self.restarts,), self.threshold)
+        mask = self._own("active", scores, threshold)
+        if mask.dtype != torch.bool:
+            name = f"{type(self.selection).__name__}.active"
+            raise TypeError(f"{name} must give a boolean mask, got {checks.given(mask)}")
+        return mask
 
-    def _repeated(self, scores: Tensor) -> Tensor:
-        return scores.expand(self.restarts, *scores.shape[1:])
+    @torch.no_grad()
+    def _own(self, method: str, scores: Tensor, argument: Any) -> Tensor:
+        """Call a method of the selection with the scores for every restart, and take what it gives for the one."""
+        _check_scores(scores, "B", ..., "C")
+        gates = getattr(self.selection, method)(scores.expand(self.restarts, *scores.shape), argument)
+        expected = [self.restarts, *scores.shape]
+        if not isinstance(gates, Tensor) or list(gates.shape) != expected:
+            raise ValueError(
+                f"{type(self.selection).__name__}.{method} must give a tensor {expected}, got {checks.given(gates)}; "
+                "of a run with several restarts, give the result's final_selection"
+            )
+        return gates[self.index]
 
-    def _chosen(self, gates: Tensor) -> Tensor:
-        return gates[self.index : self.index + 1]
 
-
-def as_selection(top_k: float | Selection, n_components: int) -> Selection:
-    """Give a selection as it is, and `TopK` over the batch for a number.
+def final_selection(top_k: float | Selection | FinalSelection, n_components: int) -> FinalSelection:
+    """Make a final selection of whatever may be given for one.
 
     Args:
-        top_k: a selection, or the mean number of active components per sample, 0 < k <= C.
+        top_k: mean number of active components per sample, 0 < k <= C, for `TopK`; or a selection without parameters,
+            or that of a result (`Decomposition.final_selection`).
         n_components: C.
 
     Raises:
         TypeError, ValueError: neither a selection nor a number in that range.
     """
-    if isinstance(top_k, Selection):
+    if isinstance(top_k, FinalSelection):
         return top_k
+    if isinstance(top_k, Selection):
+        return FinalSelection(top_k)
     n_components = checks.number("n_components", n_components, 1, whole=True)
-    return TopK(checks.number("top_k", top_k, 0, n_components, above=True))
-
-
-@torch.no_grad()
-def final_gates(selection: Selection, scores: Tensor) -> Tensor:
-    """Choose who is active as at the end of a run.
-
-    Args:
-        selection: of one restart (`Decomposition.chosen_selection`), or one without parameters.
-        scores: attributions [B, (positions,) C].
-
-    Returns:
-        Tensor: gates of the scores' shape, boolean or soft ones in [0, 1].
-
-    Raises:
-        ValueError: scores that are NaN, or gates of another shape.
-    """
-    checks.kind("selection", selection, Selection, "an apd_minimal.selection.Selection")
-    _check_scores(scores, "B", ..., "C")
-    gates = selection.choose(scores[None], 1.0)
-    if gates.shape != (1, *scores.shape):
-        raise ValueError(
-            f"{type(selection).__name__}.choose must give gates [1, {', '.join(map(str, scores.shape))}], got "
-            f"{checks.given(gates)}; if it belongs to a run with several restarts, give the result's chosen_selection"
-        )
-    return gates[0]
-
-
-@torch.no_grad()
-def final_mask(selection: Selection, scores: Tensor) -> Tensor:
-    """Say who is active as at the end of a run: boolean gates as they are, and for soft ones `Selection.active`.
-
-    Args:
-        selection: of one restart (`Decomposition.chosen_selection`), or one without parameters.
-        scores: attributions [B, (positions,) C].
-
-    Returns:
-        Tensor: boolean, of the scores' shape.
-
-    Raises:
-        ValueError: as for `final_gates`, or soft gates of a selection that does not say who is active.
-    """
-    gates = final_gates(selection, scores)
-    if gates.dtype == torch.bool:
-        return gates
-    return selection.active(scores[None], selection.threshold(scores[None]))[0]
+    return FinalSelection(TopK(checks.number("top_k", top_k, 0, n_components, above=True)))
 
 
 def _check_scores(scores: Tensor, *shape: Any) -> None:

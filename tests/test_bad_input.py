@@ -78,12 +78,8 @@ ELSEWHERE = {
         for name in ("start", "choose", "draw", "threshold", "active", "parameters", "forget")
     },
     "selection.TopK": "made by the package from `top_k`",
-    "selection.OneRestart": "made by the package from `Decomposition.selection`",
-    **{
-        f"selection.{kind}.{name}": "called by the package"
-        for kind in ("TopK", "OneRestart")
-        for name in ("choose", "threshold", "active")
-    },
+    **{f"selection.TopK.{name}": "called by the package" for name in ("choose", "threshold", "active")},
+    "selection.FinalSelection": "made by the package",
     "store.reading": "used by the package around what it reads",
     "rules.Rule": "functions of whoever adds a kind of module",
     "rules.Rule.rows": "a field",
@@ -145,6 +141,9 @@ def decomposition() -> apd.Decomposition:
     history = {"step": [0], "faithfulness": [[0.5]]}
     config = apd.Config(3, 1.5)
     return apd.Decomposition(components(), config, history, [0.5], 0, True, fingerprint(TARGET.state_dict()))
+
+
+FINAL = apd.selection.FinalSelection(apd.selection.TopK(1.5), threshold=0.5)
 
 
 def draw(value: Any) -> Any:
@@ -274,10 +273,10 @@ VALID: dict[str, tuple[Any, dict[str, Any]]] = {  # name: (self or None, argumen
     "targets.Transformer.answers": (LETTERS, {"x": torch.tensor([[7] + 8 * [0]])}),
     "targets.Transformer.data": (LETTERS, {}),
     "targets.Transformer.fit": (LETTERS, TRAINED),
-    "selection.as_selection": (None, {"top_k": 1.0, "n_components": 3}),
+    "selection.final_selection": (None, {"top_k": 1.0, "n_components": 3}),
     **{
-        f"selection.{name}": (None, {"selection": apd.selection.TopK(1.5), "scores": torch.rand(4, 3)})
-        for name in ("final_gates", "final_mask")
+        f"selection.FinalSelection.{name}": (FINAL, {"scores": torch.rand(4, 3)})
+        for name in ("gates", "mask", "active")
     },
     "selection.batch_top_k": (None, {"scores": torch.rand(4, 3), "k": 1.5}),
     "selection.sample_top_k": (None, {"scores": torch.rand(4, 3), "k": 1}),
@@ -690,10 +689,6 @@ OWN_KINDS: dict[str, dict[str, Strategy]] = {
         "x": st.one_of(but(Tensor), NOTHING, st.sampled_from([X, torch.zeros(2, 8).long()]))
     },
     "targets.Transformer.data": {"tasks": of_number_or_list(number(0, 5, whole=True))},
-    **{
-        f"selection.{name}": {"selection": st.one_of(function(), st.sampled_from([1, "top_k", len]))}
-        for name in ("final_gates", "final_mask")
-    },
     "selection.sample_top_k": {"k": number(1, 3, whole=True)},
     **WIDTH,
 }

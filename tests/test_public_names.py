@@ -19,7 +19,7 @@ NAMES = {
     "rules": "Rule TransposedLinear rule",
     "store": "FORMAT StoreError read_tensors reading write write_tensors",
     "targets": "GatedFunctions GatedInputs Questions ResidualMLP TMS Transformer",
-    "selection": "OneRestart Selection TopK as_selection batch_top_k final_gates final_mask sample_top_k",
+    "selection": "FinalSelection Selection TopK batch_top_k final_selection sample_top_k",
 }
 
 

@@ -31,7 +31,6 @@ from ..components import Components
 from ..data import Batches
 from ..decomposition import Decomposition
 from ..network import Network
-from ..selection import final_mask
 
 Member = tuple[str, int]  # a part: the name of its group, and its number there
 
@@ -176,7 +175,7 @@ def activity(
             raise ValueError(f"group {name!r} was trained per position; stitching is for masks per sample")
         network = Network(target, part.components.paths, output)
         scores = part.attributions(network, x, attribution)
-        masks[name] = final_mask(part.chosen_selection, scores).to(scores)
+        masks[name] = part.final_selection.mask(scores).to(scores)
     return masks
 
 

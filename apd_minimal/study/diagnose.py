@@ -18,7 +18,7 @@ from ..attributions import Attribution, gradient
 from ..components import Components, usable
 from ..losses import Divergence, mse
 from ..network import Network, as_network
-from ..selection import Selection, as_selection, final_gates, final_mask
+from ..selection import FinalSelection, Selection, final_selection
 from .metrics import relative_faithfulness
 
 SIGNS = {
@@ -147,7 +147,7 @@ def diagnose(
     target: nn.Module | Network,
     components: Components,
     x: Tensor,
-    top_k: float | Selection,
+    top_k: float | Selection | FinalSelection,
     *,
     divergence: Divergence = mse,
     at: str = "target",
@@ -162,7 +162,7 @@ def diagnose(
         components: C components, without restarts.
         x: inputs [B, ...]; a few thousand, of the kind that the decomposition was made for.
         top_k: mean number of active components per sample, 0 < k <= C; or a selection, such as that of a run
-            (`Decomposition.chosen_selection`).
+            (`Decomposition.final_selection`).
         divergence: (outputs, wanted) to one error per sample [B], as in `decompose`.
         at: where the gradient attributions are taken, "target" or "components".
         seed: of the random halves of scrubbing.
@@ -183,7 +183,7 @@ def diagnose(
         raise TypeError(f"unknown thresholds {unknown}; known: {list(SIGNS)}")
     thresholds = {name: checks.number(name, value) for name, value in thresholds.items()}
     usable(components, alone=True)
-    selection = as_selection(top_k, components.n_components)
+    selection = final_selection(top_k, components.n_components)
     checks.function("attribution", attribution)
     seed = checks.number("seed", seed, 0, 2**62, whole=True)
     checks.choice("at", at, ("target", "components"))
@@ -198,8 +198,8 @@ def diagnose(
     scores = signed.square().mean(-1).sqrt() if attribution is None else attribution(network, components, x)
     checks.tensor("attributions", scores, len(x), components.n_components)
     # A zero component can be kept when there are too few attributions above zero; it does nothing.
-    gates = final_gates(selection, scores).to(scores) * (length > 0)
-    on = final_mask(selection, scores) & (length > 0)
+    gates = selection.gates(scores).to(scores) * (length > 0)
+    on = selection.mask(scores) & (length > 0)
     wanted = network(x)
 
     def errors(gates: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:

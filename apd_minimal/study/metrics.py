@@ -19,7 +19,7 @@ from ..attributions import Attribution, gradient
 from ..components import Components, usable
 from ..losses import faithfulness, mse
 from ..network import Network, as_network
-from ..selection import Selection, as_selection, final_gates
+from ..selection import FinalSelection, Selection, final_selection
 from .matching import Matching as Matching
 from .matching import cosines as cosines
 from .matching import match_use as match_use
@@ -207,7 +207,7 @@ def scrubbing(
     target: nn.Module | Network,
     components: Components,
     x: Tensor,
-    top_k: float | Selection,
+    top_k: float | Selection | FinalSelection,
     at: str = "target",
     seed: int = 0,
     attribution: Attribution | None = None,
@@ -219,7 +219,7 @@ def scrubbing(
         components: C components, without restarts.
         x: inputs [B, ...].
         top_k: mean number of active components per sample; or a selection, such as that of a run
-            (`Decomposition.chosen_selection`).
+            (`Decomposition.final_selection`).
         at: where the gradient attributions are taken, as in `attributions.gradient`.
         seed: for the random halves.
         attribution: (network, components, x) -> [B, C] in their place, as in `decompose`.
@@ -231,13 +231,13 @@ def scrubbing(
     usable(components, alone=True)
     checks.function("attribution", attribution)
     seed = checks.number("seed", seed, 0, 2**62, whole=True)
-    selection = as_selection(top_k, components.n_components)
+    selection = final_selection(top_k, components.n_components)
     checks.choice("at", at, ("target", "components"))
     network, x = as_network(target, components), checks.inputs(x)
     generator = torch.Generator().manual_seed(seed)
     scores = gradient(network, components, x, at=at) if attribution is None else attribution(network, components, x)
     checks.tensor("attributions", scores, len(x), components.n_components)
-    active = final_gates(selection, scores).to(scores)
+    active = selection.gates(scores).to(scores)
     coin = (torch.rand(active.shape, generator=generator) < 0.5).to(active)
     half = (torch.rand(active.shape, generator=generator) < 0.5).to(active)
     with torch.no_grad():
