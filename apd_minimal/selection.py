@@ -156,6 +156,7 @@ class FinalSelection:
 
     def gates(self, scores: Tensor) -> Tensor:
         """Choose among these samples: boolean gates of the scores' shape, or soft ones in [0, 1]."""
+        _check_scores(scores, "B", ..., "C")
         return self._own("choose", scores, 1.0)
 
     def mask(self, scores: Tensor) -> Tensor:
@@ -165,6 +166,7 @@ class FinalSelection:
 
     def active(self, scores: Tensor) -> Tensor:
         """Say who is active from each sample's scores alone (`Selection.active`): boolean, of the scores' shape."""
+        _check_scores(scores, "B", ..., "C")
         threshold = None if self.threshold is None else scores.new_full((self.restarts,), self.threshold)
         mask = self._own("active", scores, threshold)
         if mask.dtype != torch.bool:
@@ -175,7 +177,6 @@ class FinalSelection:
     @torch.no_grad()
     def _own(self, method: str, scores: Tensor, argument: Any) -> Tensor:
         """Call a method of the selection with the scores for every restart, and take what it gives for the one."""
-        _check_scores(scores, "B", ..., "C")
         gates = getattr(self.selection, method)(scores.expand(self.restarts, *scores.shape), argument)
         expected = [self.restarts, *scores.shape]
         if not isinstance(gates, Tensor) or list(gates.shape) != expected:
