@@ -14,15 +14,16 @@ from torch import Tensor, nn
 
 from . import checks
 from .components import Components
-from .config import Config, at_progress
+from .config import Config
 from .network import Network, as_network
+from .selection import FinalSelection, Selection, TopK
 
 
 def fingerprint(state: Mapping[str, Any]) -> str:
-    """Hash of the tensors of a target's `state_dict()`, biases and buffers too, by which a stored one knows it.
+    """Hash the tensors of a target's `state_dict()`, biases and buffers too, so that a stored one can be recognised.
 
-    After it, one line for each tensor (path, type and shape, hash), by which `differences` tells what is another.
-    Extra state that is no tensor (`get_extra_state`) is left out: it has no bytes that are the same everywhere.
+    After the hash of all, one line for each tensor (path, type and shape, hash), for `differences` to compare. Extra
+    state that is no tensor (`get_extra_state`) is left out: it has no bytes that are the same everywhere.
     """
     digest, lines = hashlib.sha256(), []
     for path in sorted(path for path, value in state.items() if isinstance(value, Tensor)):
@@ -58,9 +59,9 @@ class Decomposition:
         finished: False if the run was stopped before its last step.
         fingerprint: hash of the target's parameters and buffers.
         restarts: the components of all restarts, stacked; stored if `save` is asked to.
-        threshold: the attribution above which a component is active, by which `active` judges; None where active are
-            so many of each sample, or where a selection of one's own decided.
-        selection: what chose the active components of the run; not stored.
+        threshold: the attribution above which a component is active, as the selection gave it at the end of the run;
+            None if it gave none.
+        selection: what chose the active components of the run, in all restarts; not stored (None after `load`).
         attribution: name of the run's own attribution; None for gradients.
     """
 
@@ -73,8 +74,52 @@ class Decomposition:
     fingerprint: str
     restarts: Components | None = None
     threshold: float | None = None
-    selection: Any = None
+    selection: Selection | None = None
     attribution: str | None = None
+
+    @property
+    def final_selection(self) -> FinalSelection:
+        """The run's selection as it is at its end, for attributions of the chosen restart.
+
+        After `load`, it is the top k of the settings.
+
+        Raises:
+            ValueError: the decomposition was loaded, and its run had a selection of its own, which is not stored.
+        """
+        config = self.config
+        if self.selection is not None and type(self.selection) is not TopK:
+            return FinalSelection(self.selection, config.restarts, self.chosen, self.threshold)
+        if self.selection is None and config.top_k == config.n_components:  # set so where a selection decides
+            raise ValueError(
+                f"top_k is {config.top_k}, all components, as in runs with a selection of their own, which is not "
+                "stored: put it back with dataclasses.replace(decomposition, selection=...)"
+            )
+        return FinalSelection(self.selection or TopK(config.top_k, config.per_sample), threshold=self.threshold)
+
+    def attributions(self, target: nn.Module | Network, x: Tensor, attribution: Any = None) -> Tensor:
+        """Compute the attributions by which the run chose who is active.
+
+        Args:
+            target: the network that was decomposed.
+            x: inputs [B, ...].
+            attribution: the one of the run; None for gradients.
+
+        Returns:
+            Tensor: [B, C], or [B, positions, C] where the run has attributions for each position.
+
+        Raises:
+            ValueError: the run had an attribution of its own and none is given, or the inputs do not fit.
+        """
+        from .attributions import gradient
+
+        checks.function("attribution", attribution)
+        if attribution is None and self.attribution is not None:
+            raise ValueError(f"attribution must be that of the run, {self.attribution}, got None")
+        network, config = as_network(target, self.components), self.config
+        if attribution is not None:
+            scores = attribution(network, self.components, x)
+            return checks.tensor("attributions", scores, len(x), ..., self.components.n_components)
+        return gradient(network, self.components, x, at=config.attribute_at, per_position=config.per_position)
 
     def active(self, target: nn.Module | Network, x: Tensor, attribution: Any = None) -> Tensor:
         """Say which components are active on each sample, whatever else is in the batch.
@@ -88,26 +133,14 @@ class Decomposition:
             Tensor: boolean [B, C], or [B, positions, C] where the run has attributions for each position.
 
         Raises:
-            ValueError: the run ended without a threshold, or had an attribution of its own and none is given; or the
-                inputs do not fit.
+            ValueError: the run's selection says nothing about a sample alone (`Selection.active`), or is missing; the
+                run had an attribution of its own and none is given; or the inputs do not fit.
         """
-        from .attributions import gradient
-        from .selection import sample_top_k
-
-        checks.function("attribution", attribution)
-        if attribution is None and self.attribution is not None:
-            raise ValueError(f"attribution must be that of the run, {self.attribution}, got None")
-        config, network = self.config, as_network(target, self.components)
-        if attribution is not None:
-            scores = attribution(network, self.components, x)
-        else:
-            at, per_position = config.attribute_at, config.per_position
-            scores = gradient(network, self.components, x, at=at, per_position=per_position)
-        if config.per_sample:
-            return sample_top_k(scores, at_progress(config.top_k, 1.0)).bool()
-        if self.threshold is None:
-            raise ValueError("this decomposition has no threshold: its run broke, or another selection decided")
-        return scores > self.threshold
+        scores = self.attributions(target, x, attribution)
+        if self.selection is None and self.threshold is not None and not self.config.per_sample:
+            # Loaded: the threshold is all that is needed, whatever the selection was.
+            return scores > self.threshold
+        return self.final_selection.active(scores)
 
     def save(self, folder: str | os.PathLike[str], restarts: bool = False) -> None:
         """Write `cfg.json` and `components.safetensors` (keys path.A [C, d_in, m] and path.B [C, m, d_out]).

@@ -7,6 +7,7 @@ parameters, which are then trained with the components, and are part of every ch
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from .config import Schedule, at_progress
 
 class Selection:
     """Who is active on which sample. One object serves one run.
+
+    A selection of your own has `choose`, and `threshold` or `active` if one should be able to ask for the active
+    components of a sample once the run is over.
 
     `decompose(selection=...)` takes any of them; `decompose(top_k=...)` is short for `TopK`.
     """
@@ -66,6 +70,30 @@ class Selection:
         """
         return None
 
+    def active(self, scores: Tensor, threshold: Tensor | None) -> Tensor:
+        """Say who is active once the run is over, from each sample's scores alone.
+
+        By default that is whatever scores above the threshold.
+
+        Args:
+            scores: attributions [R, B, (positions,) C].
+            threshold: as `threshold` gave it at the end of the run, [R]; None if it gave none.
+
+        Returns:
+            Tensor: boolean, of the scores' shape.
+
+        Raises:
+            ValueError: there is no threshold.
+        """
+        if threshold is None:
+            name = type(self).__name__
+            raise ValueError(
+                f"there is no threshold above which a component is active: {name}.threshold gives one at the end of a "
+                f"run that did not break; without, write {name}.active(scores, threshold), which says who is active "
+                "from each sample's scores alone"
+            )
+        return scores > threshold.reshape(-1, *[1] * (scores.ndim - 1))
+
     def parameters(self) -> list[Tensor]:
         """Leaf tensors [R, C, ...] that are trained with the components."""
         return []
@@ -91,25 +119,101 @@ class TopK(Selection):
     per_sample: bool = False
 
     def choose(self, scores: Tensor, t: float, share: float = 1.0) -> Tensor:
-        """As there: boolean gates."""
+        """Choose the k most attributed: boolean gates."""
         k = at_progress(self.top_k, t)
         if self.per_sample:
             return sample_top_k(scores, k).bool()
         return batch_top_k(scores.flatten(1, -2), min(k / share, scores.shape[-1])).reshape(scores.shape).bool()
 
     def threshold(self, scores: Tensor) -> Tensor | None:
-        """Half-way between the smallest score that is active and the largest that is not; None per sample."""
+        """Give the middle between the smallest active score and the largest inactive one; None per sample."""
         if self.per_sample:
             return None
         flat = scores.flatten(1)
         n = min(max(1, int(at_progress(self.top_k, 1.0) * scores[0, ..., 0].numel() + 1e-6)), flat.shape[1] - 1)
         return flat.topk(n + 1, dim=1).values[:, -2:].mean(1) if n else flat.amin(1) / 2
 
+    def active(self, scores: Tensor, threshold: Tensor | None) -> Tensor:
+        """Say who is active: each sample's k most attributed, or what scores above the threshold."""
+        return self.choose(scores, 1.0) if self.per_sample else super().active(scores, threshold)
 
-def _check(scores: Tensor, k: float) -> None:
-    checks.tensor("scores", scores, ..., "B", "C", finite=False)
+
+@dataclass(frozen=True)
+class FinalSelection:
+    """A selection as it is at the end of a run, for attributions [B, (positions,) C] of one restart.
+
+    Attributes:
+        selection: of the run.
+        restarts: R of the run, an axis of what the selection has learned; 1 for one without parameters.
+        index: of the one restart.
+        threshold: of that restart, if there is one.
+    """
+
+    selection: Selection
+    restarts: int = 1
+    index: int = 0
+    threshold: float | None = None
+
+    def gates(self, scores: Tensor) -> Tensor:
+        """Choose among these samples: boolean gates of the scores' shape, or soft ones in [0, 1]."""
+        _check_scores(scores, "B", ..., "C")
+        return self._own("choose", scores, 1.0)
+
+    def mask(self, scores: Tensor) -> Tensor:
+        """Say who is active among these samples: boolean gates as they are, and what is `active` for soft ones."""
+        gates = self.gates(scores)
+        return gates if gates.dtype == torch.bool else self.active(scores)
+
+    def active(self, scores: Tensor) -> Tensor:
+        """Say who is active from each sample's scores alone (`Selection.active`): boolean, of the scores' shape."""
+        _check_scores(scores, "B", ..., "C")
+        threshold = None if self.threshold is None else scores.new_full((self.restarts,), self.threshold)
+        mask = self._own("active", scores, threshold)
+        if mask.dtype != torch.bool:
+            name = f"{type(self.selection).__name__}.active"
+            raise TypeError(f"{name} must give a boolean mask, got {checks.given(mask)}")
+        return mask
+
+    @torch.no_grad()
+    def _own(self, method: str, scores: Tensor, argument: Any) -> Tensor:
+        """Call a method of the selection with the scores for every restart, and take what it gives for the one."""
+        gates = getattr(self.selection, method)(scores.expand(self.restarts, *scores.shape), argument)
+        expected = [self.restarts, *scores.shape]
+        if not isinstance(gates, Tensor) or list(gates.shape) != expected:
+            raise ValueError(
+                f"{type(self.selection).__name__}.{method} must give a tensor {expected}, got {checks.given(gates)}; "
+                "of a run with several restarts, give the result's final_selection"
+            )
+        return gates[self.index]
+
+
+def final_selection(top_k: float | Selection | FinalSelection, n_components: int) -> FinalSelection:
+    """Make a final selection of whatever may be given for one.
+
+    Args:
+        top_k: mean number of active components per sample, 0 < k <= C, for `TopK`; or a selection without parameters,
+            or that of a result (`Decomposition.final_selection`).
+        n_components: C.
+
+    Raises:
+        TypeError, ValueError: neither a selection nor a number in that range.
+    """
+    if isinstance(top_k, FinalSelection):
+        return top_k
+    if isinstance(top_k, Selection):
+        return FinalSelection(top_k)
+    n_components = checks.number("n_components", n_components, 1, whole=True)
+    return FinalSelection(TopK(checks.number("top_k", top_k, 0, n_components, above=True)))
+
+
+def _check_scores(scores: Tensor, *shape: Any) -> None:
+    checks.tensor("scores", scores, *shape, finite=False)
     if scores.isnan().any():
         raise checks.NotFinite(f"the attributions (scores, {checks.given(scores)}) are NaN")
+
+
+def _check(scores: Tensor, k: float) -> None:
+    _check_scores(scores, ..., "B", "C")
     n_components = scores.shape[-1]
     if isinstance(k := checks.plain(k), (int, float)) and not 0 < k <= n_components:
         raise ValueError(f"k must be above 0 and at most the number of components, {n_components}; got {k}")

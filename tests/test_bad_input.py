@@ -75,10 +75,11 @@ ELSEWHERE = {
     "selection.Selection": "a protocol: its methods are called by the package",
     **{
         f"selection.Selection.{name}": "called by the package"
-        for name in ("start", "choose", "draw", "threshold", "parameters", "forget")
+        for name in ("start", "choose", "draw", "threshold", "active", "parameters", "forget")
     },
     "selection.TopK": "made by the package from `top_k`",
-    **{f"selection.TopK.{name}": "called by the package" for name in ("choose", "threshold")},
+    **{f"selection.TopK.{name}": "called by the package" for name in ("choose", "threshold", "active")},
+    "selection.FinalSelection": "made by the package",
     "store.reading": "used by the package around what it reads",
     "rules.Rule": "functions of whoever adds a kind of module",
     "rules.Rule.rows": "a field",
@@ -142,6 +143,9 @@ def decomposition() -> apd.Decomposition:
     return apd.Decomposition(components(), config, history, [0.5], 0, True, fingerprint(TARGET.state_dict()))
 
 
+FINAL = apd.selection.FinalSelection(apd.selection.TopK(1.5), threshold=0.5)
+
+
 def draw(value: Any) -> Any:
     return apd.plots.masks(torch.eye(2))
 
@@ -194,6 +198,7 @@ VALID: dict[str, tuple[Any, dict[str, Any]]] = {  # name: (self or None, argumen
     "metrics.cosines": (None, {"first": components(), "second": components()}),
     "metrics.match_weights": (None, {"first": components(), "second": components()}),
     "metrics.match_use": (None, {"first": torch.rand(9, 3), "second": torch.rand(9, 3)}),
+    "Decomposition.attributions": (decomposition(), {"target": TARGET, "x": X}),
     "Decomposition.active": (dataclasses.replace(decomposition(), threshold=0.1), {"target": TARGET, "x": X}),
     "glue.claim": (None, {"number": 1, "verdict": "holds", "finding": "So."}),
     "plots.matrices": (None, {"components": components()}),
@@ -268,6 +273,11 @@ VALID: dict[str, tuple[Any, dict[str, Any]]] = {  # name: (self or None, argumen
     "targets.Transformer.answers": (LETTERS, {"x": torch.tensor([[7] + 8 * [0]])}),
     "targets.Transformer.data": (LETTERS, {}),
     "targets.Transformer.fit": (LETTERS, TRAINED),
+    "selection.final_selection": (None, {"top_k": 1.0, "n_components": 3}),
+    **{
+        f"selection.FinalSelection.{name}": (FINAL, {"scores": torch.rand(4, 3)})
+        for name in ("gates", "mask", "active")
+    },
     "selection.batch_top_k": (None, {"scores": torch.rand(4, 3), "k": 1.5}),
     "selection.sample_top_k": (None, {"scores": torch.rand(4, 3), "k": 1}),
 }

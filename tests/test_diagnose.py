@@ -182,6 +182,23 @@ def test_other_divergences_outputs_and_wrapped_networks() -> None:
     assert part.share[:2].min() > 5 * part.share[2:].max()  # the others hardly touch these outputs
 
 
+def test_soft_gates_that_are_half_open_ask_for_twice_the_length() -> None:
+    """One feature a sample: the target's outputs are right at a gate of 1, so that twice a gate of 1/2 fits best."""
+
+    class HalfOpen(apd.selection.Selection):
+        def choose(self, scores: Tensor, t: float, share: float = 1.0) -> Tensor:
+            return 0.5 * self.active(scores, None)
+
+        def active(self, scores: Tensor, threshold: Tensor | None) -> Tensor:
+            return scores == scores.amax(-1, keepdim=True)
+
+    x, components = torch.eye(5).repeat(3, 1), apd.Components.from_matrices({PATH: Z})
+    found = diagnose(TARGET, components, x, HalfOpen())
+    torch.testing.assert_close(found.share, torch.full((5,), 0.2))
+    torch.testing.assert_close(found.factor, torch.full((5,), 2.0))
+    torch.testing.assert_close(diagnose(TARGET, components, x, 1.0).factor, torch.ones(5))
+
+
 def test_the_table() -> None:
     found = look(torch.cat([Z[:2].sum(0, keepdim=True), Z[2:], torch.zeros(1, 5, 2)]))
     lines = str(found).splitlines()

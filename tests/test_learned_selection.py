@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ import torch
 from torch import Tensor
 
 import apd_minimal as apd
+from apd_minimal.scale.layerwise import activity
 from apd_minimal.selection import Selection
+from apd_minimal.study.diagnose import diagnose
 
 
 class Learned(Selection):
@@ -196,3 +199,149 @@ def test_a_line_of_json_for_every_logged_step(tmp_path: Path) -> None:
     assert [line.pop("step") for line in lines] == result.history["step"] == [step for step, _ in seen]
     assert lines == [losses for _, losses in seen]
     assert lines[-1]["minimality"] == result.history["minimality"][-1]
+
+
+class Judged(Learned):
+    """It says who is active by what it has learned, restart by restart."""
+
+    def active(self, scores: Tensor, threshold: Tensor | None) -> Tensor:
+        return scores > self.cut[:, None]
+
+
+class WithThreshold(Learned):
+    """It has one threshold for each restart, found on held-out samples."""
+
+    def threshold(self, scores: Tensor) -> Tensor:
+        return scores.flatten(1).quantile(0.8, dim=1)
+
+
+def of_restart(result: apd.Decomposition, index: int) -> apd.Decomposition:
+    assert result.restarts is not None
+    return dataclasses.replace(result, chosen=index, components=result.restarts.restart(index))
+
+
+def images(n: int = 500) -> Tensor:
+    return apd.data.SparseFeatures(5, 0.3, batch_size=n)(0, torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(scope="module")
+def judged() -> tuple[Judged, apd.Decomposition]:
+    selection = Judged()
+    return selection, decompose(selection)
+
+
+@pytest.mark.parametrize("restart", [0, 1])
+def test_a_learned_selection_says_who_is_active_of_an_image_alone(
+    judged: tuple[Judged, apd.Decomposition], restart: int, tmp_path: Path
+) -> None:
+    target, x, (selection, result) = runs.tms(), images(), judged
+    result = of_restart(result, restart)
+    together = result.active(target, x)
+    scores = apd.attributions.gradient(target, result.components, x)
+    assert torch.equal(together, scores > selection.cut[restart])
+    assert not torch.equal(together, scores > selection.cut[1 - restart]), "a test that tells"
+    for i in range(0, 500, 25):
+        assert torch.equal(result.active(target, x[i : i + 1])[0], together[i])
+    result.save(tmp_path)
+    loaded = apd.Decomposition.load(tmp_path, target)
+    with pytest.raises(ValueError, match=r"not stored: put it back with dataclasses\.replace"):
+        loaded.active(target, x)
+    assert torch.equal(dataclasses.replace(loaded, selection=selection).active(target, x), together)
+
+
+def test_a_learned_selection_with_a_threshold(tmp_path: Path) -> None:
+    target, x, result = runs.tms(), images(), decompose(WithThreshold())
+    assert result.threshold is not None
+    together = result.active(target, x)
+    assert torch.equal(together, apd.attributions.gradient(target, result.components, x) > result.threshold)
+    assert 0 < together.float().mean() < 1
+    for i in range(0, 500, 50):
+        assert torch.equal(result.active(target, x[i : i + 1])[0], together[i])
+    result.save(tmp_path)
+    loaded = apd.Decomposition.load(tmp_path, target)
+    assert torch.equal(loaded.active(target, x), together)
+    with pytest.raises(ValueError, match="top_k is 6, all components, as in runs with a selection of their own"):
+        activity(target, {"all": loaded}, x)  # not that every component is active
+
+
+def test_a_selection_that_does_not_say_who_is_active() -> None:
+    target, x, result = runs.tms(), images(), decompose(Learned(), steps=2)
+    with pytest.raises(ValueError, match=r"no threshold .* write Learned\.active\(scores, threshold\)"):
+        result.active(target, x)
+    with pytest.raises(ValueError, match=r"write Learned\.active"):
+        diagnose(target, result.components, x, result.final_selection)
+    apd.metrics.scrubbing(target, result.components, x, result.final_selection)  # needs the gates alone
+
+    class Soft(Learned):
+        def active(self, scores: Tensor, threshold: Tensor | None) -> Tensor:
+            return self.choose(scores, 1.0)
+
+    class Flat(Learned):
+        def active(self, scores: Tensor, threshold: Tensor | None) -> Tensor:
+            return scores[0] > 0.1
+
+    with pytest.raises(
+        TypeError, match=r"Soft\.active must give a boolean mask, got a tensor \[500, 6\] of torch.float"
+    ):
+        decompose(Soft(), steps=2).active(target, x)
+    with pytest.raises(ValueError, match=r"Flat\.active must give a tensor \[2, 500, 6\], got a tensor \[500, 6\]"):
+        decompose(Flat(), steps=2).active(target, x)
+
+
+@pytest.mark.parametrize("restart", [0, 1])
+def test_scrubbing_diagnosis_and_groups_go_by_the_run_s_own_selection(
+    judged: tuple[Judged, apd.Decomposition], restart: int
+) -> None:
+    target, x, (selection, result) = runs.tms(), images(), judged
+    result = of_restart(result, restart)
+    components, network = result.components, apd.Network(target, result.components.paths)
+    scores = apd.attributions.gradient(network, components, x)
+    gates = torch.sigmoid(20 * (scores - selection.cut[restart])).detach()
+    on = (scores > selection.cut[restart]) & (components.norms() > 0)
+
+    def error(gates: Tensor) -> Tensor:
+        return apd.losses.mse(network(x, components, gates), network(x)).detach()
+
+    scrubbed = apd.metrics.scrubbing(target, components, x, result.final_selection, seed=4)
+    torch.testing.assert_close(scrubbed.top_k, error(gates))
+    coin, half = (torch.rand(gates.shape, generator=g) < 0.5 for g in [torch.Generator().manual_seed(4)] * 2)
+    torch.testing.assert_close(scrubbed.scrubbed, error(torch.where(coin, torch.ones(()), gates)))
+    removed = torch.where(half, gates, torch.zeros(())) + torch.where(coin, 1 - gates, torch.zeros(()))
+    torch.testing.assert_close(scrubbed.anti_scrubbed, error(removed))
+
+    found = diagnose(target, components, x, result.final_selection)
+    torch.testing.assert_close(found.share, on.sum(0) / on.any(1).sum())
+    all_off = error(torch.zeros_like(gates)).mean()
+    live = gates * (components.norms() > 0)
+    assert found.sparse == pytest.approx(float(error(live).mean() / all_off), rel=1e-4)
+    assert torch.equal(activity(target, {"all": result}, x)["all"], (scores > selection.cut[restart]).float())
+
+
+def test_diagnosis_by_the_attribution_of_the_run() -> None:
+    target, x, own = runs.tms(), images(), apd.attributions.activation
+    result = runs.decompose(attribution=own, tidy_every=0.0)
+    found = diagnose(target, result.components, x, result.final_selection, attribution=own)
+    on = apd.selection.batch_top_k(own(target, result.components, x), 1.2).bool() & (result.components.norms() > 0)
+    torch.testing.assert_close(found.share, on.sum(0) / on.any(1).sum())
+    other = diagnose(target, result.components, x, 1.2)
+    assert not torch.equal(found.share, other.share), "a test that tells"
+
+
+def test_a_selection_of_several_restarts_is_not_taken_for_one(judged: tuple[Judged, apd.Decomposition]) -> None:
+    with pytest.raises(
+        ValueError, match=r"Judged\.choose must give a tensor \[1, 500, 6\].*the result's final_selection"
+    ):
+        apd.metrics.scrubbing(runs.tms(), judged[1].components, images(), judged[0])
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_top_k_as_an_object_in_scrubbing_and_diagnosis(per_sample: bool) -> None:
+    target, x, k = runs.tms(), images(), 2.0
+    components, top_k = decompose(Learned(), steps=2).components, apd.selection.TopK(k, per_sample)
+    scores = apd.attributions.gradient(target, components, x)
+    mask = (apd.selection.sample_top_k if per_sample else apd.selection.batch_top_k)(scores, k)
+    network = apd.Network(target, components.paths)
+    error = apd.losses.mse(network(x, components, mask), network(x))
+    torch.testing.assert_close(apd.metrics.scrubbing(target, components, x, top_k).top_k, error)
+    on = mask.bool()
+    torch.testing.assert_close(diagnose(target, components, x, top_k).share, on.sum(0) / on.any(1).sum())

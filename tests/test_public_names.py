@@ -19,7 +19,7 @@ NAMES = {
     "rules": "Rule TransposedLinear rule",
     "store": "FORMAT StoreError differences read_tensors reading write write_tensors",
     "targets": "GatedFunctions GatedInputs Questions ResidualMLP TMS Transformer",
-    "selection": "Selection TopK batch_top_k sample_top_k",
+    "selection": "FinalSelection Selection TopK batch_top_k final_selection sample_top_k",
 }
 
 
@@ -57,7 +57,10 @@ def test_arguments() -> None:
     assert parameters(apd.Network) == "target weights output hidden recompute".split()
     assert parameters(apd.Network.__call__)[1:5] == "x components gates remainder".split()
     assert parameters(apd.metrics.ownership) == "components truth min_cosine length_range min_purity".split()
-    assert parameters(apd.diagnose.diagnose) == "target components x top_k divergence at seed thresholds".split()
+    assert (
+        parameters(apd.diagnose.diagnose)
+        == "target components x top_k divergence at seed attribution thresholds".split()
+    )
     assert parameters(apd.Decomposition.load) == ["folder", "target"]
     assert parameters(apd.targets.TMS) == "n_features d_hidden identity probability".split()
 

@@ -26,13 +26,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from ..algorithm import decompose
-from ..attributions import Attribution, gradient
+from ..attributions import Attribution
 from ..batch import Batches
 from ..components import Components
-from ..config import at_progress
 from ..decomposition import Decomposition
 from ..network import Network
-from ..selection import batch_top_k, sample_top_k
 
 Member = tuple[str, int]  # a part: the name of its group, and its number there
 
@@ -134,7 +132,7 @@ def _pickled(name: str, job: dict[str, Any]) -> bytes:
 
 
 def _unpickle_and_run(name: str, job: bytes) -> bytes:
-    """In a process of its own. Results go back as bytes too, and errors as their text: not all of them can be sent."""
+    """Run in a process of its own. Results go back as bytes, and errors as text: not all of them can be pickled."""
     try:
         return pickle.dumps(_run(name, pickle.loads(job)))
     except AttributeError as error:
@@ -154,36 +152,35 @@ def activity(
     attribution: Attribution | None = None,
     output: Callable[[Any], Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """When each part is active: every group's own attributions and top-k, at the end of its run.
+    """Say when each part is active, by every group's own attributions and selection at the end of its run.
 
     Args:
         target: the network.
         parts: as `decompose_groups` gave them.
         x: a large batch of inputs [B, ...], from the source that the runs had (the mean number of active components
             is meant for it).
-        attribution: as given to `decompose`; None takes gradient attributions.
+        attribution: as given to `decompose`; None for gradients.
         output: as given to `decompose`.
 
     Returns:
         dict[str, Tensor]: by group, masks of zeros and ones [B, C of the group].
 
     Raises:
-        ValueError: parts that have a mask for each position of a sequence.
+        ValueError: parts that have a mask for each position of a sequence, or whose attribution or selection is not
+            known (as for `Decomposition.active`).
     """
     masks = {}
     for name, part in parts.items():
-        config = part.config
-        if config.per_position:
+        if part.config.per_position:
             raise ValueError(f"group {name!r} was trained per position; stitching is for masks per sample")
         network = Network(target, part.components.paths, output)
-        scores = (attribution or partial(gradient, at=config.attribute_at))(network, part.components, x)
-        select = sample_top_k if config.per_sample else batch_top_k
-        masks[name] = select(scores, at_progress(config.top_k, 1.0))
+        scores = part.attributions(network, x, attribution)
+        masks[name] = part.final_selection.mask(scores).to(scores)
     return masks
 
 
 def similarity(masks: Mapping[str, Tensor]) -> tuple[list[Member], Tensor]:
-    """How often parts are active together: the Jaccard index of their samples, both over either.
+    """Measure how often parts are active together: the Jaccard index of their samples, both over either.
 
     Args:
         masks: by group, which parts are active [B, C of the group], on the same samples.
@@ -200,8 +197,8 @@ def similarity(masks: Mapping[str, Tensor]) -> tuple[list[Member], Tensor]:
         raise ValueError(f"masks must be [B, C of the group], with the same B, for at least one group; got {shapes}")
     members = [(name, c) for name, mask in masks.items() for c in range(mask.shape[1])]
     on = torch.cat([(mask > 0).double() for mask in masks.values()], dim=1)
-    both, times = on.T @ on, on.sum(0)
-    return members, both / (times[:, None] + times - both).clamp_min(1)
+    both, counts = on.T @ on, on.sum(0)
+    return members, both / (counts[:, None] + counts - both).clamp_min(1)
 
 
 def cluster(masks: Mapping[str, Tensor], min_similarity: float) -> list[list[Member]]:
@@ -239,7 +236,7 @@ def cluster(masks: Mapping[str, Tensor], min_similarity: float) -> list[list[Mem
 def stitch(
     parts: Mapping[str, Decomposition | Components], clusters: Sequence[Sequence[Member]], rank: int | None = None
 ) -> Components:
-    """One component for each cluster of parts: their sum, in all weights.
+    """Make one component of each cluster of parts: their sum, in all weights.
 
     Args:
         parts: by group, a decomposition or its C components, without restarts.

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
-from ..attributions import gradient
+from ..attributions import Attribution, gradient
 from ..components import Components, usable
 from ..losses import Divergence, mse
 from ..network import Network, as_network
-from ..selection import batch_top_k
+from ..selection import FinalSelection, Selection, final_selection
 from .metrics import relative_faithfulness
 
 SIGNS = {
@@ -147,11 +147,12 @@ def diagnose(
     target: nn.Module | Network,
     components: Components,
     x: Tensor,
-    top_k: float,
+    top_k: float | Selection | FinalSelection,
     *,
     divergence: Divergence = mse,
     at: str = "target",
     seed: int = 0,
+    attribution: Attribution | None = None,
     **thresholds: float,
 ) -> Diagnosis:
     """Look for the usual faults of a decomposition, without a truth.
@@ -160,10 +161,13 @@ def diagnose(
         target: the network, plain or wrapped (wrap it if only some outputs count).
         components: C components, without restarts.
         x: inputs [B, ...]; a few thousand, of the kind that the decomposition was made for.
-        top_k: mean number of active components per sample, 0 < k <= C.
+        top_k: mean number of active components per sample, 0 < k <= C; or a selection, such as that of a run
+            (`Decomposition.final_selection`).
         divergence: (outputs, wanted) to one error per sample [B], as in `decompose`.
         at: where the gradient attributions are taken, "target" or "components".
         seed: of the random halves of scrubbing.
+        attribution: (network, components, x) -> [B, C], by which the active ones are chosen, as in `decompose`; None
+            for gradients. Effects on the outputs are judged by gradients in any case.
         **thresholds: any of `SIGNS`, to name suspects by other thresholds.
 
     Returns:
@@ -179,7 +183,8 @@ def diagnose(
         raise TypeError(f"unknown thresholds {unknown}; known: {list(SIGNS)}")
     thresholds = {name: checks.number(name, value) for name, value in thresholds.items()}
     usable(components, alone=True)
-    top_k = checks.number("top_k", top_k, 0, components.n_components, above=True)
+    selection = final_selection(top_k, components.n_components)
+    checks.function("attribution", attribution)
     seed = checks.number("seed", seed, 0, 2**62, whole=True)
     checks.choice("at", at, ("target", "components"))
     if not callable(divergence):
@@ -190,10 +195,11 @@ def diagnose(
         raise ValueError("all components are zero: there is nothing to look at")
     network = as_network(target, components)
     signed = gradient(network, components, x, at=at, per_output=True)  # [B, C, n_out]
-    mask = batch_top_k(signed.square().mean(-1).sqrt(), top_k)
+    scores = signed.square().mean(-1).sqrt() if attribution is None else attribution(network, components, x)
+    checks.tensor("attributions", scores, len(x), components.n_components)
     # A zero component can be kept when there are too few attributions above zero; it does nothing.
-    mask = mask * (length > 0)
-    on = mask.bool()
+    gates = selection.gates(scores).to(scores) * (length > 0)
+    on = selection.mask(scores) & (length > 0)
     wanted = network(x)
 
     def errors(gates: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:
@@ -202,12 +208,12 @@ def diagnose(
     def mean_error(rows: Tensor, gates: Tensor) -> Tensor:
         return errors(gates, rows).mean()
 
-    nothing = float(errors(torch.zeros_like(mask)).mean())
-    if not nothing > 0:
+    all_off = float(errors(torch.zeros_like(gates)).mean())
+    if not all_off > 0:
         raise ValueError("with every component off the outputs are the target's already: nothing to explain")
-    sparse = errors(mask)
+    sparse = errors(gates)
     generator = torch.Generator().manual_seed(seed)
-    coin, half = (torch.rand(mask.shape, generator=generator).to(mask.device) < 0.5 for _ in range(2))
+    coin, half = ((torch.rand(gates.shape, generator=generator) < 0.5).to(gates) for _ in range(2))
     cosine, partner = _closest(components.flat())
     overlap, companion = _together(on)
     C = components.n_components
@@ -215,12 +221,12 @@ def diagnose(
     for c in length.nonzero().flatten().tolist():
         rows = ~on[:, c]
         if rows.any():
-            more = mask[rows].clone()
-            more[:, c] = 1
-            stray[c] = (errors(more, rows) - sparse[rows]).mean() / nothing
+            switched_on = gates[rows].clone()
+            switched_on[:, c] = 1
+            stray[c] = (errors(switched_on, rows) - sparse[rows]).mean() / all_off
         rows = on[:, c]
         if rows.any():
-            factor[c] = _best_factor(partial(mean_error, rows), mask[rows], c)
+            factor[c] = _best_factor(partial(mean_error, rows), gates[rows], c)
             s = torch.linalg.svdvals(signed[rows, c]).square()
             other[c] = 1 - s[0] / s.sum().clamp_min(1e-30)
     return Diagnosis(
@@ -235,29 +241,29 @@ def diagnose(
         stray=stray,
         factor=factor,
         remainder=float(relative_faithfulness(components, network.weights)),
-        sparse=float(sparse.mean()) / nothing,
-        scrubbed=float(errors((on | coin).to(mask)).mean()) / nothing,
-        anti_scrubbed=float(errors(((on & half) | (~on & coin)).to(mask)).mean()) / nothing,
+        sparse=float(sparse.mean()) / all_off,
+        scrubbed=float(errors(torch.maximum(gates, coin)).mean()) / all_off,
+        anti_scrubbed=float(errors(gates * half + (1 - gates) * coin).mean()) / all_off,
         thresholds={sign: value for sign, (value, _) in SIGNS.items()} | thresholds,
     )
 
 
 def _closest(flat: Tensor) -> tuple[Tensor, Tensor]:
-    """For each row of [C, N] the cosine of largest size with another one, and that one's index."""
+    """Find, for each row of [C, N], the cosine of largest size with another one, and that one's index."""
     length = flat.norm(dim=1, keepdim=True)
     unit = flat / length.clamp_min(1e-12)
     return _largest(unit @ unit.T)
 
 
 def _together(on: Tensor) -> tuple[Tensor, Tensor]:
-    """For each column of [B, C] the largest share of common samples with another column, and its index."""
+    """Find, for each column of [B, C], the largest Jaccard index with another column, and that one's index."""
     both = on.float().T @ on.float()
-    count = both.diagonal()
-    return _largest(both / (count[:, None] + count - both).clamp_min(1))
+    counts = both.diagonal()
+    return _largest(both / (counts[:, None] + counts - both).clamp_min(1))
 
 
 def _largest(table: Tensor) -> tuple[Tensor, Tensor]:
-    """The entry of largest size off the diagonal of each row, and its index; 0 and -1 if all are zero."""
+    """Find the entry of largest size off the diagonal of each row, and its index; 0 and -1 if all are zero."""
     table = table - torch.diag(table.diagonal())
     index = table.abs().argmax(1)
     value = table.gather(1, index[:, None])[:, 0]
@@ -273,13 +279,13 @@ def _second_singular(components: Components) -> Tensor:
     return torch.stack(parts).amax(0)
 
 
-def _best_factor(error: Callable[[Tensor], Tensor], mask: Tensor, c: int) -> float:
-    """The multiple of component c at which `error` of the gates is smallest, to within 0.02."""
+def _best_factor(error: Callable[[Tensor], Tensor], gates: Tensor, c: int) -> float:
+    """Find the multiple of component c at which `error` of the gates is smallest, to within 0.02."""
 
-    def scaled(factor: float) -> float:
-        gates = mask.clone()
-        gates[:, c] = factor
-        return float(error(gates))
+    def error_at(factor: float) -> float:
+        scaled = gates.clone()
+        scaled[:, c] *= factor
+        return float(error(scaled))
 
-    best = min(COARSE.tolist(), key=scaled)
-    return min((best + FINE).tolist(), key=scaled)
+    best = min(COARSE.tolist(), key=error_at)
+    return min((best + FINE).tolist(), key=error_at)

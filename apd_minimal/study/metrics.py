@@ -19,7 +19,7 @@ from ..attributions import Attribution, gradient
 from ..components import Components, usable
 from ..losses import faithfulness, mse
 from ..network import Network, as_network
-from ..selection import batch_top_k
+from ..selection import FinalSelection, Selection, final_selection
 from .matching import Matching as Matching
 from .matching import cosines as cosines
 from .matching import match_use as match_use
@@ -50,8 +50,8 @@ def _check_truth(components: Components, truth: Truth) -> list[str]:
     return components.paths
 
 
-def _inputs(matrices: Tensor) -> Tensor:
-    """Orthonormal bases of the column spaces of matrices [J, d_in, d_out]: [J, d_in, r], columns of zeros to fill up.
+def _column_spaces(matrices: Tensor) -> Tensor:
+    """Give orthonormal bases of the column spaces of matrices [J, d_in, d_out]: [J, d_in, r], padded with zeros.
 
     A mechanism's inputs are the column space of its matrix; for a TMS feature that is one input direction, so that
     what a component does on them is its column of that feature, in whatever basis the inputs come.
@@ -61,16 +61,16 @@ def _inputs(matrices: Tensor) -> Tensor:
 
 
 def _restricted(components: Components, truth: Truth) -> Tensor:
-    """Every component seen only through the inputs of each mechanism: [J, C, N]."""
+    """Project every component onto the inputs of each mechanism: [J, C, N]."""
     parts = []
     for path in components.paths:
-        U = _inputs(truth[path])[:, None]
+        U = _column_spaces(truth[path])[:, None]
         parts.append((U @ (U.mT @ components.matrices(path)[None])).flatten(2))
     return torch.cat(parts, dim=2)
 
 
 def mmcs(components: Components, truth: Truth) -> Tensor:
-    """Mean max cosine similarity: for each mechanism, the best cosine of a component's part on its inputs.
+    """Compute the mean max cosine similarity: per mechanism, the best cosine of a component's part on its inputs.
 
     Ignores length and sharing: even a dead component can score high. See `ownership`.
 
@@ -81,7 +81,7 @@ def mmcs(components: Components, truth: Truth) -> Tensor:
 
 
 def ml2r(components: Components, truth: Truth) -> Tensor:
-    """Mean L2 ratio: the length of that part over the length of the mechanism; 1 is right.
+    """Compute the mean L2 ratio: the length of that part over the length of the mechanism; 1 is right.
 
     Returns:
         Tensor: a scalar, 0 or above (braun2025).
@@ -171,14 +171,14 @@ def ownership(
     ratio = P[owner].norm(dim=1) / Z.norm(dim=1) * held
     inside = torch.zeros_like(ratio)
     for path in paths:
-        inside += (_inputs(truth[path]).mT @ components.matrices(path).detach()[owner]).square().sum((1, 2))
+        inside += (_column_spaces(truth[path]).mT @ components.matrices(path).detach()[owner]).square().sum((1, 2))
     purity = inside / P[owner].square().sum(1).clamp_min(1e-24) * held
     owned = (cosine >= min_cosine) & (ratio >= length_range[0]) & (ratio <= length_range[1]) & (purity >= min_purity)
     return Ownership(owner, cosine, ratio, purity, owned)
 
 
 def relative_faithfulness(components: Components, weights: Mapping[str, Tensor]) -> Tensor:
-    """Squared error of the sum of components over the squared length of the weights; see `losses.faithfulness`."""
+    """Give `losses.faithfulness` as a share: the sum's squared error over the squared length of the weights."""
     error = faithfulness(components, weights)
     total = torch.stack([weights[path].square().sum() for path in components.paths]).sum()
     if not total > 0:
@@ -187,7 +187,7 @@ def relative_faithfulness(components: Components, weights: Mapping[str, Tensor])
 
 
 def output_error(target: nn.Module | Network, components: Components, x: Tensor) -> Tensor:
-    """Squared output error of the component model sum_c P_c on each sample of x: [B]."""
+    """Compute the squared output error of the component model sum_c P_c on each sample of x: [B]."""
     usable(components)
     network, x = as_network(target, components), checks.inputs(x)
     with torch.no_grad(), checks.running(x, f"components of {components.parameters()[0].dtype}"):
@@ -207,18 +207,19 @@ def scrubbing(
     target: nn.Module | Network,
     components: Components,
     x: Tensor,
-    top_k: float,
+    top_k: float | Selection | FinalSelection,
     at: str = "target",
     seed: int = 0,
     attribution: Attribution | None = None,
 ) -> Scrubbing:
-    """Causal scrubbing of parameters (braun2025): what changes when inactive components come and go?
+    """Scrub parameters causally (braun2025): what changes when inactive components come and go?
 
     Args:
         target: the network.
         components: C components, without restarts.
         x: inputs [B, ...].
-        top_k: mean number of active components per sample.
+        top_k: mean number of active components per sample; or a selection, such as that of a run
+            (`Decomposition.final_selection`).
         at: where the gradient attributions are taken, as in `attributions.gradient`.
         seed: for the random halves.
         attribution: (network, components, x) -> [B, C] in their place, as in `decompose`.
@@ -230,13 +231,13 @@ def scrubbing(
     usable(components, alone=True)
     checks.function("attribution", attribution)
     seed = checks.number("seed", seed, 0, 2**62, whole=True)
-    top_k = checks.number("top_k", top_k, 0, components.n_components, above=True)
+    selection = final_selection(top_k, components.n_components)
     checks.choice("at", at, ("target", "components"))
     network, x = as_network(target, components), checks.inputs(x)
     generator = torch.Generator().manual_seed(seed)
     scores = gradient(network, components, x, at=at) if attribution is None else attribution(network, components, x)
     checks.tensor("attributions", scores, len(x), components.n_components)
-    active = batch_top_k(scores, top_k)
+    active = selection.gates(scores).to(scores)
     coin = (torch.rand(active.shape, generator=generator) < 0.5).to(active)
     half = (torch.rand(active.shape, generator=generator) < 0.5).to(active)
     with torch.no_grad():
@@ -253,7 +254,7 @@ def scrubbing(
 
 
 def description_length(components: Components, mask: Tensor, alpha: float = 1.0, threshold: float = 0.1) -> Tensor:
-    """Mean bits to say, for one sample, which components run: sum_c |A_c|_0 (alpha * ranks + log2 C).
+    """Compute the mean bits that say which components run on a sample: sum_c |A_c|_0 (alpha * ranks + log2 C).
 
     Args:
         components: C components, without restarts.
