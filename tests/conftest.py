@@ -1,5 +1,6 @@
-"""The chapters' number of threads, and property tests that draw the same examples on every run, however slowly."""
+"""The chapters' number of threads, a seed for every test, and property tests that draw the same on every run."""
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -15,3 +16,9 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Networks take their start from torch's own generator."""
+    torch.manual_seed(0)
