@@ -122,7 +122,7 @@ def decompose(
     checks.kind("log", log, (str, os.PathLike, type(None)), "a path or None")
     recompute, progress = checks.flag("recompute", recompute), checks.flag("progress", progress)
     if checks.flag("extend", extend) and checkpoint is None:
-        raise ValueError("extend goes on from a checkpoint, and checkpoint is None")
+        raise ValueError(f"extend={extend} goes on from a checkpoint, and checkpoint is None")
     if mesh is not None:
         from .scale.processes import Shared
     micro_batch = None if micro_batch is None else int(micro_batch)

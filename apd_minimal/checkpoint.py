@@ -12,6 +12,7 @@ from . import checks, store
 from .config import Config
 from .decomposition import fingerprint, name_of
 from .network import Network
+from .stored import differences
 
 if TYPE_CHECKING:
     from .train import Run
@@ -123,7 +124,7 @@ def read_state(path: str | os.PathLike[str], run: dict[str, Any], extend: bool =
 def _state(
     path: str | os.PathLike[str], run: dict[str, Any], tensors: dict[str, Tensor], facts: dict[str, Any], extend: bool
 ) -> State:
-    other_target = store.differences(facts["fingerprint"], run["fingerprint"])
+    other_target = differences(facts["fingerprint"], run["fingerprint"])
     if other_target:
         raise store.StoreError(
             f"{path} belongs to a run on another target: {other_target}; take that one, or another file"

@@ -35,12 +35,10 @@ def faithfulness(components: Components, weights: Mapping[str, Tensor]) -> Tenso
     """
     _check(components)
     shapes = {path: (components.A[path].shape[-2], components.B[path].shape[-1]) for path in components.paths}
-    checks.matrices(
-        "weights",
-        {path: weights.get(path) for path in shapes} if isinstance(weights, Mapping) else weights,
-        shapes,
-        finite=False,
-    )
+    checks.kind("weights", weights, Mapping, "a mapping from parameter paths to tensors")
+    if not weights.keys() >= shapes.keys():
+        raise ValueError(f"weights must be about {list(shapes)}, got {list(weights)}")
+    checks.matrices("weights", {path: weights[path] for path in shapes}, shapes, finite=False)
     device = weights[components.paths[0]].device.type
     with torch.autocast(device, enabled=False):  # what is to vanish in a sum needs all of its digits
         squares = [(components.sum(path) - weights[path]).square().sum((-2, -1)) for path in components.paths]

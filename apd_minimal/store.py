@@ -138,20 +138,3 @@ def read_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Ten
 def _entry(checksum: str) -> bytes:
     """As the header of a safetensors file has it; within the facts the quotes would be escaped."""
     return f'"checksum":"{checksum}"'.encode()
-
-
-def differences(stored: str, own: str) -> str:
-    """What differs between two fingerprints, in words; nothing if they are of the same target.
-
-    Fingerprints of earlier versions have no lines, so that nothing is named.
-    """
-    if stored[:64] == own[:64]:
-        return ""
-    old, new = ({line.split("\t")[0]: line.split("\t")[1:] for line in f.splitlines()[1:]} for f in (stored, own))
-    named = []
-    for path in sorted(old.keys() | new.keys()) if old else ():
-        before, after = old.get(path, ["missing"]), new.get(path, ["missing"])
-        if before != after:
-            named.append(f"{path} was {before[0]}, is {after[0]}" + (", other values" if before[0] == after[0] else ""))
-    text = f"its parameters hash to {stored[:12]}, these to {own[:12]}"
-    return text + (f" ({'; '.join(named[:5])}{'; ...' if named[5:] else ''})" if named else "")

@@ -19,6 +19,23 @@ from .decomposition import Decomposition, fingerprint
 from .network import Network
 
 
+def differences(stored: str, own: str) -> str:
+    """What differs between two fingerprints, in words; nothing if they are of the same target.
+
+    Fingerprints of earlier versions have no lines, so that nothing is named.
+    """
+    if stored[:64] == own[:64]:
+        return ""
+    old, new = ({line.split("\t")[0]: line.split("\t")[1:] for line in f.splitlines()[1:]} for f in (stored, own))
+    named = []
+    for path in sorted(old.keys() | new.keys()) if old else ():
+        before, after = old.get(path, ["missing"]), new.get(path, ["missing"])
+        if before != after:
+            named.append(f"{path} was {before[0]}, is {after[0]}" + (", other values" if before[0] == after[0] else ""))
+    text = f"its parameters hash to {stored[:12]}, these to {own[:12]}"
+    return text + (f" ({'; '.join(named[:5])}{'; ...' if named[5:] else ''})" if named else "")
+
+
 def save(decomposition: Decomposition, folder: str | os.PathLike[str], restarts: bool = False) -> None:
     """Write a decomposition; see `Decomposition.save`."""
     checks.kind("folder", folder, (str, os.PathLike), "a path")
@@ -62,7 +79,7 @@ def load(folder: str | os.PathLike[str], target: nn.Module) -> Decomposition:
             network = Network(target, weights)
         except (KeyError, TypeError) as error:
             raise store.StoreError(f"{file} decomposes {weights}, which this target does not have: {error}") from None
-        other = store.differences(facts["fingerprint"], fingerprint(target.state_dict()))
+        other = differences(facts["fingerprint"], fingerprint(target.state_dict()))
         if other:
             raise store.StoreError(f"{file} decomposes another target: {other}; load it with that one")
         config = Config.from_dict(facts["config"])

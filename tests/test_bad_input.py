@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import linecache
+import re
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from test_public_names import NAMES
 from torch import Tensor, nn
 
 import apd_minimal as apd
-from apd_minimal import store
+from apd_minimal import checks, store
 from apd_minimal.decomposition import fingerprint
 
 matplotlib.use("Agg")
@@ -724,7 +725,7 @@ def call(name: str, changes: dict[str, Any]) -> Any:
     return PUBLIC[name](*(() if own is None else (own,)), **{**arguments, **changes})
 
 
-def complaint(error: BaseException, parameter: str) -> str:
+def complaint(error: BaseException, parameter: str, value: Any) -> str:
     """What is wrong with an error; nothing if it is the package's own and names the parameter and what was given."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     assert frame.lineno is not None
@@ -735,7 +736,36 @@ def complaint(error: BaseException, parameter: str) -> str:
         return f"of kind {type(error).__name__}"
     if not any(alias in str(error) for alias in (parameter, *ALIASES.get(parameter, ()))):
         return f"does not name {parameter}"
+    if not any(word in str(error) for word in words_for(value)):
+        return f"does not say what was given: {words_for(value)}"
     return ""
+
+
+def words_for(value: Any) -> list[str]:
+    """How a message may tell what was given: by value, type, shape, or by one of the parts that it is made of."""
+    words = [checks.given(value), repr(value), type(value).__name__, "NaN", "empty"]
+    if isinstance(value, np.bool_):
+        words.append(str(value))
+    if isinstance(value, str):
+        words += [value] if len(value) > 1 else []
+        words += re.findall(r"{(\w+)}", value)
+    if isinstance(value, (float, np.floating)):
+        words += [str(value), f"{value:g}", f"got {value:.0f}"]
+    if callable(value):
+        words += ["got a ", "got one of shape", "a tensor ["]  # what it gave
+    if isinstance(value, (Tensor, np.ndarray)):
+        words += [str(list(value.shape)), str(value.dtype), *map(repr, value.ravel().tolist()[:3])]
+    if isinstance(value, apd.Components):
+        pairs = [(value.A[path].shape[-2], value.B[path].shape[-1]) for path in value.paths]
+        words += [word for t in value.parameters() for word in words_for(t)]
+        words += ["restart", *map(repr, value.paths), *map(str, pairs), *(str([*pair])[1:] for pair in pairs)]
+    if isinstance(value, dict):
+        words += [*map(repr, value), *(word for part in value.values() for word in words_for(part))]
+    if isinstance(value, (list, tuple)):
+        words += [word for part in value for word in words_for(part)]
+    if isinstance(value, (dict, list, tuple)) and not value:
+        words += ["got none", "got None", "got 0", "and 0", "got []", "and []", "about []", "got ()", "got {}"]
+    return words
 
 
 CASES = [(name, parameter) for name in tried() for parameter in parameters(name)]
@@ -764,7 +794,7 @@ def test_malformed_values_get_a_clear_error(name: str, parameter: str) -> None:
         except (Exception, KeyboardInterrupt) as raised:
             error = raised
         assert error is not None, f"{name}({parameter}={value!r}) gave {type(result).__name__} in silence"
-        wrong = complaint(error, parameter)
+        wrong = complaint(error, parameter, value)
         assert not wrong, f"{name}({parameter}={value!r}) raised {error!r}: {wrong}"
 
     every()

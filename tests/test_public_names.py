@@ -17,7 +17,7 @@ NAMES = {
     "metrics": "Matching Ownership Scrubbing cosines description_length match_use match_weights ml2r mmcs output_error "
     "ownership relative_faithfulness scrubbing",
     "rules": "Rule TransposedLinear rule",
-    "store": "FORMAT StoreError differences read_tensors reading write write_tensors",
+    "store": "FORMAT StoreError read_tensors reading write write_tensors",
     "targets": "GatedFunctions GatedInputs Questions ResidualMLP TMS Transformer",
     "selection": "FinalSelection Selection TopK batch_top_k final_selection sample_top_k",
 }
