@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import linecache
+import math
 import re
 import tempfile
 import traceback
@@ -309,6 +310,11 @@ def number(
     drawn = [but(), st.booleans(), st.sampled_from(strange)]
     if not none:
         drawn.append(NOTHING)
+    # The limits themselves, where a mistake is likeliest.
+    if low is not None:
+        drawn.append(st.just(low if above else low - 1 if whole else math.nextafter(low, -math.inf)))
+    if high is not None:
+        drawn.append(st.just(high if below else high + 1 if whole else math.nextafter(high, math.inf)))
     if low is not None:
         drawn += [st.floats(max_value=low, exclude_max=not above), st.integers(max_value=int(low) - 1)]
     if high is not None:
@@ -623,7 +629,7 @@ OWN_KINDS: dict[str, dict[str, Strategy]] = {
     | {
         "path": st.one_of(but(), st.integers(), st.booleans()),
         "order": st.one_of(
-            number(0, 2, whole=True).filter(lambda v: v is not None and not (isinstance(v, list) and v)),
+            number(0, 2, whole=True).filter(lambda v: v is not None and not (isinstance(v, (list, tuple)) and v)),
             st.just([3]),
             st.just(["0"]),
         ),

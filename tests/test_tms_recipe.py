@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import warnings
 
 import pytest
 import torch
 
 import apd_minimal as apd
+from apd_minimal.book import artefacts
 
 
 @pytest.mark.parametrize("size", [(3, 2), (5, 2), (10, 4), (20, 6), (40, 10)])
@@ -17,6 +20,35 @@ def test_no_doubt_at_the_sizes_that_were_shown(size: tuple[int, int]) -> None:
         settings = apd.targets.TMS(*size).recipe
     k, n = settings["top_k"][0][1], size[0]
     assert 0 < k <= 0.25 * n and settings["n_components"] >= 1.5 * n
+
+
+def test_the_recipe_is_the_one_that_was_tried() -> None:
+    """Stored runs of the recipe, at every size on whose results its doubts rest."""
+    rows = json.loads(artefacts.path("sizes.json").read_text())["runs"]
+    tried = [row for row in rows if row["settings"] == "recipe" and "config" in row]
+    assert {row["size"] for row in tried} >= {"3-2", "5-2", "7-3", "10-4"}
+    for row in tried:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            recipe = apd.targets.TMS(*map(int, row["size"].split("-"))).recipe
+        assert recipe.pop("batches").batch_size == row["batch"]
+        assert recipe.pop("weights") == ["encode.weight"]
+        now, then = (dataclasses.asdict(apd.Config.from_dict(settings)) for settings in (recipe, row["config"]))
+        for name in now:
+            if isinstance(now[name], (int, float, tuple)) and not isinstance(now[name], bool):
+                numbers = (torch.tensor(settings[name], dtype=torch.float64) for settings in (now, then))
+                torch.testing.assert_close(*numbers, rtol=1e-9, atol=0, msg=f"{name} of {row['size']}")
+            else:
+                assert now[name] == then[name], f"{name} of {row['size']}"
+
+
+@pytest.mark.parametrize("size", [(3, 2), (7, 3), (20, 6), (60, 15)])
+@pytest.mark.parametrize("identity", [False, True])
+@pytest.mark.filterwarnings("ignore:TMS")
+def test_recipes_are_settings(size: tuple[int, int], identity: bool) -> None:
+    recipe = apd.targets.TMS(*size, identity=identity).recipe
+    del recipe["batches"], recipe["weights"]
+    apd.Config(**recipe)
 
 
 @pytest.mark.parametrize(("size", "identity", "why"), [

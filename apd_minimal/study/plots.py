@@ -47,7 +47,7 @@ def matrices(components: Components, path: str | None = None, order: Sequence[in
         Figure: a row of pictures, rows are inputs and columns outputs of the weight.
     """
     P = usable(components, alone=True).matrices(components.paths[0] if path is None else path).detach()
-    if order is not None and (isinstance(order, str) or not isinstance(order, Sequence) or not order):
+    if order is not None and (isinstance(order, (str, bytes)) or not isinstance(order, Sequence) or not order):
         raise TypeError(f"order must be a list of components, at least one, or None; got {checks.given(order)}")
     chosen = range(len(P)) if order is None else [checks.number("order", c, 0, len(P) - 1, whole=True) for c in order]
     limit = float(P.abs().max())
