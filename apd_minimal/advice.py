@@ -15,7 +15,7 @@ UNFAITHFUL = 0.05
 
 @torch.no_grad()
 def advice(network: Network, components: Components, config: Config) -> str | None:
-    """Say that a finished run is not faithful, and with which settings it would be.
+    """Describe in one line why a finished run is not faithful, and which settings to change.
 
     The losses are not scale-free: on another network than the toy models, the minimality loss can outweigh the
     faithfulness loss, a mean over the entries of the weights. The weight that is named makes up for the size of the

@@ -22,7 +22,7 @@ SAMPLES = 4
 
 
 def check(network: Network, x: Tensor, tolerance: float = 1e-3) -> None:
-    """See `Network.check`."""
+    """Compare a network with its definition on a few samples; see `Network.check`."""
     if not torch.is_grad_enabled():
         raise ValueError("gradients are switched off (torch.no_grad or torch.inference_mode), but learning needs them")
     if len(x) == 0:
@@ -42,14 +42,14 @@ def check(network: Network, x: Tensor, tolerance: float = 1e-3) -> None:
 
 
 def _differ(a: Tensor, b: Tensor, size: Tensor, tolerance: float, scale: Tensor | None = None) -> bool:
-    """Whether a and b differ by more than a part of `size`, and more than rounding of `scale` (of b) explains."""
+    """Tell whether a and b differ by more than `tolerance * size` plus the rounding error of `scale` (of b)."""
     rounding = 32 * torch.finfo(b.dtype).eps * (b.norm() if scale is None else scale)
     return not bool((a - b).norm() <= tolerance * size + rounding)  # NaN differs
 
 
 @torch.no_grad()
 def _check_target(network: Network, x: Tensor) -> None:
-    """What the target itself must be: finite, deterministic, with every decomposed weight in use."""
+    """Check the target itself: finite, deterministic outputs, and every decomposed weight in use."""
     used: list[Use] = []
     kept = x.clone()
     before = network(x, record=used, activations=[])
@@ -69,7 +69,7 @@ def _check_target(network: Network, x: Tensor) -> None:
 
 @torch.no_grad()
 def _check_samples(network: Network, x: Tensor, tolerance: float) -> None:
-    """Raise a ValueError that names the first module in which samples mix, if the outputs of one tell of the others."""
+    """Raise a ValueError naming the first module in which samples mix, if the outputs of one depend on the others."""
     together, trace = _traced(network, x)
     for i in range(len(x)):
         try:
@@ -90,7 +90,7 @@ def _check_samples(network: Network, x: Tensor, tolerance: float) -> None:
 
 
 def _traced(network: Network, x: Tensor) -> tuple[Tensor, list[tuple[str, Tensor]]]:
-    """The outputs, and those of every module in the order in which they end."""
+    """Return the outputs, and the outputs of every module in the order in which the calls end."""
     found: list[tuple[str, Tensor]] = []
 
     def note(name: str, out: Any) -> None:
@@ -132,7 +132,7 @@ class _Trial:
         }
 
     def problem(self) -> str | None:
-        """What is not reproduced, by the name of the weight at fault; None if everything is."""
+        """Describe what is not reproduced, by the path of the weight at fault; None if everything is."""
         paths = list(self.network.weights)
         for remainder in (False, True):
             if together := self.compare(paths, remainder):
@@ -140,7 +140,7 @@ class _Trial:
         return None
 
     def compare(self, paths: Sequence[str], remainder: bool) -> str | None:
-        """What is wrong when the weights at some paths are gated, while the others stay."""
+        """Describe what is wrong when the weights at some paths are gated and the others stay; None if nothing."""
         components = self.components(paths)
         true, gradients = self.real(components, remainder)
         ours, found = self.hooked(components, remainder)
@@ -175,7 +175,7 @@ class _Trial:
         return self.network(self.x, self.components([path]), self.gates, remainder=True)
 
     def hooked(self, components: Components, remainder: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        """All samples at once, through the network: outputs [n, ...], gradients [n, d_in, d_out] where they arrive."""
+        """Run all samples at once through the network: outputs [n, ...], gradients [n, d_in, d_out] by path."""
         record: list[Use] = []
         out = self.network(self.x, components, self.gates, remainder, record=record)
         found: dict[str, Tensor] = {}
@@ -187,7 +187,7 @@ class _Trial:
         return out.detach(), found
 
     def real(self, components: Components, remainder: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        """Sample by sample, with other weights in place of the target's: the same two."""
+        """Run sample by sample, with changed weights in place of the target's: the same two results by brute force."""
         network = self.network
         rules = {site.path: site.rule for site in network.sites if not site.transposed}
         outs, found = [], []
@@ -214,7 +214,7 @@ class _Trial:
         return torch.cat(outs), {path: torch.stack([rules[path].matrix(g) for g in own]) for path, own in together}
 
     def back(self, out: Tensor, leaves: list[Tensor], cotangent: Tensor) -> Sequence[Tensor | None]:
-        """Gradients through the target, on the way to which no decomposed module may be run again."""
+        """Compute gradients through the target; no decomposed module may be run again during the backward pass."""
         if not out.requires_grad:
             return [None] * len(leaves)
 

@@ -17,12 +17,12 @@ class NotFinite(ValueError):
 
 
 def given(value: Any) -> str:
-    """How a value is named in an error: short, and tensors by shape and type."""
+    """Describe a value for an error message: shortened, tensors by shape and type."""
     return f"a tensor {list(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else reprlib.repr(value)
 
 
 def plain(value: Any) -> Any:
-    """A Python value for a numpy scalar or a tensor without axes; anything else as it is."""
+    """Convert a numpy scalar or a tensor without axes to a Python value; return anything else unchanged."""
     return value.item() if getattr(value, "shape", None) == () and hasattr(value, "item") else value
 
 
@@ -36,7 +36,7 @@ def number(
     below: bool = False,
     whole: bool = False,
 ) -> Any:
-    """A finite number in [low, high], without `low` itself if it must be above, or `high` if below.
+    """Check for a finite number in [low, high], excluding `low` if it must be above, and `high` if below.
 
     Numpy scalars and tensors without axes count as numbers, bools and text do not.
 
@@ -65,7 +65,7 @@ def number(
 
 
 def flag(name: str, value: Any) -> bool:
-    """A bool; numpy's and torch's count, the text "False" does not."""
+    """Check for a bool; numpy's and torch's count, the text "False" does not."""
     got = plain(value)
     if not isinstance(got, bool):
         raise TypeError(f"{name} must be True or False, got {given(value)}")
@@ -73,26 +73,26 @@ def flag(name: str, value: Any) -> bool:
 
 
 def choice(name: str, value: Any, options: Sequence[str]) -> str:
-    """One of some names."""
+    """Check for one of some names."""
     if not isinstance(value, str) or value not in options:
         raise ValueError(f"{name} must be one of {list(options)}, got {given(value)}")
     return value
 
 
 def kind(name: str, value: Any, expected: Any, what: str) -> Any:
-    """Something of a class (None counts if it is among the classes)."""
+    """Check for an instance of a class (None counts if NoneType is among the classes)."""
     if not isinstance(value, expected):
         raise TypeError(f"{name} must be {what}, got {given(value)}")
     return value
 
 
 def generator(value: Any) -> None:
-    """A source of randomness, or None."""
+    """Check for a torch.Generator, or None."""
     kind("generator", value, (torch.Generator, type(None)), "a torch.Generator or None")
 
 
 def tensor(name: str, value: Any, *shape: Any, finite: bool = True) -> Tensor:
-    """A tensor of a shape: sizes, names of sizes, and at most one `...` for any number of axes."""
+    """Check for a tensor of a shape: sizes, names of sizes, and at most one `...` for any number of axes."""
     kind(name, value, Tensor, "a tensor")
     sizes, wanted = list(value.shape), list(shape)
     if ... in wanted:
@@ -107,7 +107,7 @@ def tensor(name: str, value: Any, *shape: Any, finite: bool = True) -> Tensor:
 
 
 def matrices(name: str, value: Any, shapes: Mapping[str, Sequence[Any]], finite: bool = True) -> None:
-    """A mapping from exactly these parameter paths to tensors of these shapes."""
+    """Check for a mapping from exactly these parameter paths to tensors of these shapes."""
     kind(name, value, Mapping, "a mapping from parameter paths to tensors")
     if set(value) != set(shapes):
         raise ValueError(f"{name} must be about {list(shapes)}, got {list(value)}")
@@ -116,7 +116,7 @@ def matrices(name: str, value: Any, shapes: Mapping[str, Sequence[Any]], finite:
 
 
 def inputs(x: Any) -> Tensor:
-    """Inputs [B, ...] of a network: a tensor, not empty, finite."""
+    """Check inputs [B, ...] of a network: a tensor, not empty, finite."""
     kind("x", x, Tensor, "one tensor [B, ...] (wrap a network that takes more in a module that takes one)")
     if x.ndim == 0 or len(x) == 0:
         raise ValueError(
@@ -129,7 +129,7 @@ def inputs(x: Any) -> Tensor:
 
 @contextmanager
 def running(x: Tensor, weights: str) -> Iterator[None]:
-    """Say of which inputs it is, where torch says that a network does not run on them."""
+    """Name the inputs and weights in the error, where torch reports that a network does not run on them."""
     try:
         yield
     except (RuntimeError, IndexError) as error:
@@ -139,14 +139,14 @@ def running(x: Tensor, weights: str) -> Iterator[None]:
 
 
 def function(name: str, value: Any) -> Callable[..., Any] | None:
-    """A function, or None."""
+    """Check for a function, or None."""
     if value is not None and not callable(value):
         raise TypeError(f"{name} must be a function or None, got {given(value)}")
     return value
 
 
 def interval(name: str, value: Any) -> tuple[float, float]:
-    """Least and largest of a range."""
+    """Check for a pair (least, largest)."""
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         raise ValueError(f"{name} must be (least, largest), got {given(value)}")
     low, high = (number(name, v) for v in value)

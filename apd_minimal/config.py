@@ -102,7 +102,7 @@ class Config:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Make Python numbers of all settings.
+        """Check all settings and convert them to Python numbers.
 
         Raises:
             TypeError, ValueError: the first setting that is of another kind or out of range, by name.
@@ -140,25 +140,25 @@ class Config:
         return ["faithfulness", "minimality", "simplicity", "hidden", "scrub"]
 
     def lr_at(self, t: float) -> float:
-        """Learning rate at progress t in [0, 1): a linear warm-up, and a quarter of a cosine from `lr` to 0."""
+        """Compute the learning rate at progress t in [0, 1): linear warm-up, then a quarter cosine from `lr` to 0."""
         t = checks.number("t", t, 0, 1)
         warm = min(1.0, (t + 1 / self.steps) / self.warmup) if self.warmup else 1.0
         return self.lr * warm * math.cos(math.pi / 2 * t)
 
     def logs(self, step: int) -> bool:
-        """Is this step logged? About two hundred are, and the last."""
+        """Tell whether this step is logged: about two hundred evenly spaced steps, and the last one."""
         step = checks.number("step", step, 0, whole=True)
         return step % max(1, self.steps // 200) == 0 or step == self.steps - 1
 
     def tidies(self, step: int) -> bool:
-        """Is it time to merge and prune, after so many steps?"""
+        """Tell whether to merge and prune after this many steps."""
         step = checks.number("step", step, 0, whole=True)
         every = round(self.tidy_every * self.steps)
         return every > 0 and step % every == 0 and self.tidy_from <= step / self.steps < self.tidy_until
 
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> Config:
-        """A configuration from names and values, as stored in JSON.
+        """Create a configuration from names and values, as stored in JSON.
 
         Raises:
             TypeError: a setting that does not exist, or of another kind.
@@ -180,7 +180,7 @@ class Config:
 
 
 def completed(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings as they were stored, with the defaults of fields that came into `Config` since then.
+    """Add to stored settings the defaults of fields that `Config` has gained since.
 
     Args:
         settings: fields of `Config`, and others, which are kept.
@@ -194,7 +194,7 @@ def completed(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def at_progress(schedule: Schedule, t: float) -> float:
-    """A schedule's value at progress t in [0, 1].
+    """Evaluate a schedule at progress t in [0, 1].
 
     A number is constant. Points (progress, value), in order of progress, are joined by straight lines.
     """
@@ -205,7 +205,7 @@ def at_progress(schedule: Schedule, t: float) -> float:
 
 
 def _schedule(name: str, value: Any, check: Callable[[str, Any], float]) -> Schedule:
-    """A number, or points (progress, value) in order of progress, each value checked."""
+    """Check a number, or points (progress, value) in order of progress, and each of their values."""
     if not isinstance(value, (list, tuple)):
         return check(name, value)
     if not value or any(not isinstance(point, (list, tuple)) or len(point) != 2 for point in value):

@@ -15,7 +15,7 @@ Product = Callable[[str, Tensor], Tensor]  # (name of a parameter, its input) ->
 
 
 def named(module: nn.Module) -> Rule | None:
-    """The rule for a kind that is known by its name, since its library need not be there."""
+    """Find the rule for a class recognised by its name, whose library need not be installed."""
     names = {cls.__name__ for cls in type(module).__mro__}
     if "Conv1D" in names and hasattr(module, "nf"):  # Hugging Face's linear layer, with its weight [d_in, d_out]
         return Rule(matrix=lambda w: w, weight=lambda m: m)
@@ -39,7 +39,7 @@ def _(module: nn.ConvTranspose1d | nn.ConvTranspose2d) -> Rule:
     one = (1,) if flat else ()
 
     def unrows(y: Tensor, like: Tensor) -> Tensor:
-        """Add up the patches [B, L, C k k] that the inputs spread, and cut the padding off."""
+        """Add up the overlapping patches [B, L, C k k], and crop the padding."""
         sizes: list[int] = [*one]
         cuts: list[int] = []
         for i in dims:
@@ -109,7 +109,7 @@ def _(module: nn.MultiheadAttention) -> dict[str, Rule]:
 
 
 def _added(mask: Tensor, scores: Tensor) -> Tensor:
-    """A mask as what is added to the scores; True means: do not look there."""
+    """Convert a boolean mask (True: do not attend) to the number that is added to the scores."""
     return (
         torch.zeros_like(mask, dtype=scores.dtype).masked_fill(mask, -torch.inf) if mask.dtype == torch.bool else mask
     )

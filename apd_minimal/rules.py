@@ -101,7 +101,7 @@ class TransposedLinear(nn.Module):
 
 @singledispatch
 def rule(module: nn.Module) -> Rule | Mapping[str, Rule]:
-    """The rule for a kind of module, found by its class: for `weight`, or by name of parameter.
+    """Look up the rule for a kind of module by its class: for `weight`, or by parameter name.
 
     Raises:
         TypeError: if there is none for this kind.

@@ -55,12 +55,12 @@ class Site:
         return None if self.rule.forward is not None else getattr(self.module, "bias", None)
 
     def factors(self, components: Components) -> tuple[Tensor, Tensor]:
-        """The factors in the order in which this module's rows meet them: [..., C, d, m] and [..., C, m, d']."""
+        """Return the factors in the order of this module's product: [..., C, d, m] and [..., C, m, d']."""
         a, b = components.A[self.path], components.B[self.path]
         return (b.transpose(-2, -1), a.transpose(-2, -1)) if self.transposed else (a, b)
 
     def sum(self, components: Components) -> Tensor:
-        """Sum of the components as this module multiplies by it: [..., d, d']."""
+        """Sum the components, transposed if this module multiplies by the transpose: [..., d, d']."""
         total = components.sum(self.path)
         return total.transpose(-2, -1) if self.transposed else total
 
@@ -81,7 +81,7 @@ class Use:
 
 
 def busy(uses: Sequence[Use], batch: int) -> Tensor:
-    """Which samples put anything at all into a decomposed weight: [B].
+    """Find the samples with a nonzero input to at least one decomposed weight: boolean [B].
 
     For the others every component does nothing: their outputs stay those of the target, their attributions are 0.
     """
@@ -89,7 +89,7 @@ def busy(uses: Sequence[Use], batch: int) -> Tensor:
 
 
 def by_sample(rows: Tensor, n: int, site: Site) -> Tensor:
-    """Rows with the samples as their first axis [n, *positions, d], a view.
+    """View rows with the samples as their first axis: [n, *positions, d].
 
     Samples and positions may come as one axis, sample by sample; what has a leading 1 serves all samples.
 
@@ -110,13 +110,13 @@ def by_sample(rows: Tensor, n: int, site: Site) -> Tensor:
 
 
 def rules_of(module: nn.Module) -> dict[str, Rule]:
-    """The rules of a module's parameters, by name."""
+    """Return the rules of a module's parameters, by parameter name."""
     found = rule(module)
     return {"weight": found} if isinstance(found, Rule) else dict(found)
 
 
 def find_parameter(parameters: Mapping[str, nn.Parameter], modules: Mapping[str, nn.Module], path: str) -> nn.Parameter:
-    """The parameter under a path of the target's, if it can be decomposed as it is.
+    """Find the target's parameter at a path, and check that it can be decomposed.
 
     Raises:
         KeyError: there is none.
@@ -187,7 +187,7 @@ def find_sites(target: nn.Module, path: str, parameter: nn.Parameter) -> list[Si
 
 
 def lookup(known: Mapping[str, Any], path: str, kind: str) -> Any:
-    """What the target has under a path, or a KeyError with the paths that come close."""
+    """Look up a path of the target, or raise a KeyError that suggests similar paths."""
     if path not in known:
         close = difflib.get_close_matches(path, known, n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else f"it has {', '.join(list(known)[:12])}"
@@ -196,7 +196,7 @@ def lookup(known: Mapping[str, Any], path: str, kind: str) -> Any:
 
 
 def replaced(modules: Iterable[nn.Module], sites: Sequence[Site]) -> list[tuple[nn.Module, dict[str, Rule]]]:
-    """The modules whose rules say what they compute, since their output is not the product plus something."""
+    """Find the modules whose rules define their forward pass, since their output is not the product plus a constant."""
     found = []
     for module in dict.fromkeys(modules):
         own = {id(p) for p in module.parameters()}
@@ -211,7 +211,7 @@ def replaced(modules: Iterable[nn.Module], sites: Sequence[Site]) -> list[tuple[
 
 @contextmanager
 def with_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Another forward pass inside, the module's own afterwards."""
+    """Replace a module's forward pass within the context, and restore it afterwards."""
     own = vars(module).get("forward")
     hook = module.register_forward_hook(lambda *args: None)  # fused kernels look for hooks, and leave such modules be
     module.forward = forward

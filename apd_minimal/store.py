@@ -31,7 +31,7 @@ class StoreError(ValueError):
 
 @contextmanager
 def reading(path: str | os.PathLike[str], kind: str) -> Iterator[None]:
-    """Whatever does not fit in what a file holds becomes one StoreError that names the file."""
+    """Turn every error about a file's contents into a StoreError that names the file."""
     try:
         yield
     except StoreError:
@@ -45,7 +45,7 @@ def reading(path: str | os.PathLike[str], kind: str) -> Iterator[None]:
 
 
 def write(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write a file so that it is there whole or not at all.
+    """Write a file atomically: it is complete or absent.
 
     Raises:
         TypeError: no path, or no bytes.
@@ -97,7 +97,7 @@ def write_tensors(path: str | os.PathLike[str], kind: str, tensors: Mapping[str,
 
 
 def read_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], Any]:
-    """Read what `write_tensors` wrote.
+    """Read a file written by `write_tensors`.
 
     Returns:
         tuple[dict[str, Tensor], Any]: tensors by name, and the facts.
@@ -136,5 +136,5 @@ def read_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Ten
 
 
 def _entry(checksum: str) -> bytes:
-    """As the header of a safetensors file has it; within the facts the quotes would be escaped."""
+    """Format a checksum as in the header of a safetensors file; within the facts the quotes would be escaped."""
     return f'"checksum":"{checksum}"'.encode()

@@ -68,17 +68,17 @@ class Case:
         return self.instances * self.n_components * sum(per_weight)
 
     def target(self) -> TMS | ResidualMLP:
-        """The target, made once. A TMS is trained, since most of its outputs are then at rest, which can save work."""
+        """Return the target, made once. A TMS is trained: most of its outputs are then off, which can save work."""
         return _target(self.n_features, self.width, self.neurons)
 
     def inputs(self, n_batches: int, seed: int = 0) -> list[Tensor]:
-        """Batches [B, I, n_features]: each instance has its own samples."""
+        """Draw batches [B, I, n_features]: each instance has its own samples."""
         source = self.target().data(self.batch * self.instances)
         generator = torch.Generator().manual_seed(seed)
         return [source(i, generator).reshape(self.batch, self.instances, -1) for i in range(n_batches)]
 
     def settings(self) -> dict[str, Any]:
-        """The paper's losses as arguments of `decompose`; nothing is merged, pruned or scrubbed."""
+        """Return the paper's losses as arguments of `decompose`; nothing is merged, pruned or scrubbed."""
         faithfulness, minimality, simplicity, hidden = self.weights
         modules = [f"neurons.{i}" for i in range(len(self.neurons))] if hidden else []
         return {

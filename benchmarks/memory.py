@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def added(n_samples: int) -> float:
-    """Megabytes that the generic attributions of so many samples take."""
+    """Measure the megabytes that the generic attributions of so many samples take."""
     case = ONE_LAYER
     target = case.target()
     TMS().fit(steps=5)

@@ -35,7 +35,7 @@ class _Clock:
 
 
 def has_special(case: Case) -> bool:
-    """Does the target bring attributions from what is special about it?"""
+    """Tell whether the target has attributions of its own."""
     return hasattr(case.target(), "attributions")
 
 

@@ -48,7 +48,7 @@ LONGEST = 1.0  # seconds of a step of the paper's formulation, about
 
 
 def kinds(size: Size) -> dict[str, Callable[[], Step]]:
-    """What is measured of a size."""
+    """List what is measured of a size."""
     made: dict[str, Callable[[], Step]] = {
         "plain": lambda: Plain(size).step,
         "ours": lambda: ours(size).advance,
@@ -61,7 +61,7 @@ def kinds(size: Size) -> dict[str, Callable[[], Step]]:
 
 
 def way(size: Size) -> str:
-    """Which exact way to attributions the library takes."""
+    """Return the exact way to attributions that the library chooses."""
     run = ours(size)
     components: Components = run.components.map(torch.Tensor.detach)
     return cheapest(run.network, components, None, run.inputs(0, run.generator))

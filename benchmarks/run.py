@@ -38,7 +38,7 @@ Times = list[tuple[float, float]]  # by the clock, and of the processor
 
 
 def kinds(case: Case) -> list[str]:
-    """What can be timed of a case."""
+    """List what can be timed of a case."""
     missing = {"special"} if not ours.has_special(case) else set()
     if not case.neurons:
         missing |= {"loaded"}
@@ -46,7 +46,7 @@ def kinds(case: Case) -> list[str]:
 
 
 def clocked(step: Callable[[], Any], n_steps: int) -> Times:
-    """Seconds of each of some steps."""
+    """Time each of n_steps steps, in seconds."""
     found = []
     for _ in range(n_steps):
         start, start_cpu = time.perf_counter(), time.process_time()
@@ -56,7 +56,7 @@ def clocked(step: Callable[[], Any], n_steps: int) -> Times:
 
 
 def timer(case: Case, kind: str) -> Callable[[int], Times]:
-    """A function that times so many steps."""
+    """Create a function that times a number of steps."""
     batches = case.inputs(4)
     if kind in ("ours", "special"):
         return lambda n_steps: ours.times(case, batches, n_steps, special=kind == "special")
@@ -66,7 +66,7 @@ def timer(case: Case, kind: str) -> Callable[[int], Times]:
 
 
 def summary(times: Times) -> dict[str, float]:
-    """Seconds of the processor, so that what other processes take does not count: median, smallest and largest.
+    """Summarise CPU seconds, so that other processes do not count: median, smallest and largest.
 
     On a quiet machine the clock says the same, since there is one thread.
     """
@@ -102,7 +102,7 @@ def timed(case: Case, rounds: int = 5, seconds: float = 1.0) -> dict[str, dict[s
 
 
 def high_water() -> float:
-    """Peak memory of this process so far, in megabytes."""
+    """Read the peak memory of this process so far, in megabytes."""
     status = Path("/proc/self/status")
     if status.exists():
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
@@ -111,7 +111,7 @@ def high_water() -> float:
 
 
 def peak_memory(case: Case, kind: str) -> dict[str, float]:
-    """What this process, a fresh one, has after its imports and a little training, and what two steps add to it."""
+    """Measure a fresh process after imports and a little training, and what two steps add to it."""
     TMS().fit(steps=5)
     case.target()
     before = high_water()
@@ -120,7 +120,7 @@ def peak_memory(case: Case, kind: str) -> dict[str, float]:
 
 
 def measured_memory(case: Case) -> dict[str, dict[str, float]]:
-    """Peak memory of each kind of step, each in a process of its own."""
+    """Measure the peak memory of each kind of step, each in a process of its own."""
     found = {}
     for kind in KINDS:
         if kind == "loaded" or (kind == "special" and not ours.has_special(case)):
@@ -133,13 +133,13 @@ def measured_memory(case: Case) -> dict[str, dict[str, float]]:
 
 
 def drawing(case: Case) -> float:
-    """Seconds that drawing a batch takes: it is not part of the steps."""
+    """Time the drawing of a batch, in seconds: it is not part of the steps."""
     source, generator = case.target().data(case.batch * case.instances), torch.Generator()
     return median(machine.repeated(lambda: source(0, generator), seconds=0.1))
 
 
 def result(case: Case, flop_rate: float, bandwidth: float) -> dict[str, Any]:
-    """Everything about one case."""
+    """Measure everything about one case."""
     found: dict[str, Any] = {"name": case.name, "steps": timed(case), "memory": measured_memory(case)}
     work = {"paper": cost.paper(case), "ours": cost.ours(case)}
     if "special" in found["steps"]:
@@ -158,7 +158,7 @@ def result(case: Case, flop_rate: float, bandwidth: float) -> dict[str, Any]:
 
 
 def growth() -> dict[str, list[dict[str, float]]]:
-    """How a step's time grows with C, n_out and B."""
+    """Measure how a step's time grows with C, n_out and B."""
     curves: dict[str, list[dict[str, float]]] = {}
     for name, cases in GROWTH.items():
         curves[name] = []

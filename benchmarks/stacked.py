@@ -40,7 +40,7 @@ class Stacked:
         return self.weights if self.bias is None else [*self.weights, self.bias]
 
     def forward(self, x: Tensor, apply: Apply) -> tuple[Tensor, list[Tensor]]:
-        """Run with whatever stands for the weights.
+        """Run with `apply` in place of the products with the weights.
 
         Args:
             x: inputs [B, I, n].
@@ -59,7 +59,7 @@ class Stacked:
         return einsum("bid,idf->bif", stream, self.unembedding), hidden
 
     def weigh(self, use: int, rows: Tensor) -> Tensor:
-        """A use of the target's own weights: [B, I, d] to [B, I, d']."""
+        """Multiply by the target's own weights in one use: [B, I, d] to [B, I, d']."""
         which, transposed = self.case.uses[use]
         return einsum("bie,ide->bid" if transposed else "bid,ide->bie", rows, self.weights[which])
 
@@ -83,7 +83,7 @@ class Plain:
         self.optimiser = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01)
 
     def step(self) -> None:
-        """Take one."""
+        """Take one training step."""
         x = self.batches[self.done % len(self.batches)]
         wanted = x + torch.relu(x) if self.stacked.case.neurons else x
         self.optimiser.zero_grad()

@@ -58,7 +58,7 @@ class Size:
         return list(pairwise(widths))
 
     def target(self) -> nn.Sequential:
-        """The network, its weights drawn."""
+        """Create the network, its weights drawn."""
         layers: list[nn.Module] = []
         with torch.random.fork_rng():
             torch.manual_seed(0)
@@ -67,11 +67,11 @@ class Size:
         return nn.Sequential(*layers[:-1])
 
     def inputs(self) -> Tensor:
-        """One batch [B, width]."""
+        """Draw one batch [B, width]."""
         return torch.randn(self.batch, self.width, generator=torch.Generator().manual_seed(1))
 
     def asdict(self) -> dict[str, Any]:
-        """For a table: its fields, its shapes and the number of entries in its weights."""
+        """Return its fields, its shapes and the number of entries in its weights, for a table."""
         return asdict(self) | {"shapes": self.shapes, "entries": sum(d * e for d, e in self.shapes)}
 
 
@@ -84,7 +84,7 @@ class Plain:
         self.optimiser = torch.optim.Adam(self.target.parameters(), lr=1e-3, fused=True)
 
     def step(self) -> None:
-        """Take one."""
+        """Take one training step."""
         self.optimiser.zero_grad()
         F.mse_loss(self.target(self.x), self.labels).backward()
         self.optimiser.step()
@@ -97,7 +97,7 @@ def ours(
     recompute: bool = False,
     **settings: Any,
 ) -> Run:
-    """A run of `decompose` with the paper's losses, before its first step; `advance` takes one."""
+    """Begin a run of `decompose` with the paper's losses, before its first step; `advance` takes one."""
     target, x = size.target(), size.inputs()
     weights = [name for name, parameter in target.named_parameters() if parameter.ndim == 2]
     numbers = {"n_components": size.n_components, "top_k": size.top_k, "rank": size.rank, "steps": STEPS}
@@ -120,14 +120,14 @@ class Paper:
         self.optimiser = torch.optim.Adam(self.factors, lr=1e-3, fused=False, foreach=False)
 
     def activations(self, i: int, rows: Tensor, mask: Tensor | None = None) -> Tensor:
-        """What every component makes of a layer's inputs: [B, C, d_out]."""
+        """Compute every component's activations for a layer's inputs: [B, C, d_out]."""
         inner = einsum("bd,cdm->bcm", rows, self.A[i])
         if mask is not None:
             inner = inner * mask[..., None]
         return einsum("bcm,cme->bce", inner, self.B[i])
 
     def attributions(self) -> tuple[Tensor, Tensor]:
-        """Root mean squares over outputs [B, C], and the target's outputs."""
+        """Compute root mean squares over outputs [B, C], and the target's outputs."""
         rows, before, after = self.x, [], []
         for i, layer in enumerate(self.layers):
             before.append(torch.relu(rows) if i else rows)
@@ -143,14 +143,14 @@ class Paper:
         return (scores / self.size.n_out).sqrt(), rows.detach()
 
     def sparse(self, mask: Tensor) -> Tensor:
-        """The outputs of the active components [B, n_out]."""
+        """Compute the outputs of the active components [B, n_out]."""
         rows = self.x
         for i, layer in enumerate(self.layers):
             rows = self.activations(i, torch.relu(rows) if i else rows, mask).sum(1) + layer.bias.detach()
         return rows
 
     def losses(self) -> dict[str, Tensor]:
-        """Each loss, a scalar."""
+        """Compute each loss, a scalar."""
         scores, wanted = self.attributions()
         kept = scores.flatten().topk(int(self.size.top_k * self.size.batch)).indices
         mask = torch.zeros_like(scores).flatten().scatter_(0, kept, 1.0).view_as(scores)
@@ -167,7 +167,7 @@ class Paper:
         }
 
     def step(self) -> None:
-        """Take one."""
+        """Take one training step."""
         losses = self.losses()
         self.optimiser.zero_grad()
         (losses["faithfulness"] + 10 * losses["minimality"] + 10 * losses["simplicity"]).backward()
@@ -175,7 +175,7 @@ class Paper:
 
 
 def timed(makers: Mapping[str, Callable[[], Step]], rounds: int = 3, seconds: float = 0.15) -> dict[str, float]:
-    """Median seconds of the processor for each kind of step, in rounds, so that a disturbance hits all alike.
+    """Measure median CPU seconds of each kind of step, in rounds, so that a disturbance hits all alike.
 
     Args:
         makers: per kind, a function that gives a step.
@@ -205,13 +205,13 @@ def _clocked(step: Step) -> float:
 
 
 def high_water() -> float:
-    """Peak memory of this process so far, in megabytes."""
+    """Read the peak memory of this process so far, in megabytes."""
     status = Path("/proc/self/status").read_text()
     return float(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 1024
 
 
 def peak(make: Callable[[], Step], n_steps: int = 2) -> float:
-    """Megabytes that two steps add, at their peak, to a process that has taken a few tiny ones.
+    """Measure the megabytes that two steps add, at their peak, to a process that has taken a few tiny ones.
 
     The process is a copy of this one, which should not have done anything large before.
     """

@@ -45,29 +45,29 @@ class Residual:
     top_k: float = 1.28
 
     def target(self) -> nn.Module:
-        """The network."""
+        """Create the network."""
         with torch.random.fork_rng():
             torch.manual_seed(0)
             return ResidualMLP(100, 1000, (50,))
 
     def inputs(self) -> Tensor:
-        """One batch of sparse features [B, 100]."""
+        """Draw one batch of sparse features [B, 100]."""
         source = apd.data.SparseFeatures(100, 0.01, -1.0, 1.0, batch_size=self.batch, nonempty=True)
         return source(0, torch.Generator().manual_seed(1))
 
 
 def plain(size: Any, **changes: Any) -> Step:
-    """A step of `decompose`."""
+    """Create a step of `decompose`."""
     return ours(size, **changes).advance
 
 
 def probing(size: Any, n_probes: int) -> Step:
-    """With random probes for the outputs."""
+    """Create a step with random probes for the outputs."""
     return plain(size, attribution=partial(gradient, n_probes=n_probes, generator=torch.Generator().manual_seed(3)))
 
 
 def dense(size: Any) -> Step:
-    """Without the grouped forward pass."""
+    """Create a step without the grouped forward pass."""
     step = plain(size)
 
     def without() -> None:
@@ -78,7 +78,7 @@ def dense(size: Any) -> Step:
 
 
 def autocast(size: Any) -> Step:
-    """Under autocast to bfloat16."""
+    """Create a step under autocast to bfloat16."""
     step = plain(size)
 
     def lower() -> None:
@@ -89,7 +89,7 @@ def autocast(size: Any) -> Step:
 
 
 def optimising(kind: str, n: int = 2**23) -> Step:
-    """A step of an optimiser on so many numbers, in two tensors."""
+    """Create a step of an optimiser on n numbers, in two tensors."""
     parameters = [torch.zeros(n // 2, requires_grad=True) for _ in range(2)]
     for p in parameters:
         p.grad = torch.full_like(p, 0.1)
@@ -99,7 +99,7 @@ def optimising(kind: str, n: int = 2**23) -> Step:
 
 
 def state_bytes(kind: str, n: int = 2**20) -> float:
-    """Bytes that an optimiser keeps for each number that it trains."""
+    """Count the bytes that an optimiser keeps for each number that it trains."""
     p = torch.zeros(n, requires_grad=True)
     p.grad = torch.ones_like(p)
     optimiser = torch.optim.Adam([p]) if kind == "float32" else optimiser_of(kind, [p], 1e-3)
@@ -110,7 +110,7 @@ def state_bytes(kind: str, n: int = 2**20) -> float:
 
 
 def comparisons() -> dict[str, dict[str, Callable[[], Step]]]:
-    """Per trick: how to make a step, the first with the trick off."""
+    """List, per trick, how to make a step; the first has the trick off."""
     mlp, res, batch = MLP, Residual(), LARGE_BATCH
     made: dict[str, dict[str, Callable[[], Step]]] = {
         "rank, MLP": {str(m or "full"): partial(plain, replace(mlp, rank=m)) for m in (None, 4, 2, 1)},
@@ -143,7 +143,7 @@ def comparisons() -> dict[str, dict[str, Callable[[], Step]]]:
 
 
 def modes() -> list[dict[str, Any]]:
-    """Every exact way to attributions by shape, and by the share of outputs that are not at rest."""
+    """Time every exact way to attributions by shape, and by the share of outputs that are not off."""
     rows = []
     for n_out in (1, 16, 128):
         for C in (4, 32, 256):
@@ -173,7 +173,7 @@ def _itself(run: Step) -> Step:
 
 
 def losses_of(size: Size) -> Callable[[], Tensor]:
-    """Faithfulness and simplicity of random factors, written out for the compiler, and the way back."""
+    """Write out faithfulness and simplicity of random factors for the compiler."""
     run = ours(size)
     paths, weights = run.components.paths, run.network.weights
     factors = [(run.components.A[p][0], run.components.B[p][0], weights[p]) for p in paths]
@@ -190,7 +190,7 @@ def losses_of(size: Size) -> Callable[[], Tensor]:
 
 
 def mixture_of(size: Size) -> Callable[[], Tensor]:
-    """All components of one layer with gates on them, as the scrub loss has them, and the way back."""
+    """Write out the gated sum of all components of one layer, as in the scrub loss."""
     g = torch.Generator().manual_seed(0)
     C, m, d = size.n_components, size.rank or size.width, size.width
     rows, gates = torch.randn(size.batch, d, generator=g), (torch.rand(size.batch, C, generator=g) < 0.5).float()
@@ -205,13 +205,13 @@ def mixture_of(size: Size) -> Callable[[], Tensor]:
 
 
 def training_of(size: Size) -> Callable[[], Tensor]:
-    """The loss of a plain training step."""
+    """Return the loss of a plain training step."""
     plainly = Plain(size)
     return lambda: F.mse_loss(plainly.target(plainly.x), plainly.labels)
 
 
 def compiled() -> list[dict[str, Any]]:
-    """Torch's compiler on functions where it could win: forward and back, eager and compiled, and how long it takes."""
+    """Time functions where torch's compiler could win: forward and backward, eager and compiled."""
     cases = {
         "plain training, MLP": training_of(MLP),
         "faithfulness and simplicity, MLP": losses_of(MLP),
@@ -248,16 +248,16 @@ class Doubled(Size):
     """The same in double precision."""
 
     def target(self) -> nn.Sequential:
-        """The network, its weights drawn."""
+        """Create the network, its weights drawn."""
         return super().target().double()
 
     def inputs(self) -> Tensor:
-        """One batch [B, width]."""
+        """Draw one batch [B, width]."""
         return super().inputs().double()
 
 
 def agreement(size: Size) -> dict[str, float]:
-    """How far the components are apart after 30 steps with a trick that promises the same, and without it.
+    """Measure how far apart components are after 30 steps with and without a trick that should change nothing.
 
     Args:
         size: of the network and the step.

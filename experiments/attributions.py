@@ -44,7 +44,7 @@ Job = tuple[str, str, str, float, int]  # target, estimator, budget, factor of k
 
 
 def estimator_of(name: str) -> Attribution:
-    """An estimator with its options, ready for `decompose`; those that sample have a stream of their own."""
+    """Create an estimator with its options for `decompose`; estimators that sample get their own generator."""
     function: Attribution = getattr(attributions, name.replace(" ", "_"))
     options = dict(OPTIONS[name])
     if "n_samples" in options:
@@ -53,7 +53,7 @@ def estimator_of(name: str) -> Attribution:
 
 
 def untrained(name: str, seed: int = 0) -> TMS | ResidualMLP:
-    """The target before training."""
+    """Create the target before training."""
     if name == "residual-20-10":
         return ResidualMLP(20, 200, (10,), seed=seed)
     n_features, d_hidden = map(int, name.removeprefix("tms-").split("-"))
@@ -62,7 +62,7 @@ def untrained(name: str, seed: int = 0) -> TMS | ResidualMLP:
 
 @cache
 def target_of(name: str, seed: int) -> TMS | ResidualMLP:
-    """The trained target of a seed."""
+    """Train the target of a seed."""
     target = untrained(name, seed)
     if isinstance(target, ResidualMLP):
         return target.fit(seed=seed, steps=3000, batch_size=1024)
@@ -70,7 +70,7 @@ def target_of(name: str, seed: int) -> TMS | ResidualMLP:
 
 
 def recipe_of(name: str) -> dict[str, Any]:
-    """A target's recipe, for generic attributions and short runs."""
+    """Return a target's recipe, for generic attributions and short runs."""
     recipe = {k: v for k, v in untrained(name).recipe.items() if k != "attribution"}
     if name == "tms-40-10":
         recipe["batches"] = replace(recipe["batches"], batch_size=128)
@@ -80,14 +80,14 @@ def recipe_of(name: str) -> dict[str, Any]:
 
 
 def but_last(schedule: tuple[tuple[float, float], ...], factor: float) -> Schedule:
-    """k times a factor; after the simplicity loss is gone, k is large enough for everything."""
+    """Scale k by a factor except at the last point: without the simplicity loss, k is large enough for everything."""
     *points, last = schedule
     return (*((t, factor * k) for t, k in points), last)
 
 
 @cache
 def operations(name: str, estimator: str, steps: int = 100) -> int:
-    """Floating-point operations of one step, in the mean over a short run; measured once, then taken from the table.
+    """Count floating-point operations of one step, averaged over a short run; measured once, then read from the table.
 
     Budgets, by which runs are known, would change with every change in how gradients are computed otherwise.
     """
@@ -108,7 +108,7 @@ def operations(name: str, estimator: str, steps: int = 100) -> int:
 
 
 def settings_of(job: Job) -> dict[str, Any]:
-    """The arguments of `decompose` for a run, without its attributions."""
+    """Return the arguments of `decompose` for a run, without its attributions."""
     name, estimator, budget, factor, seed = job
     recipe = recipe_of(name)
     steps = recipe.get("steps", apd.Config(1, 1).steps)
@@ -118,7 +118,7 @@ def settings_of(job: Job) -> dict[str, Any]:
 
 
 def stored_settings(job: Job) -> Row:
-    """The settings as they are stored, by which a run is known."""
+    """Return the settings as stored; they identify a run."""
     settings = settings_of(job)
     return {"estimator": job[1], **OPTIONS[job[1]], **numbers(settings, batch=settings["batches"].batch_size)}
 
@@ -126,7 +126,7 @@ def stored_settings(job: Job) -> Row:
 def watcher(
     network: apd.Network, config: apd.Config, own: Attribution, x: torch.Tensor, found: list[dict[str, float]]
 ) -> Callable[[int, dict[str, list[float]], apd.Components], None]:
-    """A function that notes, at a few moments, which share of the active pairs other estimators would choose too."""
+    """Create a callback that notes, at MOMENTS steps, the share of active pairs that other estimators choose too."""
     moments = {round(i * (config.steps - 1) / (MOMENTS - 1)) for i in range(MOMENTS)}
 
     def look(step: int, losses: dict[str, list[float]], components: apd.Components) -> None:
@@ -149,7 +149,7 @@ def watcher(
 
 
 def run(job: Job) -> tuple[list[Row], Tensors]:
-    """Take one target apart with one estimator."""
+    """Decompose one target with one estimator."""
     name, estimator, _, _, seed = job
     target, settings, estimate = target_of(name, seed), settings_of(job), estimator_of(estimator)
     network = apd.Network(target, target.weights)
@@ -172,12 +172,12 @@ def run(job: Job) -> tuple[list[Row], Tensors]:
 
 
 def budget_of(estimator: str) -> str:
-    """The budget that all estimators share; with gradients, equal compute is equal steps."""
+    """Return the budget that all estimators share; with gradients, equal compute is equal steps."""
     return "steps" if estimator == "gradient" else "compute"
 
 
 def search_jobs(name: str) -> list[Job]:
-    """The runs that k is chosen by."""
+    """List the runs by which k is chosen."""
     return [
         (name, estimator, budget_of(estimator), factor, seed)
         for seed in SEARCH_SEEDS[name]
@@ -187,7 +187,7 @@ def search_jobs(name: str) -> list[Job]:
 
 
 def chosen(runs: list[Row], name: str, estimator: str) -> float:
-    """The factor of k with the most owned mechanisms on the search seeds; of equals, that with the smallest error."""
+    """Choose the factor of k with the most owned mechanisms on the search seeds, then the smallest error."""
 
     def merit(factor: float) -> tuple[int, float]:
         some = [r for r in runs if (r["target"], r["estimator"]) == (name, estimator) and r["factor"] == factor]
@@ -198,7 +198,7 @@ def chosen(runs: list[Row], name: str, estimator: str) -> float:
 
 
 def report_jobs(runs: list[Row], name: str) -> list[Job]:
-    """The runs that are reported."""
+    """List the runs that are reported."""
     jobs: list[Job] = []
     for seed in SEEDS:
         for estimator in OPTIONS:
@@ -212,7 +212,7 @@ def report_jobs(runs: list[Row], name: str) -> list[Job]:
 
 
 def jobs(rows: list[Row]) -> list[Job]:
-    """Every run; which ones are reported is known when a target's search is done."""
+    """List every run; the reported ones are known when a target's search is done."""
     found: list[Job] = []
     for name in TARGETS:
         searched = search_jobs(name)

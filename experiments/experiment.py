@@ -51,17 +51,17 @@ class Rows:
     order: Callable[[Any], Any] = lambda job: job
 
     def job_of(self, row: Row) -> Job:
-        """The job that a row comes from."""
+        """Return the job that a row comes from."""
         return tuple(tuple(v) if isinstance(v, list) else v for v in (row[name] for name in self.fields))
 
     def complete(self, job: Job, row: Row) -> Row:
-        """A row as it is stored: with its job and its settings, and as JSON has it."""
+        """Add a row's job and settings, as JSON stores them."""
         settings = {"settings": self.settings(job)} if self.settings else {}
         stored: Row = json.loads(json.dumps({**dict(zip(self.fields, job, strict=True)), **row, **settings}))
         return stored
 
     def kept(self, rows: list[Row]) -> list[Row]:
-        """The rows of jobs that there still are, made with the settings of today."""
+        """Keep the rows whose job still exists and was run with the current settings."""
         jobs, today = set(self.jobs(rows)), {}
         for job in jobs & set(map(self.job_of, rows)):
             today[job] = _comparable(self.complete(job, {}))
@@ -69,7 +69,7 @@ class Rows:
 
 
 def _comparable(row: Row) -> Row:
-    """Settings with the defaults of what came into `Config` since they were stored."""
+    """Complete a row's settings with the defaults of fields that `Config` has gained since they were stored."""
     settings = row.get("settings", {})
     return completed(settings) if {"n_components", "top_k"} <= set(settings) else settings
 
@@ -112,11 +112,11 @@ class Study:
         return self.folder / f"{self.name}.safetensors"
 
     def stored(self) -> Row:
-        """The table as it is in the file."""
+        """Read the table from its file."""
         return json.loads(self.table.read_text()) if self.table.exists() else {"about": {}}
 
     def read(self) -> tuple[Row, Tensors]:
-        """The table and the tensors, without what was made with other settings than those of today."""
+        """Read the table and the tensors, without results made with other than the current settings."""
         table = self.stored()
         table |= {name: rows.kept(table.get(name, [])) for name, rows in self.lists.items()}
         jobs = {rows.job_of(row) for name, rows in self.lists.items() for row in table[name]}
@@ -125,7 +125,7 @@ class Study:
         return table, {name: t for name, t in tensors.items() if name.startswith(tuple(starts))}
 
     def write(self, table: Row, tensors: Tensors, processes: int) -> None:
-        """Write both files and the manifest; the tensors first, since the table says what is there."""
+        """Write both files and the manifest; the tensors first, since the table lists what is stored."""
         if tensors:
             save_file(tensors, self.arrays)
         about = {"torch": str(torch.__version__), "threads": 1, **self.about(processes)}
@@ -134,7 +134,7 @@ class Study:
         write_manifest(self.folder)
 
     def add(self, name: str, job: Job, found: list[Row], own: Tensors, processes: int) -> None:
-        """Store what a job found beside what is in the files by now: another command may have added its own."""
+        """Add a job's results to the files as they are now: another command may have added its own."""
         rows, (table, tensors) = self.lists[name], self.read()
         new = [rows.complete(job, row) for row in found]
         table[name] = [row for row in table[name] if rows.job_of(row) != job] + new
@@ -142,14 +142,14 @@ class Study:
         self.write(table, tensors | own, processes)
 
     def todo(self, name: str, only: Iterable[str] | None = None, again: bool = False) -> list[Job]:
-        """The jobs of a list that are not there; those of some groups or all of them again if so wanted."""
+        """List the jobs whose results are missing, in all groups or in `only`; all jobs if `again`."""
         rows, table = self.lists[name], self.read()[0]
         there = set() if again else set(map(rows.job_of, table[name]))
         wanted = [job for job in rows.jobs(table[name]) if only is None or {name, str(job[0])} & set(only)]
         return [job for job in wanted if job not in there]
 
     def choices(self) -> list[str]:
-        """What can be made alone: a part of the table where there are several, or what jobs have as first field."""
+        """List what can be made alone: parts of the table if there are several, and the first fields of jobs."""
         parts = [*self.lists, *self.measurements]
         groups = [job[0] for rows in self.lists.values() for job in rows.jobs([]) if isinstance(job[0], str)]
         return list(dict.fromkeys([*(parts if len(parts) > 1 else []), *groups]))
@@ -185,57 +185,57 @@ class Study:
 
 
 def _in_short(row: Row) -> str:
-    """What is said of a row while others are made."""
+    """Summarise a row for the progress output."""
     found = {name: row[name] for name in ("owned", "seconds") if name in row}
     return str({name: sum(v) if isinstance(v, list) else v for name, v in found.items()})
 
 
 def prefix(job: Job) -> str:
-    """What the names of a job's tensors start with, as a rule."""
+    """Build the default prefix of the names of a job's tensors."""
     return "/".join(map(str, job)) + "/"
 
 
 def write_manifest(folder: Path = DATA) -> None:
-    """Note every artefact's hash, by which a fetched copy is checked."""
+    """Store the hash of every artefact, by which a fetched copy is checked."""
     names = sorted(p.name for p in folder.iterdir() if p.name not in ("manifest.json", "README.md"))
     hashes = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
     (folder / "manifest.json").write_text(json.dumps(hashes, indent=1) + "\n")
 
 
 def numbers(recipe: Row, **more: Any) -> Row:
-    """The settings among the arguments of `decompose`, with the defaults of all others, and what else counts."""
+    """Extract the settings from the arguments of `decompose`, with defaults filled in, and add further ones."""
     own, given = {f.name for f in fields(apd.Config)}, recipe | more
     extra = {name: value for name, value in more.items() if name not in own}
     return extra | asdict(apd.Config.from_dict({name: value for name, value in given.items() if name in own}))
 
 
 def scaled(schedule: Schedule, factor: float) -> Schedule:
-    """A number or a schedule, times a factor."""
+    """Multiply a number or a schedule by a factor."""
     if isinstance(schedule, tuple):
         return tuple((t, factor * value) for t, value in schedule)
     return factor * schedule
 
 
 def taken_apart(target: nn.Module, recipe: Row, **more: Any) -> tuple[apd.Decomposition, float]:
-    """What `decompose` finds, and how many seconds of the processor it took."""
+    """Run `decompose`, and return its result and the CPU seconds."""
     start = time.process_time()
     result = apd.decompose(target, progress=False, **{**recipe, **more})
     return result, round(time.process_time() - start, 1)
 
 
 def factors(components: apd.Components, start: str, dtype: torch.dtype = torch.float32) -> Tensors:
-    """The factors of those components that are not zero, by name."""
+    """Collect the factors of the nonzero components, by name."""
     kept = components.subset((components.norms() > 0).nonzero().flatten().tolist())
     both = (("A", kept.A), ("B", kept.B))
     return {f"{start}{path}.{f}": t.to(dtype).contiguous() for f, own in both for path, t in own.items()}
 
 
 def ownership_means(own: apd.metrics.Ownership) -> Row:
-    """How many mechanisms are owned, and the means of what that is judged by."""
+    """Count the owned mechanisms, and average cosine, length ratio and purity."""
     means = {name: getattr(own, name).mean().item() for name in ("cosine", "length_ratio", "purity")}
     return {"owned": int(own.owned.sum()), **means}
 
 
 def scrubbing_means(errors: apd.metrics.Scrubbing) -> Row:
-    """The mean errors with the active components, with some more, and without some."""
+    """Average the errors with the active components, scrubbed, and anti-scrubbed."""
     return {f"{name}_error": getattr(errors, name).mean().item() for name in ("top_k", "scrubbed", "anti_scrubbed")}

@@ -48,24 +48,24 @@ Job = tuple[str, str, int]  # target, variant, seed
 
 
 def untrained(name: str, seed: int = 0) -> TMS | ResidualMLP:
-    """The target before training."""
+    """Create the target before training."""
     return TMS(40, 10) if name == "tms-40-10" else ResidualMLP(seed=seed)
 
 
 @cache
 def target_of(name: str, seed: int) -> TMS | ResidualMLP:
-    """The trained target of a seed."""
+    """Train the target of a seed."""
     return untrained(name, seed).fit(seed=seed)
 
 
 def recipe_of(name: str) -> dict[str, Any]:
-    """The settings in the middle of the grid."""
+    """Return the settings in the middle of the grid."""
     recipe = untrained(name).recipe
     return recipe if name == "tms-40-10" else recipe | {"steps": 1000}
 
 
 def variants(name: str) -> dict[str, dict[str, Any]]:
-    """Name of a variant to the settings that it changes; `batch` is the batch size."""
+    """Name the variants and the settings that each changes; `batch` is the batch size."""
     base = {**asdict(apd.Config(1, 1)), **recipe_of(name)}
 
     def times(setting: str, factor: float) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def variants(name: str) -> dict[str, dict[str, Any]]:
 
 
 def settings_of(job: Job) -> dict[str, Any]:
-    """The arguments of `decompose` for a run, its batches at the size that it takes."""
+    """Return the arguments of `decompose` for a run, with its batch size."""
     name, variant, seed = job
     settings = {**recipe_of(name), **variants(name)[variant], "seed": seed}
     batch = settings.pop("batch", settings["batches"].batch_size)
@@ -98,7 +98,7 @@ def settings_of(job: Job) -> dict[str, Any]:
 
 
 def true_positives(target: TMS, components: apd.Components, k: int) -> tuple[float, float]:
-    """Recall and precision of the owners among each sample's k most attributed components.
+    """Compute recall and precision of the owners among each sample's k most attributed components.
 
     The true positives of a sample are its active features whose owner is among them; owners are matched one to one by
     weights, whether they are good or not.
@@ -113,7 +113,7 @@ def true_positives(target: TMS, components: apd.Components, k: int) -> tuple[flo
 
 
 def measure(target: TMS | ResidualMLP, components: apd.Components) -> dict[str, Any]:
-    """What is measured with the truth in hand."""
+    """Measure a decomposition against the known mechanisms."""
     if isinstance(target, ResidualMLP):
         own = target.ownership(components)
         extra: dict[str, Any] = {"single_fails": int((single_errors(target, components) > SINGLE_FAILS).sum())}
@@ -133,7 +133,7 @@ def measure(target: TMS | ResidualMLP, components: apd.Components) -> dict[str, 
 
 
 def run(job: Job) -> tuple[list[Row], Tensors]:
-    """Take one target apart with one setting changed."""
+    """Decompose one target with one setting changed."""
     name, _, seed = job
     target, settings = target_of(name, seed), settings_of(job)
     # The attributions are the trained target's own, not those of the recipe's.
@@ -154,7 +154,7 @@ def run(job: Job) -> tuple[list[Row], Tensors]:
 
 
 def stored_settings(job: Job) -> Row:
-    """The settings as they are stored, by which a run is known."""
+    """Return the settings as stored; they identify a run."""
     settings = settings_of(job)
     return numbers(settings, batch=settings["batches"].batch_size)
 

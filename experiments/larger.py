@@ -40,13 +40,13 @@ READING: dict[str, Any] = {  # what differs where queries and keys are taken apa
 
 
 def state_of(target: Transformer) -> Tensors:
-    """The target as it is stored, in half precision."""
+    """Return the target's state as it is stored, in half precision."""
     return {f"target.{k}": v.half() if v.is_floating_point() else v for k, v in target.state_dict().items()}
 
 
 @cache
 def stored_target() -> Transformer:
-    """The target, trained now if it is not stored."""
+    """Load the target, or train it if it is not stored."""
     target, tensors = Transformer(seed=0), load_file(ARRAYS) if ARRAYS.exists() else {}
     if not any(name.startswith("target.") for name in tensors):
         tensors = state_of(target.fit(seed=0))
@@ -55,17 +55,17 @@ def stored_target() -> Transformer:
 
 
 def short(found: Any) -> Any:
-    """The same with six digits: the data have a budget."""
+    """Round to six digits: the size of the stored data is limited."""
     return json.loads(json.dumps(found), parse_float=lambda number: float(f"{float(number):.6g}"))
 
 
 def questions(target: Transformer) -> Tensor:
-    """The questions on which everything is measured; no run sees this stream."""
+    """Draw the questions on which everything is measured; no run sees this stream."""
     return target.data(QUESTIONS)(0, torch.Generator().manual_seed(77_000_007))
 
 
 def means(values: Tensor, which: Tensor) -> list[float]:
-    """Means of values [B] over the groups 0, 1, ... that which [B] names."""
+    """Average values [B] over groups: `which` [B] holds each sample's group 0, 1, ..."""
     return [values[which == i].mean().item() for i in range(int(which.max()) + 1)]
 
 
@@ -91,7 +91,7 @@ def causal(network: apd.Network, components: apd.Components, x: Tensor, groups: 
 
 @torch.no_grad()
 def scrubbed(network: apd.Network, components: apd.Components, x: Tensor, mask: Tensor) -> dict[str, list[float]]:
-    """KL and share of equal answers: with the active ones, all, some exchanged, some by chance, none."""
+    """Measure KL and share of equal answers with several gates: active, all, scrubbed, exchanged, none."""
     generator = torch.Generator().manual_seed(0)
     wanted = network(x)
     coin = (torch.rand(mask.shape, generator=generator) < 0.5).float()
@@ -115,7 +115,7 @@ def scrubbed(network: apd.Network, components: apd.Components, x: Tensor, mask: 
 
 
 def control(network: apd.Network, components: apd.Components) -> apd.Components:
-    """As many components, of the same ranks, that know nothing of the tasks: singular directions dealt at random."""
+    """Build a control of as many components of the same ranks: singular directions dealt to them at random."""
     generator = torch.Generator().manual_seed(0)
     C, A, B = components.n_components, {}, {}
     for path, weight in network.weights.items():
@@ -130,14 +130,14 @@ def control(network: apd.Network, components: apd.Components) -> apd.Components:
 
 
 def recipe_of(target: Transformer, name: str) -> dict[str, Any]:
-    """The arguments of `decompose` for a run."""
+    """Return the arguments of `decompose` for a run."""
     kind, seed = name.split("-")
     recipe = {**target.recipe, "seed": int(seed)}
     return recipe | READING if kind == "reading" else recipe
 
 
 def run(job: tuple[str]) -> tuple[list[Row], Tensors]:
-    """Take the target apart and measure."""
+    """Decompose the target and measure."""
     (name,), target = job, stored_target()
     recipe = recipe_of(target, name)
     network = apd.Network(target, recipe["weights"], output=last_position)
@@ -178,13 +178,13 @@ def run(job: tuple[str]) -> tuple[list[Row], Tensors]:
 
 
 def settings_of(job: tuple[str]) -> Row:
-    """The settings as they are stored."""
+    """Return the settings as they are stored."""
     recipe = recipe_of(Transformer(seed=0), job[0])
     return numbers(recipe, batch=recipe["batches"].batch_size)
 
 
 def accuracy() -> Row:
-    """How many of each task's questions the target answers."""
+    """Measure the target's accuracy on each task."""
     target = stored_target()
     x = questions(target)
     right = (target(x)[:, -1].argmax(-1) == target.answers(x)).float()

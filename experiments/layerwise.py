@@ -39,7 +39,7 @@ Job = tuple[str, int, str]  # target, seed, way
 
 @cache
 def target_of(name: str, seed: int) -> ResidualMLP:
-    """The trained target of a seed; the large ones are stored."""
+    """Train the target of a seed; the large ones are loaded."""
     n_features, d_resid, neurons = SIZES[name]
     target = ResidualMLP(n_features, d_resid, neurons, seed=seed)
     if name not in LARGE:
@@ -52,24 +52,24 @@ def target_of(name: str, seed: int) -> ResidualMLP:
 
 
 def ways_of(name: str) -> list[str]:
-    """With one layer, its block is everything."""
+    """List the ways in which a target is decomposed; with one layer, its block is the whole network."""
     return ["joint"] + (["blocks"] if "-" in name else []) + ["matrices"]
 
 
 def settings_of(name: str) -> dict[str, Any]:
-    """Arguments of `decompose`, without the inputs, the weights and the attributions."""
+    """Return the arguments of `decompose`, without the inputs, the weights and the attributions."""
     recipe = ResidualMLP(*SIZES[name]).recipe
     return {k: v for k, v in recipe.items() if k not in ("batches", "weights", "attribution")} | {"steps": STEPS[name]}
 
 
 def stored_settings(job: Job) -> Row:
-    """The settings as they are stored, by which a run is known."""
+    """Return the settings as stored; they identify a run."""
     name, seed, way = job
     return numbers(settings_of(name), seed=seed, groups=groups_of(len(SIZES[name][2]), way))
 
 
 def joint_of_chapters(name: str, seed: int) -> tuple[apd.Components, float]:
-    """The stored joint decomposition of a large target, and its seconds."""
+    """Load the stored joint decomposition of a large target, and its seconds."""
     tensors, start = load_file(DATA / "residual.safetensors"), f"{name}/{seed}/"
     factors = [
         {p: tensors[f"{start}{p}.{f}"].float() for p in groups_of(len(SIZES[name][2]), "joint")["all"]} for f in "AB"
@@ -80,7 +80,7 @@ def joint_of_chapters(name: str, seed: int) -> tuple[apd.Components, float]:
 
 
 def run(job: Job) -> tuple[list[Row], Tensors]:
-    """Take one target apart in one way, and measure."""
+    """Decompose one target in one way, and measure."""
     name, seed, way = job
     target = target_of(name, seed)
     seconds: dict[str, float] = {}
@@ -106,19 +106,19 @@ def run(job: Job) -> tuple[list[Row], Tensors]:
 
 
 def all_jobs() -> list[Job]:
-    """Every run, one seed of all targets before the next."""
+    """List every run, one seed of all targets before the next."""
     jobs = [(name, seed, way) for name in SIZES for seed in SEEDS[name] for way in ways_of(name)]
     return sorted(jobs, key=lambda job: job[1])
 
 
 def status(field: str) -> float:
-    """Memory of this process in megabytes: VmRSS now, VmHWM at its peak so far."""
+    """Read the memory of this process in megabytes: VmRSS now, VmHWM at its peak so far."""
     (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field + ":")]
     return int(line.split()[1]) / 1024
 
 
 def cost_of(job: tuple[str, str, str]) -> dict[str, float]:
-    """What one group's run costs, in a fresh process: processor time and operations of a step, and peak memory.
+    """Measure one group's run in a fresh process: CPU time and operations of a step, and peak memory.
 
     Args:
         job: target, way, group.
@@ -154,7 +154,7 @@ def cost_of(job: tuple[str, str, str]) -> dict[str, float]:
 
 
 def costs() -> dict[str, Any]:
-    """Processor time, operations and memory of every way, on the large targets."""
+    """Measure CPU time, operations and memory of every way, on the large targets."""
     found: dict[str, Any] = {}
     for name in LARGE:
         found[name] = {}

@@ -83,7 +83,7 @@ GRIDS: dict[str, tuple[dict[str, Any], Pairs, Pairs]] = {
 
 
 def signed(P: Tensor, W: Tensor, b: Tensor, x: Tensor) -> Tensor:
-    """Signed attributions [T, R, B, C, n] of P [T, R, C, n, d] at targets W [T, n, d], b [T, n], for x [B, n]."""
+    """Compute signed attributions [T, R, B, C, n] of P [T, R, C, n, d] at W [T, n, d], b [T, n], for x [B, n]."""
     n_components, n, d = P.shape[2:]
     hidden = x @ W
     on = (hidden @ W.mT + b[:, None] > 0).to(x)  # [T, B, n]
@@ -94,7 +94,7 @@ def signed(P: Tensor, W: Tensor, b: Tensor, x: Tensor) -> Tensor:
 
 
 def sparse_outputs(P: Tensor, b: Tensor, x: Tensor, mask: Tensor) -> Tensor:
-    """Outputs [T, R, B, n] of the components in the mask [T, R, B, C] alone."""
+    """Compute outputs [T, R, B, n] of the components in the mask [T, R, B, C] alone."""
     n_components, n, d = P.shape[2:]
     every = (x @ P.transpose(2, 3).flatten(3)).unflatten(-1, (n_components, d))  # [T, R, B, C, d]
     hidden = (every * mask[..., None]).sum(3)
@@ -104,7 +104,7 @@ def sparse_outputs(P: Tensor, b: Tensor, x: Tensor, mask: Tensor) -> Tensor:
 
 
 def start(W: Tensor, s: dict[str, Any], restarts: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Factors [T, R, C, n, d] and [T, R, C, d, d]: random, or the truth and small spare components."""
+    """Draw factors [T, R, C, n, d] and [T, R, C, d, d]: random, or the truth and small spare components."""
     (n_targets, n, d), C = W.shape, s["n_components"]
     A = s["std"] * torch.randn(n_targets, restarts, C, n, d, generator=generator)
     B = s["std"] * torch.randn(n_targets, restarts, C, d, d, generator=generator)
@@ -118,7 +118,7 @@ def start(W: Tensor, s: dict[str, Any], restarts: int, generator: torch.Generato
 
 
 def train(W: Tensor, b: Tensor, s: dict[str, Any], minimality: Tensor, simplicity: Tensor, seed: int = 0) -> Tensor:
-    """Components [T, R, C, n, d], all trained at once; the weights of two losses [R] may differ between restarts.
+    """Train components [T, R, C, n, d] all at once; the weights of two losses [R] may differ between restarts.
 
     The last 30% of the steps are without simplicity, as in chapter 6, and without minimality unless it is to stay.
     """
@@ -159,13 +159,13 @@ def train(W: Tensor, b: Tensor, s: dict[str, Any], minimality: Tensor, simplicit
 
 
 def stacked(targets: list[apd.targets.TMS]) -> tuple[Tensor, Tensor]:
-    """Their matrices [T, n, d] and biases [T, n]."""
+    """Stack the targets' matrices [T, n, d] and biases [T, n]."""
     return torch.stack([t.encode.weight.detach().T for t in targets]), torch.stack([t.bias.detach() for t in targets])
 
 
 @torch.no_grad()
 def measure(target: apd.targets.TMS, P: Tensor, k: float) -> dict[str, Any]:
-    """Ownership of P [C, n, d], and its errors with the k most attributed components per sample that is not empty."""
+    """Measure ownership of P [C, n, d], and its errors with the k most attributed components per nonempty sample."""
     components = apd.Components({PATH: P}, {PATH: torch.eye(P.shape[-1]).expand(len(P), -1, -1)})
     own = apd.metrics.ownership(components, target.mechanisms())
     W, b = stacked([target])
@@ -192,18 +192,18 @@ def measure(target: apd.targets.TMS, P: Tensor, k: float) -> dict[str, Any]:
 
 
 def k_of() -> float:
-    """The paper's k, per sample that is not empty."""
+    """Return the paper's k, per nonempty sample."""
     return 0.211 / apd.targets.TMS(5, 2).data(nonempty=True).share_nonempty
 
 
 @cache
 def tried_on(seed: int) -> apd.targets.TMS:
-    """A target that nothing is reported on."""
+    """Train a target that is used for the search only, not reported."""
     return apd.targets.TMS(5, 2).fit(seed=seed)
 
 
 def tune(job: tuple[str, tuple[float, float]]) -> tuple[list[Row], Tensors]:
-    """Two powers of a grid, with all weights, on the targets that nothing is reported on."""
+    """Try two powers of a grid, with all weights, on the search targets."""
     kind, (first, second) = job
     extra, _, weights = GRIDS[kind]
     targets = list(map(tried_on, TRIED_ON))
@@ -219,7 +219,7 @@ def tune(job: tuple[str, tuple[float, float]]) -> tuple[list[Row], Tensors]:
 
 
 def report(job: tuple[str]) -> tuple[list[Row], Tensors]:
-    """A setting on the ten targets of TMS 5-2."""
+    """Run a setting on the ten targets of TMS 5-2."""
     targets = [stored_target("tms-5-2", seed) for seed in REPORTED]
     s, begun = settings_of(job), time.process_time()
     every = torch.ones(RESTARTS)
@@ -233,7 +233,7 @@ def report(job: tuple[str]) -> tuple[list[Row], Tensors]:
 
 
 def report_large(job: tuple[str, int]) -> tuple[list[Row], Tensors]:
-    """The relative form on a target of TMS 40-10."""
+    """Run the relative form on a target of TMS 40-10."""
     target, s = stored_target("tms-40-10", job[1]), USUAL | LARGE_TARGET
     begun, one = time.process_time(), torch.ones(1)
     found = train(*stacked([target]), s, s["minimality"] * one, s["simplicity"] * one, seed=1)
@@ -243,7 +243,7 @@ def report_large(job: tuple[str, int]) -> tuple[list[Row], Tensors]:
 
 
 def settings_of(job: tuple[str]) -> Row:
-    """The settings of a setting by name."""
+    """Look up a setting by name."""
     return USUAL | REPORTED_SETTINGS[job[0]]
 
 

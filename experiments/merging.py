@@ -49,7 +49,7 @@ class Paired:
 
 
 def jobs(name: str) -> list[Job]:
-    """The runs on one target."""
+    """List the runs on one target."""
     every: list[Job] = [(name, rule, alpha, seed) for rule, alpha in MAIN.items() for seed in SEEDS[name]]
     if name == "tms-40-10":
         every += [(name, "bits", ALPHAS[-1], seed) for seed in SEEDS[name]]
@@ -65,12 +65,12 @@ def jobs(name: str) -> list[Job]:
 
 @cache
 def target_of(name: str, seed: int) -> TMS:
-    """The trained target of a seed."""
+    """Train the target of a seed."""
     return TMS(*SIZES[name]).fit(seed=seed)
 
 
 def settings_of(job: Job) -> dict[str, Any]:
-    """The arguments of `decompose` for a run."""
+    """Return the arguments of `decompose` for a run."""
     name, rule, alpha, seed = job
     target = TMS(*SIZES[name])
     settings = target.recipe | {"n_components": TIMES * target.n_features, "seed": 1000 + seed, "alpha": alpha}
@@ -90,18 +90,18 @@ def settings_of(job: Job) -> dict[str, Any]:
 
 
 def stored_settings(job: Job) -> Row:
-    """The settings as they are stored, by which a run is known."""
+    """Return the settings as stored; they identify a run."""
     settings = settings_of(job)
     return numbers(settings, batch=settings["batches"].batch_size)
 
 
 def n_left(components: apd.Components) -> Any:
-    """How many components are not zero, a number or one for each restart."""
+    """Count the nonzero components: a number, or one for each restart."""
     return (components.norms() > 0).sum(-1).tolist()
 
 
 def facts_of(target: TMS, components: apd.Components, x: Tensor, k: float) -> dict[str, Any]:
-    """What there is to say of some components: how many, whose, how wrong, how long to describe."""
+    """Measure components: number, ownership, errors, description length."""
     own = apd.metrics.ownership(components, target.mechanisms())
     network = apd.Network(target, target.weights)
     k = min(k, components.n_components)
@@ -121,7 +121,7 @@ def facts_of(target: TMS, components: apd.Components, x: Tensor, k: float) -> di
 
 
 def peak_bytes(job: Job, n_components: int) -> int:
-    """Most memory that tensors take up in one step of a run with so many components: gradients, not what stays.
+    """Measure the peak memory of tensors in one step of a run with so many components: gradients and temporaries only.
 
     What stays between steps are factors and Adam's two moments, three times the bytes of the factors.
     """
@@ -143,7 +143,7 @@ def peak_bytes(job: Job, n_components: int) -> int:
 
 
 def run(job: Job) -> tuple[list[Row], Tensors]:
-    """Take one target apart; what there is to say, and the tensors."""
+    """Decompose one target; return measurements and tensors."""
     name, _, _, seed = job
     target, settings = target_of(name, seed), settings_of(job)
     left: list[Any] = []

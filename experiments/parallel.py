@@ -41,7 +41,7 @@ BATCH, WARM_UP, STEPS = 256, 3, 10
 
 
 def perceptron() -> nn.Sequential:
-    """1.3 million weights, drawn: what a step costs does not depend on what they are."""
+    """Draw a network of 1.3 million weights: what a step costs does not depend on their values."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         layers = [nn.Linear(d, e) for d, e in pairwise(WIDTHS)]
@@ -49,7 +49,7 @@ def perceptron() -> nn.Sequential:
 
 
 def inputs(step: int, generator: torch.Generator) -> Tensor:
-    """Dense inputs."""
+    """Draw dense inputs."""
     return torch.randn(BATCH, WIDTHS[0], generator=generator)
 
 
@@ -58,7 +58,7 @@ class Enough(BaseException):
 
 
 def decomposer(n_ranks: int, components: int) -> Callable[..., apd.Decomposition]:
-    """`decompose`, on these ranks or alone."""
+    """Return `decompose`, on these ranks or alone."""
     if n_ranks == 1:
         return apd.decompose
     mesh = processes.mesh(components)
@@ -66,7 +66,7 @@ def decomposer(n_ranks: int, components: int) -> Callable[..., apd.Decomposition
 
 
 def same(n_ranks: int, components: int, seed: int, folder: Path) -> dict[str, Any]:
-    """A whole run on TMS 5-2, whose components are compared with those of one process as it goes on."""
+    """Run on TMS 5-2, and compare the components with those of one process along the run."""
     target = TMS().fit(seed=seed)
     ranks = processes.Ranks(None if n_ranks == 1 else processes.mesh(components)["components"])
     seen: dict[str, Tensor] = {}
@@ -102,7 +102,7 @@ class Talk(TorchDispatchMode):
         self.bytes: Counter[str] = Counter()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Every operation passes here."""
+        """Count an operation if it is a collective, and run it."""
         if function.namespace == "_c10d_functional" and function.__name__.startswith("all_"):
             name = function.__name__.split(".")[0]
             self.messages[name] += 1
@@ -111,7 +111,7 @@ class Talk(TorchDispatchMode):
 
 
 def steps(n_ranks: int, components: int, n: int) -> list[float]:
-    """When each of n steps began, and the last one ended."""
+    """Time n steps: when each began, and when the last one ended."""
     times: list[float] = []
 
     def source(step: int, generator: torch.Generator) -> Tensor:
@@ -130,7 +130,7 @@ def steps(n_ranks: int, components: int, n: int) -> list[float]:
 
 
 def timed(n_ranks: int, components: int) -> dict[str, Any]:
-    """Seconds of a step, peak memory of a rank, and what its ranks tell each other in a step."""
+    """Measure seconds of a step, peak memory of a rank, and the messages of a step."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     seconds = sorted(b - a for a, b in pairwise(steps(n_ranks, components, WARM_UP + STEPS)[WARM_UP:]))
     megabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
@@ -150,7 +150,7 @@ def timed(n_ranks: int, components: int) -> dict[str, Any]:
 
 
 def rank(what: str, components: int, folder: Path) -> None:
-    """What one of the ranks does; the first one writes."""
+    """Do the work of one rank; the first one writes the results."""
     torch.set_num_threads(1)
     n_ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if n_ranks > 1:
@@ -165,7 +165,7 @@ def rank(what: str, components: int, folder: Path) -> None:
 
 
 def start(what: str, n_data: int, components: int, folder: Path) -> Any:
-    """Start the ranks, wait, read what the first one wrote."""
+    """Start the ranks, wait, and read the results of the first one."""
     n = n_data * components
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)] if n > 1 else []
     command = [sys.executable, *launcher, "-m", "experiments.parallel", "--rank", what, str(components), str(folder)]
@@ -176,13 +176,13 @@ def start(what: str, n_data: int, components: int, folder: Path) -> Any:
 
 
 def times() -> list[Row]:
-    """What a step costs on each mesh."""
+    """Measure what a step costs on each mesh."""
     with tempfile.TemporaryDirectory() as folder:
         return [{"data": d, "components": c, **start("timed", d, c, Path(folder))} for d, c in TIMED]
 
 
 def runs() -> list[Row]:
-    """Whole runs on each mesh; one process is first, with which the others are compared."""
+    """Do whole runs on each mesh; the first is one process, with which the others are compared."""
     with tempfile.TemporaryDirectory() as folder:
         return [{"data": d, "components": c, **r} for d, c in MESHES for r in start("same", d, c, Path(folder))]
 

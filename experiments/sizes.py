@@ -23,14 +23,14 @@ FILE = Path(__file__).resolve().parent.parent / "data" / "sizes.json"
 
 
 def large(n: int, **other: Any) -> dict[str, Any]:
-    """The recipe of 40-10 for n features, with k and C in proportion, and what is to differ from it."""
+    """Scale the recipe of 40-10 to n features, k and C in proportion, and apply changes."""
     top_k = ((0.0, 0.045 * n), (0.7, 0.045 * n), (0.701, 0.1 * n))
     own = {"n_components": 3 * n // 2, "top_k": top_k, "rank": 4, "faithfulness": 1.0, "steps": 1500, "restarts": 2}
     return own | other
 
 
 def small(n: int, **other: Any) -> dict[str, Any]:
-    """The recipe of 5-2 for n features, with k and C in proportion, and what is to differ from it."""
+    """Scale the recipe of 5-2 to n features, k and C in proportion, and apply changes."""
     model = apd.targets.TMS(5, 2)
     own = {k: v for k, v in model.recipe.items() if k not in ("batches", "weights")}
     before, after = (apd.targets.TMS(m, 2).data(1).share_nonempty for m in (5, n))
@@ -43,7 +43,7 @@ def small(n: int, **other: Any) -> dict[str, Any]:
 
 
 def sparse(n: int, share_of_mean: float) -> dict[str, Any]:
-    """As `small`, with k for most of the run this share of the mean number of active features (5-2 has 0.84)."""
+    """Change `small`: k for most of the run is this share of the mean number of active features (5-2 has 0.84)."""
     own = small(n)
     mean = apd.targets.TMS(n, 2).data(1, nonempty=True).mean_active
     top_k = ((0.0, share_of_mean * mean), (0.7, share_of_mean * mean), own["top_k"][-1])
@@ -51,12 +51,12 @@ def sparse(n: int, share_of_mean: float) -> dict[str, Any]:
 
 
 def gentle(n: int, **other: Any) -> dict[str, Any]:
-    """As `large`, with a weaker simplicity loss and more components."""
+    """Change `large`: a weaker simplicity loss and more components."""
     return large(n, **({"n_components": 3 * n, "simplicity": ((0.0, 20.0), (0.7, 0.0))} | other))
 
 
 def less(n: int, share: float) -> tuple[tuple[float, float], ...]:
-    """k in proportion, and less of it for most of the run."""
+    """Build a schedule of k: this share of n for most of the run, then 0.1 n."""
     return ((0.0, share * n), (0.7, share * n), (0.701, 0.1 * n))
 
 
@@ -77,7 +77,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def run(size: str, seed: int, name: str) -> dict[str, Any]:
-    """Train one target, take it apart, measure."""
+    """Train one target, decompose it, measure."""
     n, d = map(int, size.split("-"))
     target = apd.targets.TMS(n, d).fit(seed=seed)
     nonempty = "5-2" in name
@@ -109,7 +109,7 @@ def run(size: str, seed: int, name: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Make the runs that are asked for and not there yet, and add them to the file."""
+    """Do the requested runs that are missing, and add them to the file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", nargs="+", required=True)
     parser.add_argument("--seeds", nargs="+", type=int, required=True)

@@ -52,7 +52,7 @@ Job = tuple[str, str, int]  # target, trick, seed
 
 
 def recipe_of(name: str, seed: int) -> dict[str, Any]:
-    """The arguments of `decompose` with every trick off."""
+    """Return the arguments of `decompose` with every trick off."""
     recipe = attributions.recipe_of(name) | {"seed": seed}
     if name == "residual-20-10":
         recipe |= {"top_k": but_last(recipe["top_k"], FACTOR)}
@@ -60,7 +60,7 @@ def recipe_of(name: str, seed: int) -> dict[str, Any]:
 
 
 def decompose(target: TMS | ResidualMLP, recipe: dict[str, Any], trick: dict[str, Any], seed: int) -> apd.Decomposition:
-    """A run with a trick on; without one it is that of `apd.decompose`."""
+    """Run with a trick on; without one, this is `apd.decompose`."""
     recipe = dict(recipe)
     batches, weights = recipe.pop("batches"), recipe.pop("weights")
     network = apd.Network(target, weights, None, recipe.pop("hidden_modules", ()))
@@ -81,7 +81,7 @@ def decompose(target: TMS | ResidualMLP, recipe: dict[str, Any], trick: dict[str
 
 
 def set_lr(run: Run) -> None:
-    """torchao takes a learning rate that changes as a tensor, else it compiles anew for every value."""
+    """Pass the learning rate to torchao as a tensor; it would compile anew for every other value."""
     optimiser, plain = run.optimiser, run.optimiser.step
 
     def step() -> None:
@@ -93,7 +93,7 @@ def set_lr(run: Run) -> None:
 
 
 def shared(components: apd.Components, target: TMS | ResidualMLP) -> int:
-    """How many mechanisms have their largest part in a component that has another's largest part too."""
+    """Count the mechanisms whose largest part lies in a component that holds another's largest part too."""
     if isinstance(target, ResidualMLP):
         rows, n = target.contributions(), target.n_features
         truth = torch.zeros(n, *rows.shape)
@@ -107,7 +107,7 @@ def shared(components: apd.Components, target: TMS | ResidualMLP) -> int:
 
 
 def stored_settings(job: Job) -> Row:
-    """The settings as they are stored, by which a run is known."""
+    """Return the settings as stored; they identify a run."""
     name, trick, seed = job
     recipe = recipe_of(name, seed)
     numbers = {k: v for k, v in recipe.items() if k not in ("weights", "hidden_modules", "batches")}
@@ -115,7 +115,7 @@ def stored_settings(job: Job) -> Row:
 
 
 def run(job: Job) -> tuple[list[Row], Tensors]:
-    """Take one target apart with one trick."""
+    """Decompose one target with one trick."""
     name, trick, seed = job
     target = target_of(name, seed)
     start = time.process_time()
@@ -137,14 +137,14 @@ def run(job: Job) -> tuple[list[Row], Tensors]:
 
 
 def jobs(rows: list[Row]) -> Sequence[Job]:
-    """Every run that can be made here or that is there."""
+    """List every run that can be made here or is stored already."""
     every = [(name, trick, seed) for seed in SEEDS for name, tricks in TRICKS.items() for trick in tricks]
     there = set(map(RUNS.job_of, rows))
     return [job for job in every if job[1] != "8-bit moments" or has_torchao() or job in there]
 
 
 def steps() -> dict[str, Any]:
-    """Time and memory of a step with each trick."""
+    """Measure time and memory of a step with each trick."""
     return trick_steps.steps(STUDY.stored())
 
 

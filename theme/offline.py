@@ -46,7 +46,7 @@ def _copy_mathjax(app: Sphinx, error: Exception | None) -> None:
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
-    """Registers the extension.
+    """Register the extension.
 
     Args:
         app: the Sphinx application.

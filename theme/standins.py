@@ -76,7 +76,7 @@ class _Finder(MetaPathFinder, Loader):
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
-    """Registers stand-ins for those of ``NAMES`` that are not installed.
+    """Register stand-ins for those of ``NAMES`` that are not installed.
 
     Args:
         app: the Sphinx application.

@@ -50,7 +50,7 @@ class _Page(HTMLParser):
 
 
 def _expected(notebook: dict[str, Any]) -> tuple[int, int]:
-    """How many pictures, and how many cells with visible outputs, a page made from this notebook shows."""
+    """Count the pictures and the cells with visible outputs that a page made from this notebook shows."""
     pictures = outputs = 0
     for cell in notebook["cells"]:
         tags = set(cell["metadata"].get("tags", []))
@@ -65,7 +65,7 @@ def _expected(notebook: dict[str, Any]) -> tuple[int, int]:
 
 
 def problems(site: Path, chapters: list[Path]) -> list[str]:
-    """What is wrong with the built pages.
+    """List what is wrong with the built pages.
 
     Args:
         site: folder of the built HTML.
@@ -106,7 +106,7 @@ def problems(site: Path, chapters: list[Path]) -> list[str]:
 
 
 def build(target: Path) -> Path:
-    """Builds the book.
+    """Build the book.
 
     Args:
         target: folder for the build; the pages come to lie in its ``_build/html``.
@@ -130,7 +130,7 @@ def build(target: Path) -> Path:
 
 
 def main() -> int:
-    """Builds, checks, and says where to look.
+    """Build, check, and print where to look.
 
     Returns:
         int: 0 if all is well.

@@ -48,7 +48,7 @@ def _processor() -> str:
 
 
 def _measured(seconds: float, before: dict) -> dict:
-    """The run time as stored in the notebook; an old one stays if the new one is within a quarter of it."""
+    """Return the run time to store; the old one is kept if the new one is within a quarter of it."""
     now = {
         "seconds": max(1, round(seconds)),
         "cores": os.cpu_count(),
@@ -61,7 +61,7 @@ def _measured(seconds: float, before: dict) -> dict:
 
 
 def normalise(notebook: nbformat.NotebookNode, seconds: float) -> None:
-    """Removes what differs between two runs of the same notebook, and stores how long the run took.
+    """Remove what differs between two runs of the same notebook, and store how long the run took.
 
     Args:
         notebook: executed; changed in place.
@@ -90,7 +90,7 @@ def normalise(notebook: nbformat.NotebookNode, seconds: float) -> None:
 
 
 def _merged_streams(outputs: list) -> list:
-    """Printed text arrives in pieces that depend on timing: consecutive pieces become one output."""
+    """Merge consecutive pieces of printed text into one output: the pieces depend on timing."""
     merged: list = []
     for output in outputs:
         if output.output_type == "stream" and merged and merged[-1].get("name") == output.name:
@@ -101,7 +101,7 @@ def _merged_streams(outputs: list) -> list:
 
 
 def execute(path: Path) -> float:
-    """Executes one notebook and stores it. One that fails is left as it was.
+    """Execute one notebook and store it. One that fails is left unchanged.
 
     Args:
         path: the notebook.
@@ -136,7 +136,7 @@ def execute(path: Path) -> float:
 
 
 def renormalise(path: Path) -> float:
-    """Stores a notebook in normal form as it is, for a change of its text alone.
+    """Store a notebook in normal form without executing it, for a change of its text alone.
 
     Args:
         path: the notebook, executed.
@@ -154,7 +154,7 @@ def renormalise(path: Path) -> float:
 
 
 def main() -> int:
-    """Executes what the command line names.
+    """Execute what the command line names.
 
     Returns:
         int: how many notebooks failed.

@@ -11,7 +11,7 @@ PICTURE = ROOT / "theme" / "static" / "decomposition.svg"
 
 
 def stored() -> str:
-    """The figure as it stands in the chapter's outputs.
+    """Read the figure from the chapter's stored outputs.
 
     Returns:
         str: SVG.

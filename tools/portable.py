@@ -43,7 +43,7 @@ print(hashlib.sha1(b"".join(t.numpy().tobytes() for t in found)).hexdigest()[:8]
 
 
 def environment(name: str) -> dict[str, str]:
-    """The variables of one environment, the rest of this process's among them.
+    """Build the variables of one environment, on top of this process's own.
 
     Args:
         name: one of `KERNELS`.
@@ -55,7 +55,7 @@ def environment(name: str) -> dict[str, str]:
 
 
 def fingerprint(name: str) -> str:
-    """What the kernels of an environment give on this machine: equal for two that are the same here.
+    """Hash the results of an environment's kernels on this machine: equal hashes mean the same kernels.
 
     Args:
         name: one of `KERNELS`.
@@ -67,7 +67,7 @@ def fingerprint(name: str) -> str:
 
 
 def main() -> int:
-    """Runs what the command line names, all of it even if something fails; prints one line for each environment.
+    """Run what the command line names, all of it even if something fails; print one line for each environment.
 
     Returns:
         int: 0 if nothing failed.

@@ -20,7 +20,7 @@ def _number(text: str) -> Decimal:
 
 
 def _close(stored: str, new: str) -> bool:
-    """Whether two printed numbers agree: equal if both are whole, else within a digit, a per cent or the floor."""
+    """Tell whether two printed numbers agree: equal if both are whole, else within a digit, 1 % or the floor."""
     a, b = _number(stored), _number(new)
     if stored.lstrip("-+−").isdigit() and new.lstrip("-+−").isdigit():
         return a == b
@@ -32,7 +32,7 @@ def _close(stored: str, new: str) -> bool:
 
 
 def agree(stored: str, new: str) -> bool:
-    """Says whether two outputs are the same but for rounding.
+    """Tell whether two outputs are equal up to rounding.
 
     Args:
         stored: the output in the notebook.
@@ -53,11 +53,11 @@ class Printed(str):
     """An output that equals another one if they `agree`: nbval compares with ``!=``."""
 
     def __eq__(self, other: object) -> bool:
-        """Says whether the two agree; what is no text is never equal."""
+        """Tell whether the two agree; what is no text is never equal."""
         return isinstance(other, str) and agree(str(self), str(other))
 
     def __ne__(self, other: object) -> bool:
-        """Says whether the two do not agree."""
+        """Tell whether the two do not agree."""
         return not self == other
 
     __hash__ = str.__hash__

@@ -13,7 +13,7 @@ ADDRESS = "APD_DATA_URL"  # environment variable: the address of the book's data
 
 
 def manifest() -> dict[str, str]:
-    """The stored artefacts and their hashes.
+    """Read the names and hashes of the stored artefacts.
 
     Returns:
         dict[str, str]: file name to SHA-256 in hexadecimal.
@@ -23,7 +23,7 @@ def manifest() -> dict[str, str]:
 
 
 def path(name: str) -> Path:
-    """The file of a stored artefact: in ``data/`` where the repository is at hand, else downloaded once and checked.
+    """Find the file of a stored artefact: in ``data/`` of the repository, else downloaded once and checked.
 
     Args:
         name: the file's name in ``data/``.

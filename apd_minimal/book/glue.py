@@ -19,7 +19,7 @@ VERDICTS = ("holds", "holds within limits", "does not hold", "cannot be tested h
 
 
 def _plain(value: Any, digits: int) -> Any:
-    """A Python value for a number, with floats rounded to significant digits: repr(np.float64(1)) is no number."""
+    """Convert a number to a Python value, floats rounded to significant digits: repr(np.float64(1)) is no number."""
     # A numpy scalar, or a tensor or array with one entry.
     if hasattr(value, "item") and math.prod(getattr(value, "shape", (2,))) == 1:
         value = value.item()
@@ -27,7 +27,7 @@ def _plain(value: Any, digits: int) -> Any:
 
 
 def glue(name: str, value: Any, digits: int = 4) -> None:
-    """Stores a value under a name, for ``{glue:text}`` in the prose. Shows nothing in the notebook.
+    """Store a value under a name, for ``{glue:text}`` in the prose. Shows nothing in the notebook.
 
     Args:
         name: unique within its notebook.
@@ -49,7 +49,7 @@ def glue(name: str, value: Any, digits: int = 4) -> None:
 
 
 def floored(value: Any, digits: int = 1, floor: float = 1e-12) -> str:
-    """Words for a number that may be nothing but rounding: another processor would show other digits.
+    """Format a number that may be at rounding level: another processor would show other digits.
 
     Args:
         value: number; a tensor or array with one entry counts as one.
@@ -67,7 +67,7 @@ def floored(value: Any, digits: int = 1, floor: float = 1e-12) -> str:
 
 
 def claim(number: int, verdict: str, finding: str, **numbers: float | int | str | bool) -> None:
-    """Settles a claim of the ledger: shows the verdict in the notebook, and stores it for the ledger page.
+    """Settle a claim of the ledger: show the verdict in the notebook, and store it for the ledger page.
 
     Args:
         number: the claim's number in the ledger.

@@ -13,7 +13,7 @@ STYLE = Path(__file__).parent.with_name("figures.mplstyle")
 
 
 def setup(threads: int = 1) -> None:
-    """Prepares a notebook: the book's figure style, figures as SVG without a date, a fixed number of threads.
+    """Prepare a notebook: the book's figure style, figures as SVG without a date, a fixed number of threads.
 
     The number of threads changes the last digits of sums, and training amplifies them: results are stored with one.
 

@@ -15,7 +15,7 @@ ROUNDINGS = 32  # that a row may be off, relative to its length
 
 
 def narrow(rows: Tensor, n_directions: int) -> tuple[Tensor, Tensor] | None:
-    """Write rows in few directions, if they have no more.
+    """Write rows in a basis of few directions, if they span no more.
 
     Args:
         rows: [N, d].

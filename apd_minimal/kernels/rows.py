@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def repeated(t: Tensor, axis: int = 0) -> bool:
-    """Does a tensor hold one entry of this axis only, however long the axis is?"""
+    """Tell whether a tensor is expanded along an axis: all entries share one in memory (stride 0)."""
     return t.ndim > axis and t.shape[axis] > 1 and t.stride(axis) == 0
 
 
@@ -25,7 +25,7 @@ class SharedRows(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run one operation; all but these two are left alone."""
+        """Run one operation; all except these two run unchanged."""
         if func is torch.ops.aten.mm.default and repeated(args[0]):
             return (args[0][:1] @ args[1]).expand(len(args[0]), -1)
         if func is torch.ops.aten.add.Tensor and not kwargs:

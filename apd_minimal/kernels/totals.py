@@ -37,18 +37,18 @@ class Totals(Components):
                 self._small[path] = [t.requires_grad_() for t in (total, squares_a, squares_b)]
 
     def _parts(self, path: str) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Components by components: which, and their factors."""
+        """Iterate over slices of the components: the slice, and its factors."""
         a, b = self.A[path].detach(), self.B[path].detach()
         size = max(1, PART * self.n_components // max(a.numel(), b.numel()))
         for i in range(0, self.n_components, size):
             yield slice(i, i + size), a[:, i : i + size], b[:, i : i + size]
 
     def sum(self, path: str) -> Tensor:
-        """As `Components.sum`: [R, d_in, d_out]."""
+        """Return the sum of all components, as `Components.sum`: [R, d_in, d_out]."""
         return self._small[path][0]
 
     def squared_lengths(self, path: str) -> Tensor:
-        """As `Components.squared_lengths`: [R, C, m]."""
+        """Return the squared lengths, as `Components.squared_lengths`: [R, C, m]."""
         return self._small[path][1] * self._small[path][2]
 
     def backward(self, loss: Tensor, also: Sequence[Tensor] = ()) -> None:

@@ -59,7 +59,7 @@ class Matching:
 
 @torch.no_grad()
 def cosines(first: Components, second: Components) -> Tensor:
-    """Cosine of every whole component with every one of another decomposition, all weights together.
+    """Compute the cosine of every component of one decomposition with every one of another, all weights together.
 
     It is computed from the factors, one component of the first at a time, so that no component is ever formed.
 
@@ -118,7 +118,7 @@ def match_weights(
 
 
 def match_use(first: Tensor, second: Tensor, by: str = "correlation", n_draws: int = 20, seed: int = 0) -> Matching:
-    """Match two decompositions by what they are used for, on the same samples.
+    """Match two decompositions by the samples on which their components are used.
 
     The chance baseline permutes the samples of each component of the second by itself: how often and how strongly
     it is used stays, but on which samples is left to chance.
@@ -170,7 +170,7 @@ def _check_in_use(rows: Tensor, columns: Tensor) -> None:
 
 
 def _products(first: Components, second: Components, path: str) -> Tensor:
-    """Inner products of one weight's matrices [C, C']: tr(B_c^T A_c^T A_c' B_c')."""
+    """Compute inner products of one weight's matrices [C, C']: tr(B_c^T A_c^T A_c' B_c')."""
     others, m = second.A[path].shape[0], second.A[path].shape[2]
     left = second.A[path].transpose(0, 1).flatten(1)  # [d_in, C' m']
     right = second.B[path].flatten(0, 1).T  # [d_out, C' m']
@@ -179,13 +179,13 @@ def _products(first: Components, second: Components, path: str) -> Tensor:
 
 
 def _permuted(t: Tensor, generator: torch.Generator) -> Tensor:
-    """The second axis of [C, n, ...] in a random order, another one for each element of the first."""
+    """Permute the second axis of [C, n, ...] at random, independently for each element of the first."""
     order = torch.rand(t.shape[:2], generator=generator).argsort(1).to(t.device)
     return t[torch.arange(len(t), device=t.device)[:, None], order]
 
 
 def _standard(scores: Tensor) -> Tensor:
-    """Columns with mean 0 and length 1; zeros where a column is constant."""
+    """Standardise columns to mean 0 and length 1; constant columns become zero."""
     centred = scores - scores.mean(0)
     length = centred.norm(dim=0)
     constant = length <= 1e-9 * scores.norm(dim=0)
@@ -195,7 +195,7 @@ def _standard(scores: Tensor) -> Tensor:
 def _match(
     similarity: Tensor, rows: Tensor, columns: Tensor, scrambled: Callable[[], Tensor], n_draws: int
 ) -> Matching:
-    """The best match of what is in use, by its indices, and as many by chance."""
+    """Find the best match of the components in use, by their indices, and as many by chance."""
     if n_draws < 1:
         raise ValueError(f"n_draws must be at least 1, got {n_draws}")
 

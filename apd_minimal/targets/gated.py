@@ -52,7 +52,7 @@ class GatedInputs:
         return SparseFeatures(self.n_functions, self.probability, 1.0, 1.0, self.batch_size, self.nonempty)
 
     def __call__(self, step: int, generator: torch.Generator) -> Tensor:
-        """A batch [batch_size, 1 + n_functions]; `step` is not needed, the generator's state moves on."""
+        """Draw a batch [batch_size, 1 + n_functions]; `step` is ignored, the generator's state advances."""
         checks.kind("generator", generator, torch.Generator, "a torch.Generator")
         x = LARGEST_X * torch.rand(self.batch_size, 1, generator=generator)
         return torch.cat([x, self.bits(step, generator)], dim=1)
@@ -141,14 +141,14 @@ class GatedFunctions(nn.Module):
         return list(zip(self.read, self.write, strict=True))  # type: ignore[arg-type]
 
     def functions(self, x: Tensor) -> Tensor:
-        """The functions that it interpolates: x [...] to F [..., n_functions], without gates."""
+        """Evaluate the functions that the network interpolates: x [...] to F [..., n_functions], without gates."""
         checks.tensor("x", x, ..., finite=False)
         a, b, c, d, e, f, g = self.coefficients.unbind(1)
         x = x[..., None].to(a)
         return a * torch.cos(b * x + c) + d * torch.sin(e * x + f) + g
 
     def forward(self, x: Tensor) -> Tensor:
-        """Inputs [..., 1 + n_functions], x and then the bits, to y [..., 1], or to 3 y and the neurons."""
+        """Map inputs [..., 1 + n_functions], x and then the bits, to y [..., 1], or to 3 y and the neurons."""
         checks.tensor("x", x, ..., 1 + self.n_functions, finite=False)
         stream, active = F.pad(x, (0, 1)), []
         for read, write in self.layers:
@@ -158,7 +158,7 @@ class GatedFunctions(nn.Module):
         return torch.cat([SHOWN_Y * y, *active], dim=-1) if self.show_neurons else y
 
     def data(self, batch_size: int = 1024, nonempty: bool = False) -> GatedInputs:
-        """Its source of batches [batch_size, 1 + n_functions]."""
+        """Create the source of batches [batch_size, 1 + n_functions]."""
         return GatedInputs(self.n_functions, self.probability, batch_size, nonempty)
 
     @property
@@ -199,7 +199,7 @@ class GatedFunctions(nn.Module):
         }
 
     def mechanisms(self) -> dict[str, Tensor]:
-        """The true mechanisms, per parameter path [n_functions, d_in, d_out]: each function has its own neurons."""
+        """Return the true mechanisms, per path [n_functions, d_in, d_out]: each function has its own neurons."""
         truth = {}
         functions = torch.arange(self.n_functions, device=self.owner.device)
         owners = self.owner.split([read.out_features for read, _ in self.layers])
@@ -211,7 +211,7 @@ class GatedFunctions(nn.Module):
 
 
 def attribution_shares(network: Network, components: Components, x: Tensor) -> Tensor:
-    """Gradient attributions, divided on every sample by their sum over components: [..., B, C].
+    """Compute gradient attributions, divided on every sample by their sum over components: [..., B, C].
 
     Batch top-k compares samples. Here a sample that moves the outputs little has as much to give as any other.
     """

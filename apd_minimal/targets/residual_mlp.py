@@ -68,7 +68,7 @@ class ResidualMLP(nn.Module):
         return list(zip(self.read, self.write, strict=True))  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Outputs [..., n_features]."""
+        """Map x [..., n_features] to outputs [..., n_features]."""
         checks.tensor("x", x, ..., self.n_features, finite=False)
         r = x @ self.embedding
         for read, relu, write in zip(self.read, self.neurons, self.write, strict=True):
@@ -76,12 +76,12 @@ class ResidualMLP(nn.Module):
         return r @ self.embedding.T
 
     def data(self, batch_size: int = 2048) -> SparseFeatures:
-        """Its source of batches [batch_size, n_features]."""
+        """Create the source of batches [batch_size, n_features]."""
         return SparseFeatures(self.n_features, self.probability, low=-1.0, high=1.0, batch_size=batch_size)
 
     @staticmethod
     def labels(x: Tensor) -> Tensor:
-        """What it is trained to give: x + ReLU(x)."""
+        """Compute the training labels x + ReLU(x)."""
         checks.tensor("x", x, ..., finite=False)
         return x + torch.relu(x)
 
@@ -150,7 +150,7 @@ class ResidualMLP(nn.Module):
         return self
 
     def composed(self, x: Tensor) -> Tensor:
-        """The same outputs without the residual stream: every product of weights is formed once, for all samples.
+        """Compute the same outputs without the residual stream: weights are multiplied once, for all samples.
 
         A layer sees the features through W_E W_in and earlier layers through their W_out W_in; the outputs see the
         features through W_E W_E^T and the layers through W_out W_E^T.
@@ -169,7 +169,7 @@ class ResidualMLP(nn.Module):
 
     @torch.no_grad()
     def contributions(self, components: Components | None = None) -> Tensor:
-        """How much every neuron does for every feature: [n_features, neurons of all layers].
+        """Compute how much every neuron contributes to every feature: [n_features, neurons of all layers].
 
         Entry (i, n) is how strongly neuron n reads feature i times how strongly it writes to output i.
 
@@ -190,7 +190,7 @@ class ResidualMLP(nn.Module):
         return torch.cat(parts, dim=-1)
 
     def _fits(self, components: Components, every: bool) -> None:
-        """Components of all its weights, or of some of them, and of no others."""
+        """Check that the components are of all its weights, or of some, and of no others."""
         own = {path: (..., self.get_parameter(path).shape[1], "m") for path in self.weights}
         checks.matrices("components", components.A, {p: s for p, s in own.items() if every or p in components.A})
 
@@ -201,7 +201,7 @@ class ResidualMLP(nn.Module):
         length_range: tuple[float, float] = (0.5, 1.5),
         min_purity: float = 0.95,
     ) -> Ownership:
-        """Who owns which feature, by contributions: the mechanism of feature i is row i of the target's (chapter 8).
+        """Match components with features by contributions; feature i's mechanism is row i of the target's (chapter 8).
 
         A contribution is a product of two weights, so that its cosine and purity are those of a weight squared, about;
         an owner must hold more than half of the length, so that nobody else can.
@@ -221,7 +221,7 @@ class ResidualMLP(nn.Module):
 
     @torch.no_grad()
     def attributions(self, network: Network, components: Components, x: Tensor) -> Tensor:
-        """Exact gradient attributions at the target, from what is special about it: the embedding is fixed.
+        """Compute exact gradient attributions at the target, using the fixed embedding and the lack of biases.
 
         The same values as `apd_minimal.attributions.gradient`, for decompose(attribution=target.attributions). Every
         component is multiplied once by what can stand in the stream and by what reads it, so that no sample meets the
@@ -249,7 +249,7 @@ class ResidualMLP(nn.Module):
         return scores if components.restarts is not None else scores[0]
 
     def _tangents(self, every: list[_Composed], x: Tensor) -> Tensor:
-        """How each component moves the outputs at the target: [B, C, n_features], for samples x [B, n_features]."""
+        """Compute how each component moves the target's outputs: [B, C, n_features], for x [B, n_features]."""
         values = x  # what stands in the stream, [B, n_features + neurons so far]
         moved: Tensor | None = None  # what moves in whatever reads the stream from here on, [B, C, ...]
         for layer in every:
@@ -292,7 +292,7 @@ class _Composed:
 
 
 def _compose(target: ResidualMLP, components: Components) -> list[_Composed]:
-    """Every product of fixed matrices and factors, formed once for all samples."""
+    """Form every product of fixed matrices and factors once, for all samples."""
     A, B, E = components.A, components.B, target.embedding
     layers, stands = [], E
     for i, (read, write) in enumerate(target.layers):

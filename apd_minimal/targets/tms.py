@@ -66,7 +66,7 @@ class TMS(nn.Module):
         return torch.relu(out + self.bias)
 
     def data(self, batch_size: int = 1024, nonempty: bool = False) -> SparseFeatures:
-        """Its source of batches [batch_size, n_features]."""
+        """Create the source of batches [batch_size, n_features]."""
         return SparseFeatures(self.n_features, self.probability, batch_size=batch_size, nonempty=nonempty)
 
     @property
@@ -140,7 +140,7 @@ class TMS(nn.Module):
         }
 
     def _doubt(self, own_size: bool) -> str:
-        """Why the recipe may not own every feature; empty where it was shown to."""
+        """Explain why the recipe may not own every feature; empty at sizes where it was shown to."""
         n, lines = self.n_features, self.same_line
         if own_size:
             return ""
@@ -220,7 +220,7 @@ class TMS(nn.Module):
         return self
 
     def ownership(self, components: Components) -> Ownership:
-        """Who owns which feature, by weights and with the usual thresholds (`metrics.ownership`, chapter 7).
+        """Match components with features by weights, with the usual thresholds (`metrics.ownership`, chapter 7).
 
         Args:
             components: C components, without restarts.
@@ -228,7 +228,7 @@ class TMS(nn.Module):
         return ownership(components, self.mechanisms())
 
     def mechanisms(self) -> dict[str, Tensor]:
-        """The true mechanisms, per parameter path [J, d_in, d_out]: one for each feature, the identity last.
+        """Return the true mechanisms, per path [J, d_in, d_out]: one for each feature, the identity last.
 
         `same_line` lists the features that are hard to tell apart.
         """
@@ -246,7 +246,7 @@ class TMS(nn.Module):
 
     @torch.no_grad()
     def attributions(self, network: Network, components: Components, x: Tensor) -> Tensor:
-        """Exact gradient attributions at the target, from what is special about it: outputs are off or linear.
+        """Compute exact gradient attributions at the target, using that each output is either off or linear.
 
         The same values as `apd_minimal.attributions.gradient`, for decompose(attribution=target.attributions). An
         output that is off has no gradient; for one that is on, all components meet its samples in one product.
@@ -288,5 +288,5 @@ class TMS(nn.Module):
 
 
 def _then(k: float, last: float) -> tuple[tuple[float, float], ...]:
-    """k for most of a run, and a larger one in its last stage (chapter 6)."""
+    """Build a schedule: k for the first 70% of a run, then `last` (chapter 6)."""
     return ((0.0, k), (0.7, k), (0.701, last))

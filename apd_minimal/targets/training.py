@@ -12,7 +12,7 @@ from .. import checks
 
 
 def numbers(seed: int, **least: tuple[Any, int]) -> list[int]:
-    """A seed, and whole numbers with the least that each may be, as Python numbers."""
+    """Check a seed, and whole numbers against their minimum; return them as Python numbers."""
     seed = checks.number("seed", seed, 0, 2**62, whole=True)
     return [seed, *(checks.number(name, value, low, whole=True) for name, (value, low) in least.items())]
 
@@ -23,7 +23,7 @@ def train(
     steps: int,
     loss: Callable[[int], Tensor],
 ) -> None:
-    """Descend on loss(step), and leave no gradients behind.
+    """Minimise loss(step) by gradient descent, and leave no gradients behind.
 
     Args:
         optimiser: of the parameters to train.

@@ -49,7 +49,7 @@ class Questions:
         object.__setattr__(self, "tasks", tasks)
 
     def __call__(self, step: int, generator: torch.Generator) -> Tensor:
-        """A batch [batch_size, 9]; `step` is not needed, the generator's state moves on."""
+        """Draw a batch [batch_size, 9]; `step` is ignored, the generator's state advances."""
         checks.kind("generator", generator, torch.Generator, "a torch.Generator")
         n = self.batch_size
         letters = torch.rand(n, self.n_letters, generator=generator).argsort(1)[:, : LETTERS - 1]
@@ -68,7 +68,7 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(d, neurons, bias=False), nn.Linear(neurons, d, bias=False)
 
     def forward(self, stream: Tensor) -> Tensor:
-        """The stream after this block, [B, T, d]."""
+        """Map the stream [B, T, d] to the stream after this block [B, T, d]."""
         q, k, v = (
             layer(stream).unflatten(-1, (self.n_heads, -1)).transpose(-3, -2) for layer in (self.q, self.k, self.v)
         )
@@ -117,7 +117,7 @@ class Transformer(nn.Module):
         self.unembed = nn.Linear(d, n_tokens, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits of every position [B, 9, n_letters + 6], for tokens [B, 9]."""
+        """Map tokens [B, 9] to the logits of every position [B, 9, n_letters + 6]."""
         self._tokens(x)
         stream = self.embed(x) + self.position
         for block in self.blocks:
@@ -132,7 +132,7 @@ class Transformer(nn.Module):
             )
 
     def answers(self, x: Tensor) -> Tensor:
-        """The right answers [B] to questions [B, 9]."""
+        """Compute the right answers [B] to questions [B, 9]."""
         self._tokens(x)
         n = self.n_letters
         if not ((x[:, 0] >= n) & (x[:, 0] < n + len(TASKS)) & (x[:, 1:] < n).all(1) & (x[:, 1:] >= 0).all(1)).all():
@@ -153,7 +153,7 @@ class Transformer(nn.Module):
         return torch.cat(every, dim=1).gather(1, task)[:, 0]
 
     def data(self, batch_size: int = 128, tasks: tuple[int, ...] = tuple(range(len(TASKS)))) -> Questions:
-        """Its source of batches [batch_size, 9]."""
+        """Create the source of batches [batch_size, 9]."""
         return Questions(self.n_letters, batch_size, tasks)
 
     def fit(self, seed: int = 0, steps: int = 1200, batch_size: int = 256) -> Transformer:
@@ -224,13 +224,13 @@ class Transformer(nn.Module):
 
 
 def last_position(logits: Tensor) -> Tensor:
-    """The logits that count, [B, vocabulary]: an `output` for `decompose`."""
+    """Select the logits at the last position, [B, vocabulary]: an `output` for `decompose`."""
     checks.tensor("logits", logits, ..., "positions", "vocabulary", finite=False)
     return logits[..., -1, :]
 
 
 def answer_shares(network: Network, components: Components, x: Tensor) -> Tensor:
-    """Gradient attributions to one number, the logit of the target's own answer less the mean logit, as shares.
+    """Compute gradient attributions to one scalar, the target's own answer logit minus the mean logit, as shares.
 
     One backward pass instead of one for each token, and none of the noise of random probes. Divided by their sum over
     components, so that in batch top-k no task with large logits takes from another (chapter 10).

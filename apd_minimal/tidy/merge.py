@@ -29,7 +29,7 @@ from ..components import Components
 
 @torch.no_grad()
 def merge_and_prune(components: Components, mask: Tensor, min_cosine: float = 0.9, dead_share: float = 0.1) -> Tensor:
-    """Merge components that point the same way, and set unused ones to zero, in place.
+    """Merge components of similar direction, and set unused ones to zero, in place.
 
     Args:
         components: stacked components, factors [R, C, d_in, m] and [R, C, m, d_out].
@@ -63,7 +63,7 @@ def merge_and_prune(components: Components, mask: Tensor, min_cosine: float = 0.
 
 
 def _merge(components: Components, r: int, group: list[int]) -> None:
-    """Replace the first of a group by the sum of all, cut to its rank by the singular value decomposition."""
+    """Replace the first of a group by the sum of all, truncated to its rank by the singular value decomposition."""
     for path in components.paths:
         total = Components({path: components.A[path][r, group]}, {path: components.B[path][r, group]}).sum(path)
         merged = Components.from_matrices({path: total[None]}, rank=components.A[path].shape[-1])
@@ -111,7 +111,7 @@ def merge_by_bits(
 
 
 def shortened(components: Components, mask: Tensor, alpha: float) -> Components:
-    """A finished decomposition with what `merge_by_bits` leaves: fewer components, in less memory (chapter 20).
+    """Merge a copy of a finished decomposition by bits, and drop the components that become zero (chapter 20).
 
     Args:
         components: C components, without restarts; they are left as they are.
@@ -133,7 +133,7 @@ def shortened(components: Components, mask: Tensor, alpha: float) -> Components:
 
 
 def _fewest_bits(components: Components, active: Tensor, alpha: float, dead_share: float, threshold: float) -> Tensor:
-    """Greedy changes of one restart's components, in place; active [B, C]. Which were changed: [C]."""
+    """Apply greedy changes to one restart's components, in place; active [B, C]. Return which were changed: [C]."""
     floors = [threshold * components.singular_values(path).max().double() for path in components.paths]
     most = torch.tensor([[[components.A[path].shape[-1]]] for path in components.paths], device=active.device)
     everyone = range(components.n_components)
@@ -172,7 +172,7 @@ def _fewest_bits(components: Components, active: Tensor, alpha: float, dead_shar
 
 
 def _ranks_with(components: Components, c: int, floors: list[Tensor]) -> Tensor:
-    """Numerical ranks of P_c + P_j for every j, of P_c itself for j = c: [paths, C]."""
+    """Compute the numerical ranks of P_c + P_j for every j, and of P_c itself for j = c: [paths, C]."""
     ranks = []
     for path, floor in zip(components.paths, floors, strict=True):
         # The squared singular values of [A_c A_j] [B_c; B_j] are the eigenvalues of the product of the Gram matrices.
@@ -186,7 +186,7 @@ def _ranks_with(components: Components, c: int, floors: list[Tensor]) -> Tensor:
 
 
 def _gram(columns: Tensor, c: int) -> Tensor:
-    """Inner products of the columns of [F_c F_j], for every j and factors F [C, d, m]: [C, 2m, 2m]."""
+    """Compute inner products of the columns of [F_c F_j], for every j and factors F [C, d, m]: [C, 2m, 2m]."""
     mine = columns[c].expand_as(columns)
     cross = mine.mT @ columns
     return torch.cat([torch.cat([mine.mT @ mine, cross], 2), torch.cat([cross.mT, columns.mT @ columns], 2)], 1)

@@ -19,7 +19,7 @@ POWER_STEPS = 20
 
 
 def missing(network: Network, x: Tensor, lacking: Tensor) -> Tensor:
-    """What each sample asks of the weights: the gradient of <lacking_b, f(x_b)> at the target.
+    """Compute each sample's gradient of <lacking_b, f(x_b)> with respect to the decomposed weights, at the target.
 
     Args:
         network: the target.
@@ -55,7 +55,7 @@ def reseed(
     max_cosine: float = 0.35,
     size: int | None = None,
 ) -> Tensor:
-    """Start up to `most` free (all zero) components of every restart at what is missing, in place.
+    """Start up to `most` free (all zero) components of every restart where the sparse outputs fail, in place.
 
     Args:
         network: the target.
@@ -103,7 +103,7 @@ def reseed(
 def _lacking(
     network: Network, components: Components, gates: Tensor, x: Tensor, divergence: Divergence
 ) -> tuple[Tensor, Tensor]:
-    """The errors [R, B] of the sparse outputs, and which way less of them lies [R, B, *rest]."""
+    """Compute the errors [R, B] of the sparse outputs, and their negative gradients [R, B, *rest]."""
     outputs, wanted = network(x, components, gates), network(x)
     with torch.enable_grad():
         outputs = outputs.detach().requires_grad_()
@@ -112,7 +112,7 @@ def _lacking(
 
 
 def _strong_direction(asked: Tensor, network: Network) -> Tensor:
-    """A unit vector [N], of rank one in every weight, that few of the rows of `asked` [B, N] want strongly."""
+    """Find a unit vector [N], of rank one in every weight, that a few rows of `asked` [B, N] project on strongly."""
     v = asked[asked.norm(dim=1).argmax()]
     for _ in range(POWER_STEPS):
         # The third power lets the samples that agree most with the direction decide where it goes.
