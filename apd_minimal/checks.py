@@ -1,4 +1,4 @@
-"""Checks of arguments: each gives the argument back, or an error that says what was given and what is expected."""
+"""Checks of arguments: each returns the argument, or raises an error naming what was given and what is expected."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class NotFinite(ValueError):
-    """Numbers that were worked out are NaN or infinite."""
+    """Computed numbers are NaN or infinite."""
 
 
 def given(value: Any) -> str:
@@ -44,7 +44,7 @@ def number(
         Any: an int if it must be whole, else an int or a float, as it was given.
 
     Raises:
-        TypeError: no number.
+        TypeError: not a number.
         ValueError: NaN, infinite, out of range or not whole.
     """
     got = plain(value)
@@ -94,11 +94,11 @@ def generator(value: Any) -> None:
 def tensor(name: str, value: Any, *shape: Any, finite: bool = True) -> Tensor:
     """Check for a tensor of a shape: sizes, names of sizes, and at most one `...` for any number of axes."""
     kind(name, value, Tensor, "a tensor")
-    sizes, wanted = list(value.shape), list(shape)
-    if ... in wanted:
-        at = wanted.index(...)
-        wanted[at : at + 1] = [None] * (len(sizes) - len(wanted) + 1)
-    if len(wanted) != len(sizes) or any(isinstance(w, int) and w != s for w, s in zip(wanted, sizes, strict=True)):
+    sizes, expected = list(value.shape), list(shape)
+    if ... in expected:
+        at = expected.index(...)
+        expected[at : at + 1] = [None] * (len(sizes) - len(expected) + 1)
+    if len(expected) != len(sizes) or any(isinstance(w, int) and w != s for w, s in zip(expected, sizes, strict=True)):
         axes = ", ".join("..." if axis is ... else str(axis) for axis in shape)
         raise ValueError(f"{name} must be of shape [{axes}], got {given(value)}")
     if finite and not value.isfinite().all():
@@ -110,7 +110,7 @@ def matrices(name: str, value: Any, shapes: Mapping[str, Sequence[Any]], finite:
     """Check for a mapping from exactly these parameter paths to tensors of these shapes."""
     kind(name, value, Mapping, "a mapping from parameter paths to tensors")
     if set(value) != set(shapes):
-        raise ValueError(f"{name} must be about {list(shapes)}, got {list(value)}")
+        raise ValueError(f"{name} must have the parameter paths {list(shapes)}, got {list(value)}")
     for path, shape in shapes.items():
         tensor(f"{name}: {path}", value[path], *shape, finite=finite)
 

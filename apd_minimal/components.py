@@ -1,6 +1,6 @@
 """Parameter components: C vectors in parameter space, stored as low-rank factors.
 
-A component P_c holds one matrix for each decomposed weight, P_c[path] = A_c[path] @ B_c[path].
+A component P_c has one matrix for each decomposed weight, P_c[path] = A_c[path] @ B_c[path].
 Chapter 3 (parameter space) introduces the flattened view and the factors.
 """
 
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from . import checks
@@ -28,8 +29,8 @@ class Components:
         B: per parameter path, the right factors [C, m, d_out] (or [restarts, C, m, d_out]).
 
     Raises:
-        TypeError: factors that are no tensors of floating point numbers, of one type for each path.
-        ValueError: if the paths or the shapes of A and B do not fit together.
+        TypeError: factors that are not floating-point tensors, or A and B of a path of different types.
+        ValueError: if the paths or the shapes of A and B do not match.
     """
 
     A: dict[str, Tensor]
@@ -78,7 +79,7 @@ class Components:
             restarts: number of independent copies on a leading axis; None for no such axis.
             std: standard deviation of the factors' entries.
             generator: source of randomness; its device must be the CPU.
-            device: where the factors live.
+            device: of the factors.
 
         Returns:
             Components: with leaf tensors that do not require gradients yet.
@@ -92,9 +93,7 @@ class Components:
         try:
             device = torch.empty(0, device=device).device
         except (RuntimeError, TypeError) as error:
-            raise ValueError(
-                f"device must be a device of torch's or None, got {checks.given(device)}: {error}"
-            ) from None
+            raise ValueError(f"device must be a torch device or None, got {checks.given(device)}: {error}") from None
         lead = (n_components,) if restarts is None else (restarts, n_components)
         A, B = {}, {}
         for path, shape in shapes.items():
@@ -164,12 +163,12 @@ class Components:
     def sum(self, path: str) -> Tensor:
         """Sum all components for one weight, [..., d_in, d_out], without forming each of them."""
         a, b = self._factors(path)
-        return a.transpose(-3, -2).flatten(-2) @ b.flatten(-3, -2)
+        return rearrange(a, "... c d m -> ... d (c m)") @ rearrange(b, "... c m e -> ... (c m) e")
 
     def squared_lengths(self, path: str) -> Tensor:
         """Compute the squared length of each rank-one term A_:,r B_r,: of one weight: [..., C, m]."""
         a, b = self._factors(path)
-        return (a * a).sum(-2) * (b * b).sum(-1)  # half the time of square(), whose gradient is a power
+        return (a * a).sum(-2) * (b * b).sum(-1)  # takes half the time of square(), whose gradient calls pow()
 
     def flat(self) -> Tensor:
         """Return the components as vectors in parameter space: [..., C, N] (chapter 3)."""
@@ -177,7 +176,7 @@ class Components:
 
     def singular_values(self, path: str) -> Tensor:
         """Compute the singular values of every component's matrix, [..., C, m], largest first."""
-        # The factors' triangular parts carry all singular values, and are only m by m.
+        # The triangular parts R of the factors' QR decompositions have the product's singular values, and are m by m.
         a, b = self._factors(path)
         r_a = torch.linalg.qr(_single(a)).R
         r_b = torch.linalg.qr(_single(b).transpose(-2, -1)).R
@@ -260,10 +259,10 @@ def confine(components: Components, per_weight: Sequence[int]) -> None:
 
     Args:
         components: C components.
-        per_weight: how many belong to each weight, in the order of the paths.
+        per_weight: number of components for each weight, in the order of the paths.
 
     Raises:
-        ValueError: numbers that do not fit the weights or C.
+        ValueError: numbers that do not match the weights or C.
     """
     fits = len(per_weight) == len(components.paths) and sum(per_weight) == components.n_components
     if not fits or min(per_weight) < 0:
@@ -274,7 +273,7 @@ def confine(components: Components, per_weight: Sequence[int]) -> None:
     first = 0
     for path, n in zip(components.paths, per_weight, strict=True):
         for factor in (components.A[path], components.B[path]):
-            # A zero factor times a zero factor has no gradient, so nothing brings the component back there.
+            # If both factors are zero, their gradients are zero: training cannot bring the component back.
             factor[..., :first, :, :] = 0
             factor[..., first + n :, :, :] = 0
         first += n
