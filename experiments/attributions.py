@@ -1,12 +1,12 @@
-"""Makes data/attributions.json: APD trained with each estimator of attributions (chapter 16).
+"""Create data/attributions.json: APD trained with each estimator of attributions (chapter 16).
 
 python -m experiments.attributions [--only tms-5-2 | tms-40-10 | residual-20-10] [--processes N]     (about 2 hours)
 
-Three targets, five seeds each. A target's recipe, with smaller batches where its authors' are large, and nothing else
-changed but the attributions and k: at equal compute, where a run has as many steps as take the floating-point
-operations of the run with gradients, and for some at equal steps. k is scaled by the factor that did best on the search
-seeds, which are reported nowhere else; on TMS 5-2 all estimators are also run with the recipe's own k. The smaller
-batches come from chapter 11's grid (TMS 40-10) and from seeds 100 to 102 (residual MLP).
+Three targets, five seeds each. Every run has the target's recipe, with smaller batches where the recipe's are large;
+only the attributions and k change. Runs have equal compute: as many steps as cost the floating-point operations of the
+run with gradients; some estimators are also run with equal steps. k is scaled by the factor that did best on the search
+seeds, which are not reported; on TMS 5-2 all estimators are also run with the recipe's own k. The smaller batches come
+from chapter 11's grid (TMS 40-10) and from seeds 100 to 102 (residual MLP).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SEEDS = range(60, 65)
 SEARCH_SEEDS = {"tms-5-2": (100, 102), "tms-40-10": (100,), "residual-20-10": (100,)}  # 101 lacks a feature in 5-2
 FACTORS = (0.5, 0.65, 0.8, 1.0)  # of k
 ALSO_AT_EQUAL_STEPS = ("integrated gradients", "ablation")
-OPTIONS: dict[str, dict[str, Any]] = {  # few samples, since they are taken at every step
+OPTIONS: dict[str, dict[str, Any]] = {  # few samples, since they are computed at every step
     "gradient": {},
     "integrated gradients": {"n_steps": 4},
     "ablation": {},
@@ -39,7 +39,7 @@ OPTIONS: dict[str, dict[str, Any]] = {  # few samples, since they are taken at e
     "path shapley": {"n_samples": 4},
     "activation": {},
 }
-MOMENTS = 8  # of a run, at which masks are compared
+MOMENTS = 8  # number of evenly spaced steps at which masks are compared
 Job = tuple[str, str, str, float, int]  # target, estimator, budget, factor of k, seed
 
 
@@ -89,7 +89,7 @@ def but_last(schedule: tuple[tuple[float, float], ...], factor: float) -> Schedu
 def operations(name: str, estimator: str, steps: int = 100) -> int:
     """Count floating-point operations of one step, averaged over a short run; measured once, then read from the table.
 
-    Budgets, by which runs are known, would change with every change in how gradients are computed otherwise.
+    Budgets are part of a run's settings: measured anew, they would change with every change in computing gradients.
     """
     for row in STUDY.stored().get("runs", []):
         if (row["target"], row["estimator"]) == (name, estimator):
@@ -124,22 +124,22 @@ def stored_settings(job: Job) -> Row:
 
 
 def watcher(
-    network: apd.Network, config: apd.Config, own: Attribution, x: torch.Tensor, found: list[dict[str, float]]
+    network: apd.Network, config: apd.Config, own: Attribution, x: torch.Tensor, rows: list[dict[str, float]]
 ) -> Callable[[int, dict[str, list[float]], apd.Components], None]:
     """Create a callback that notes, at MOMENTS steps, the share of active pairs that other estimators choose too."""
-    moments = {round(i * (config.steps - 1) / (MOMENTS - 1)) for i in range(MOMENTS)}
+    steps = {round(i * (config.steps - 1) / (MOMENTS - 1)) for i in range(MOMENTS)}
 
     def look(step: int, losses: dict[str, list[float]], components: apd.Components) -> None:
-        if not moments or step < min(moments):
+        if not steps or step < min(steps):
             return
-        moments.remove(min(moments))
+        steps.remove(min(steps))
         k = at_progress(config.top_k, step / config.steps)
         masks = [
             apd.selection.batch_top_k(estimate(network, components, x), k)
             for estimate in (own, attributions.gradient, attributions.ablation)
         ]
         active = masks[0].sum()
-        found.append({
+        rows.append({
             "step": step,
             "gradient": ((masks[0] * masks[1]).sum() / active).item(),
             "ablation": ((masks[0] * masks[2]).sum() / active).item(),
@@ -189,12 +189,12 @@ def search_jobs(name: str) -> list[Job]:
 def chosen(runs: list[Row], name: str, estimator: str) -> float:
     """Choose the factor of k with the most owned mechanisms on the search seeds, then the smallest error."""
 
-    def merit(factor: float) -> tuple[int, float]:
-        some = [r for r in runs if (r["target"], r["estimator"]) == (name, estimator) and r["factor"] == factor]
-        some = [r for r in some if r["seed"] in SEARCH_SEEDS[name]]
-        return sum(r["owned"] for r in some), -sum(r["score"] for r in some)
+    def score_of(factor: float) -> tuple[int, float]:
+        searched = [r for r in runs if (r["target"], r["estimator"]) == (name, estimator) and r["factor"] == factor]
+        searched = [r for r in searched if r["seed"] in SEARCH_SEEDS[name]]
+        return sum(r["owned"] for r in searched), -sum(r["score"] for r in searched)
 
-    return max(FACTORS, key=merit)
+    return max(FACTORS, key=score_of)
 
 
 def report_jobs(runs: list[Row], name: str) -> list[Job]:
@@ -213,12 +213,12 @@ def report_jobs(runs: list[Row], name: str) -> list[Job]:
 
 def jobs(rows: list[Row]) -> list[Job]:
     """List every run; the reported ones are known when a target's search is done."""
-    found: list[Job] = []
+    every: list[Job] = []
     for name in TARGETS:
         searched = search_jobs(name)
-        there = [RUNS.job_of(row) for row in rows if row["target"] == name]
-        found += searched + (report_jobs(rows, name) if set(searched) <= set(there) else there)
-    return list(dict.fromkeys(found))
+        stored = [RUNS.job_of(row) for row in rows if row["target"] == name]
+        every += searched + (report_jobs(rows, name) if set(searched) <= set(stored) else stored)
+    return list(dict.fromkeys(every))
 
 
 RUNS = Rows(("target", "estimator", "budget", "factor", "seed"), jobs, run, stored_settings)

@@ -1,8 +1,8 @@
-"""What the studies share: results are kept by their settings, the rest is made in processes and stored as it comes.
+"""Shared machinery of the studies: a cache keyed by settings, worker processes, and storage after every job.
 
-A study fills one table, data/NAME.json, and its tensors, data/NAME.safetensors. A job gives a row of one of the table's
-lists, or a few rows; it is not done again while it is there with the settings of today. What is measured in one go
-stands in the table as a whole. Chapters read the files, so their format stays.
+A study fills one table, data/NAME.json, and its tensors, data/NAME.safetensors. A job returns one or more rows of one
+of the table's lists; it is skipped if its rows are stored with the current settings. A measurement is an entry of the
+table that is measured as a whole. Chapters read the files, so that their format must not change.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ class Rows:
     """A list of a table.
 
     Attributes:
-        fields: of a row, whose values in this order are the job that it comes from.
-        jobs: all jobs, given the rows that are there: which runs are reported may depend on what a search found.
-        run: does a job, on one thread of a process of its own; its rows without `fields` and settings, and tensors.
-        settings: of a job; they are stored in its rows, which are made again when they change. None if the job itself
-            says everything.
-        order: of a job, what its rows are sorted by.
+        fields: names of a row's fields whose values, in this order, are the job.
+        jobs: lists all jobs, given the stored rows: which runs are reported may depend on the results of a search.
+        run: runs a job, on one thread of a worker process; returns its rows without `fields` and settings, and tensors.
+        settings: maps a job to its settings, which are stored in its rows; when they change, the job is run again. None
+            if the job determines everything.
+        order: maps a job to the sort key of its rows.
     """
 
     fields: tuple[str, ...]
@@ -81,16 +81,16 @@ def _work(run: Callable[[Job], tuple[list[Row], Tensors]], job: Job) -> tuple[Jo
 
 @dataclass(frozen=True)
 class Study:
-    """A table, and how it is made.
+    """A table, and how it is computed.
 
     Attributes:
         name: of the files in data/.
-        lists: name in the table to what fills it; made in this order.
-        measurements: name in the table to a function that measures all that stands there.
-        about: facts about the making, given the number of processes.
-        prefixes: of a job, what the names of its tensors start with.
+        lists: lists of the table by name; computed in this order.
+        measurements: functions by name in the table; each measures the whole entry.
+        about: facts about the run, given the number of processes.
+        prefixes: maps a job to the prefixes of its tensors' names.
         compact: write JSON without spaces.
-        folder: where the files are.
+        folder: of the files.
     """
 
     name: str
@@ -103,12 +103,12 @@ class Study:
 
     @property
     def table(self) -> Path:
-        """The file of numbers."""
+        """Path of the JSON table."""
         return self.folder / f"{self.name}.json"
 
     @property
     def arrays(self) -> Path:
-        """The file of tensors, if there are any."""
+        """Path of the tensors, if there are any."""
         return self.folder / f"{self.name}.safetensors"
 
     def stored(self) -> Row:
@@ -133,20 +133,20 @@ class Study:
         self.table.write_text(json.dumps(table | {"about": about}, **style) + "\n")
         write_manifest(self.folder)
 
-    def add(self, name: str, job: Job, found: list[Row], own: Tensors, processes: int) -> None:
+    def add(self, name: str, job: Job, results: list[Row], new_tensors: Tensors, processes: int) -> None:
         """Add a job's results to the files as they are now: another command may have added its own."""
         rows, (table, tensors) = self.lists[name], self.read()
-        new = [rows.complete(job, row) for row in found]
+        new = [rows.complete(job, row) for row in results]
         table[name] = [row for row in table[name] if rows.job_of(row) != job] + new
         table[name].sort(key=lambda row: rows.order(rows.job_of(row)))
-        self.write(table, tensors | own, processes)
+        self.write(table, tensors | new_tensors, processes)
 
     def todo(self, name: str, only: Iterable[str] | None = None, again: bool = False) -> list[Job]:
         """List the jobs whose results are missing, in all groups or in `only`; all jobs if `again`."""
         rows, table = self.lists[name], self.read()[0]
-        there = set() if again else set(map(rows.job_of, table[name]))
-        wanted = [job for job in rows.jobs(table[name]) if only is None or {name, str(job[0])} & set(only)]
-        return [job for job in wanted if job not in there]
+        done = set() if again else set(map(rows.job_of, table[name]))
+        selected = [job for job in rows.jobs(table[name]) if only is None or {name, str(job[0])} & set(only)]
+        return [job for job in selected if job not in done]
 
     def choices(self) -> list[str]:
         """List what can be made alone: parts of the table if there are several, and the first fields of jobs."""
@@ -158,36 +158,36 @@ class Study:
         """Make what is missing, from the command line, and write the files after each job.
 
         Args:
-            doc: what the study says of itself, for `--help`.
+            doc: description of the study, for `--help`.
         """
         parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
         parser.add_argument("--only", nargs="+", choices=self.choices(), metavar="PART", help=", ".join(self.choices()))
         parser.add_argument("--processes", type=int, default=2, help="jobs at a time, each on one thread")
-        parser.add_argument("--again", action="store_true", help="make what is there as well")
-        given = parser.parse_args()
+        parser.add_argument("--again", action="store_true", help="run jobs that are stored as well")
+        options = parser.parse_args()
         torch.set_num_threads(1)
-        with multiprocessing.get_context("spawn").Pool(given.processes) as pool:
+        with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
             for name, rows in self.lists.items():
                 tried: set[Job] = set()
-                while todo := [job for job in self.todo(name, given.only, given.again) if job not in tried]:
+                while todo := [job for job in self.todo(name, options.only, options.again) if job not in tried]:
                     print(f"{self.name}, {name}: {len(todo)} jobs", flush=True)
-                    for job, found, own in pool.imap_unordered(partial(_work, rows.run), todo):
-                        self.add(name, job, found, own, given.processes)
+                    for job, results, new_tensors in pool.imap_unordered(partial(_work, rows.run), todo):
+                        self.add(name, job, results, new_tensors, options.processes)
                         tried.add(job)
-                        print(*job, *map(_in_short, found), flush=True)
+                        print(*job, *map(_in_short, results), flush=True)
         for name, measure in self.measurements.items():
-            chosen = given.only is None or name in given.only
-            if chosen and (given.again or not self.stored().get(name)):
+            chosen = options.only is None or name in options.only
+            if chosen and (options.again or not self.stored().get(name)):
                 print(f"{self.name}, {name}", flush=True)
-                value = measure()  # before the files are read, since it takes long
+                value = measure()  # before the files are read: it takes long, and they may change meanwhile
                 table, tensors = self.read()
-                self.write(table | {name: value}, tensors, given.processes)
+                self.write(table | {name: value}, tensors, options.processes)
 
 
 def _in_short(row: Row) -> str:
     """Summarise a row for the progress output."""
-    found = {name: row[name] for name in ("owned", "seconds") if name in row}
-    return str({name: sum(v) if isinstance(v, list) else v for name, v in found.items()})
+    facts = {name: row[name] for name in ("owned", "seconds") if name in row}
+    return str({name: sum(v) if isinstance(v, list) else v for name, v in facts.items()})
 
 
 def prefix(job: Job) -> str:
@@ -204,9 +204,9 @@ def write_manifest(folder: Path = DATA) -> None:
 
 def numbers(recipe: Row, **more: Any) -> Row:
     """Extract the settings from the arguments of `decompose`, with defaults filled in, and add further ones."""
-    own, given = {f.name for f in fields(apd.Config)}, recipe | more
-    extra = {name: value for name, value in more.items() if name not in own}
-    return extra | asdict(apd.Config.from_dict({name: value for name, value in given.items() if name in own}))
+    names, arguments = {f.name for f in fields(apd.Config)}, recipe | more
+    extra = {name: value for name, value in more.items() if name not in names}
+    return extra | asdict(apd.Config.from_dict({name: value for name, value in arguments.items() if name in names}))
 
 
 def scaled(schedule: Schedule, factor: float) -> Schedule:

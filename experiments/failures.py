@@ -1,9 +1,9 @@
-"""Makes data/failures.*: TMS 5-2 taken apart with settings that spoil it (chapter 12).
+"""Create data/failures.*: TMS 5-2 decomposed with settings that make it fail (chapter 12).
 
 python -m experiments.failures [--only "C = 4" ...] [--processes N]     (about ten minutes of one core)
 
-The targets are those of data/tms.safetensors, seeds 10 to 14; which settings spoil what was found on seeds 100 to 103.
-All four starts of every run are kept.
+The targets are those of data/tms.safetensors, seeds 10 to 14; which settings make it fail was found on seeds 100 to
+103. All four restarts of every run are kept.
 """
 
 from __future__ import annotations

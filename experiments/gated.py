@@ -1,8 +1,8 @@
-"""Makes data/gated.*: hand-coded gated functions taken apart, ten seeds (chapter 10).
+"""Create data/gated.*: hand-coded gated functions decomposed, ten seeds (chapter 10).
 
 python -m experiments.gated [--only ours | plain] [--processes N]     (about ten minutes on two cores)
 
-The seeds 0 to 9 were not used while the recipe was made: that was done on seeds from 100 up.
+Seeds 0 to 9 were not used to find the recipe: that was done on seeds from 100 up.
 """
 
 from __future__ import annotations

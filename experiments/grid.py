@@ -1,10 +1,10 @@
-"""Makes data/grid.json: one setting after the other moved away from the recipe (chapter 11).
+"""Create data/grid.json: one setting at a time moved away from the recipe (chapter 11).
 
 python -m experiments.grid [--only tms-40-10 | residual] [--processes N]     (about an hour of one core each)
 
 Two targets: TMS 40-10, and the residual MLP of one layer, for which the recipe is cut to 1,000 steps. Each of the
 three weights and the learning rate is scaled by 1/4, 1/2, 2, 4, k by 1/2 to 2, one at a time and jointly at random;
-then the other weights, p, C, m, the batch and the number of steps. The seeds are of targets that no recipe was made on.
+then the other weights, p, C, m, the batch and the number of steps. No recipe was found on these seeds' targets.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ N_RANDOM = {"tms-40-10": 16, "residual": 8}
 WEIGHTS = ("faithfulness", "minimality", "simplicity")
 FACTORS = (0.25, 0.5, 2.0, 4.0)
 OTHERS = {"tms-40-10": ("scrub",), "residual": ("scrub", "hidden")}
-# What is not a factor of the recipe's own value.
+# Values that are not multiples of the recipe's.
 VALUES: dict[str, dict[str, tuple[Any, ...]]] = {
     "tms-40-10": {
         "p": (0.5, 0.7, 0.8, 1.0),
@@ -73,7 +73,7 @@ def variants(name: str) -> dict[str, dict[str, Any]]:
 
     table: dict[str, dict[str, Any]] = {"recipe": {}}
     for setting in (*WEIGHTS, "lr", *OTHERS[name]):
-        ends_only = name == "residual" and setting in OTHERS[name]  # these runs are the longer ones
+        ends_only = name == "residual" and setting in OTHERS[name]  # these runs take longer
         factors = FACTORS[::3] if ends_only else FACTORS
         table |= {f"{setting} x {factor:g}": times(setting, factor) for factor in factors}
     table |= {f"top_k x {factor:g}": times("top_k", factor) for factor in (0.5, 0.71, 1.41, 2.0)}
@@ -101,7 +101,7 @@ def true_positives(target: TMS, components: apd.Components, k: int) -> tuple[flo
     """Compute recall and precision of the owners among each sample's k most attributed components.
 
     The true positives of a sample are its active features whose owner is among them; owners are matched one to one by
-    weights, whether they are good or not.
+    weights, without thresholds.
     """
     owner = apd.metrics.ownership(components, target.mechanisms()).owner
     x = target.data(8192)(0, torch.Generator().manual_seed(777))
@@ -136,12 +136,12 @@ def run(job: Job) -> tuple[list[Row], Tensors]:
     """Decompose one target with one setting changed."""
     name, _, seed = job
     target, settings = target_of(name, seed), settings_of(job)
-    # The attributions are the trained target's own, not those of the recipe's.
+    # The attributions of the trained target, not of the recipe's untrained one.
     result, seconds = taken_apart(target, settings, attribution=target.attributions)
     x = target.data(4096)(0, torch.Generator().manual_seed(10_000 + seed))
     k = at_progress(result.config.top_k, 1.0)
     if settings["batches"].nonempty:
-        k *= settings["batches"].share_nonempty  # measured on ordinary samples, empty ones too
+        k *= settings["batches"].share_nonempty  # measured on all samples, including empty ones
     errors = apd.metrics.scrubbing(target, result.components, x, k, attribution=target.attributions)
     facts = {
         "seconds": seconds,

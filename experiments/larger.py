@@ -1,8 +1,8 @@
-"""Makes data/larger.*: a transformer of 270,000 parameters with six tasks, taken apart (chapter 23).
+"""Create data/larger.*: a transformer of 270,000 parameters with six tasks, decomposed (chapter 23).
 
 python -m experiments.larger [--only answer-0 ...] [--processes N]     (two minutes for the target, ten for each run)
 
-One target, of seed 0, rounded to half precision before it is taken apart: all twelve matrices ("answer"), or the
+One target, of seed 0, rounded to half precision before it is decomposed: all twelve matrices ("answer"), or the
 queries and keys alone ("reading"). The seeds are those of the decomposition; the recipes were found on the target of
 seed 100.
 """
@@ -28,7 +28,7 @@ from experiments.experiment import DATA, Row, Rows, Study, Tensors, numbers, tak
 ARRAYS = DATA / "larger.safetensors"
 QUESTIONS = 4096  # for everything that is measured
 RUNS = ("answer-0", "answer-1", "reading-0", "reading-1")
-READING: dict[str, Any] = {  # what differs where queries and keys are taken apart, and nothing else
+READING: dict[str, Any] = {  # changes to the recipe where only queries and keys are decomposed
     "weights": [f"blocks.{i}.{part}.weight" for i in range(2) for part in "qk"],
     "n_components": 12,
     "top_k": 2.0,
@@ -54,9 +54,9 @@ def stored_target() -> Transformer:
     return target.requires_grad_(False)
 
 
-def short(found: Any) -> Any:
+def short(results: Any) -> Any:
     """Round to six digits: the size of the stored data is limited."""
-    return json.loads(json.dumps(found), parse_float=lambda number: float(f"{float(number):.6g}"))
+    return json.loads(json.dumps(results), parse_float=lambda number: float(f"{float(number):.6g}"))
 
 
 def questions(target: Transformer) -> Tensor:
@@ -72,7 +72,7 @@ def means(values: Tensor, which: Tensor) -> list[float]:
 @torch.no_grad()
 def causal(network: apd.Network, components: apd.Components, x: Tensor, groups: dict[str, Tensor]) -> dict[str, Any]:
     """Take each component out of the target, and run each alone: KL and share of equal answers, [C, groups]."""
-    wanted = network(x)
+    target_outputs = network(x)
     names = [f"{run} {what} by {group}" for group in groups for run in ("out", "alone") for what in ("kl", "right")]
     table: dict[str, list[list[float]]] = {name: [] for name in names}
     for c in range(components.n_components):
@@ -82,7 +82,7 @@ def causal(network: apd.Network, components: apd.Components, x: Tensor, groups: 
             ("out", network(x, components, gates, remainder=True)),
             ("alone", network(x, components, 1 - gates)),
         ):
-            error, right = kl(outputs, wanted), (outputs.argmax(-1) == wanted.argmax(-1)).float()
+            error, right = kl(outputs, target_outputs), (outputs.argmax(-1) == target_outputs.argmax(-1)).float()
             for group, which in groups.items():
                 table[f"{name} kl by {group}"].append(means(error, which))
                 table[f"{name} right by {group}"].append(means(right, which))
@@ -93,10 +93,10 @@ def causal(network: apd.Network, components: apd.Components, x: Tensor, groups: 
 def scrubbed(network: apd.Network, components: apd.Components, x: Tensor, mask: Tensor) -> dict[str, list[float]]:
     """Measure KL and share of equal answers with several gates: active, all, scrubbed, exchanged, none."""
     generator = torch.Generator().manual_seed(0)
-    wanted = network(x)
+    target_outputs = network(x)
     coin = (torch.rand(mask.shape, generator=generator) < 0.5).float()
     half = (torch.rand(mask.shape, generator=generator) < 0.5).float()
-    others = mask[torch.randperm(len(mask), generator=generator)]  # the active ones of another question
+    others = mask[torch.randperm(len(mask), generator=generator)]  # the active components of another question
     gates = {
         "active": mask,
         "all": torch.ones_like(mask),
@@ -107,9 +107,12 @@ def scrubbed(network: apd.Network, components: apd.Components, x: Tensor, mask: 
         "none": torch.zeros_like(mask),
     }
     runs = {name: network(x, components, g) for name, g in gates.items()}
-    runs["uniform answer"] = torch.zeros_like(wanted)
+    runs["uniform answer"] = torch.zeros_like(target_outputs)
     return {
-        name: [kl(out, wanted).mean().item(), (out.argmax(-1) == wanted.argmax(-1)).float().mean().item()]
+        name: [
+            kl(out, target_outputs).mean().item(),
+            (out.argmax(-1) == target_outputs.argmax(-1)).float().mean().item(),
+        ]
         for name, out in runs.items()
     }
 

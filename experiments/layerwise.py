@@ -1,10 +1,10 @@
-"""Makes data/layerwise.*: residual MLPs taken apart jointly and layer by layer (chapter 21).
+"""Create data/layerwise.*: residual MLPs decomposed jointly and layer by layer (chapter 21).
 
 python -m experiments.layerwise [--only 20 10-10 50 25-25 runs] [--processes N]     (about 45 minutes of one core)
 python -m experiments.layerwise --only costs --again                                (2 minutes of one core)
 
 Every target is decomposed in up to three ways: jointly, each block (a layer's two weights) alone, and each matrix
-alone. All with the target's recipe, which was found for joint runs. The large targets and their joint decompositions
+alone. All use the target's recipe, which was found for joint runs. The large targets and their joint decompositions
 are those of chapters 8 and 9.
 """
 
@@ -32,8 +32,8 @@ SIZES = {"20": (40, 400, (20,)), "10-10": (40, 400, (10, 10)), "50": (100, 1000,
 LARGE = ("50", "25-25")
 SEEDS = {"20": range(60, 65), "10-10": range(60, 65), "50": range(1), "25-25": range(1)}
 STEPS = {"20": 1500, "10-10": 1500, "50": 4000, "25-25": 4000}
-STORED = "10-10"  # the target of which the components are kept
-COST_STEPS = 40  # of the runs whose time is taken
+STORED = "10-10"  # the target whose components are stored
+COST_STEPS = 40  # of the runs that are timed
 Job = tuple[str, int, str]  # target, seed, way
 
 
@@ -131,23 +131,18 @@ def cost_of(job: tuple[str, str, str]) -> dict[str, float]:
     flops: list[int] = []
     peak: list[float] = []  # of the steps, without the scoring at the end
 
-    def note(
-        step: int, losses: dict[str, list[float]], components: apd.Components
-    ) -> None:  # at every step of a run as short as this
+    def record(step: int, losses: dict[str, list[float]], components: apd.Components) -> None:  # at every step
         seconds.append(time.process_time())
         flops.append(counter.get_total_flops())
         peak.append(status("VmHWM"))
 
-    tiny = ResidualMLP(4, 8, (2,))  # so that what torch loads at the first step is not counted
+    tiny = ResidualMLP(4, 8, (2,))  # warm-up: what torch loads at the first step is not counted
     apd.decompose(tiny, progress=False, **{**tiny.recipe, "steps": 2})
     before = status("VmRSS")
-    settings |= {"steps": COST_STEPS, "callback": note}
+    settings |= {"steps": COST_STEPS, "callback": record}
     counter = FlopCounterMode(display=False)
     apd.decompose(target, target.recipe["batches"], weights, **settings)
-    cost = {
-        "seconds": float(np.median(np.diff(seconds))),
-        "peak_mb": peak[-1] - before,
-    }  # without the scoring at the end
+    cost = {"seconds": float(np.median(np.diff(seconds))), "peak_mb": peak[-1] - before}
     with counter:
         apd.decompose(target, target.recipe["batches"], weights, **{**settings, "steps": 3})
     return {**cost, "flops": flops[-1] - flops[-2]}
@@ -155,16 +150,16 @@ def cost_of(job: tuple[str, str, str]) -> dict[str, float]:
 
 def costs() -> dict[str, Any]:
     """Measure CPU time, operations and memory of every way, on the large targets."""
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for name in LARGE:
-        found[name] = {}
+        results[name] = {}
         for way in ways_of(name):
-            found[name][way] = {}
+            results[name][way] = {}
             for group in groups_of(len(SIZES[name][2]), way):
                 with multiprocessing.get_context("spawn").Pool(1) as fresh:
-                    found[name][way][group] = fresh.apply(cost_of, ((name, way, group),))
-            print(name, way, found[name][way], flush=True)
-    return found
+                    results[name][way][group] = fresh.apply(cost_of, ((name, way, group),))
+            print(name, way, results[name][way], flush=True)
+    return results
 
 
 RUNS = Rows(("target", "seed", "way"), lambda rows: all_jobs(), run, stored_settings)

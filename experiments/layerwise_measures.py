@@ -1,4 +1,4 @@
-"""What chapter 21 reports about a residual MLP that was taken apart, jointly or in groups of weights."""
+"""Measurements of chapter 21 on a residual MLP that was decomposed jointly or in groups of weights."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def one_at_a_time(target: ResidualMLP) -> Tensor:
 
 @dataclass(frozen=True)
 class Service:
-    """Who serves which function, function by function [J]; see `service`."""
+    """Which component serves each function, all fields [J]; see `service`."""
 
     part: Tensor
     share: Tensor
@@ -53,13 +53,13 @@ class Service:
 def service(target: ResidualMLP, components: apd.Components, paths: list[str] | None = None) -> Service:
     """Find the component that computes each function in some weights alone, the other weights being the target's.
 
-    With one feature on, the most attributed component runs, and no other in these weights. A function is served if this
-    takes away at least SERVED of the squared output error that there is without any component, and if no other function
-    has the same component. A function uses the weights if without them the error is at least USES of that without all.
+    With one feature on, only the most attributed component runs in these weights. A function is served if this removes
+    at least SERVED of the squared output error without any component, and if no other function has the same component.
+    A function uses the weights if without them the error is at least USES of the error without all weights.
 
     Args:
         target: the network.
-        components: of all weights or some; their attributions choose.
+        components: of all weights or some; their attributions select the component.
         paths: the weights in which they are run; None for all that they have.
     """
     x = one_at_a_time(target)
@@ -68,10 +68,10 @@ def service(target: ResidualMLP, components: apd.Components, paths: list[str] | 
     best = scores.view(target.n_features, VALUES, -1).square().mean(1).argmax(1)  # one component for all values
     part = on_paths(components, paths or components.paths)
     network = apd.Network(target, part.paths)
-    wanted, one = network(x), torch.nn.functional.one_hot(best, components.n_components).bool()
+    target_outputs, one = network(x), torch.nn.functional.one_hot(best, components.n_components).bool()
 
     def error(out: Tensor) -> Tensor:
-        return (out - wanted).square().view(target.n_features, -1).mean(1)
+        return (out - target_outputs).square().view(target.n_features, -1).mean(1)
 
     alone = error(network(x, part, one.repeat_interleave(VALUES, dim=0)))
     off = torch.zeros(len(x), components.n_components, dtype=torch.bool)

@@ -1,9 +1,8 @@
-"""Makes data/parallel.json, runs on several processes (chapter 22): the same result, seconds, memory, messages.
+"""Create data/parallel.json, runs on several processes (chapter 22): equal results, seconds, memory, messages.
 
 python -m experiments.parallel [--only runs | times] [--again]     (about 6 minutes of both cores)
 
-Leave the machine alone meanwhile. The same script is what torchrun starts on every rank: --rank says which part of the
-work it does.
+Run nothing else meanwhile. torchrun starts the same script on every rank: --rank selects the part of the work.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from apd_minimal.scale import processes
 from apd_minimal.targets import TMS
 from experiments.experiment import DATA, Row, Study
 
-MESHES = ((1, 1), (2, 1), (1, 2), (2, 2))  # ranks along data, along components
+MESHES = ((1, 1), (2, 1), (1, 2), (2, 2))  # ranks along data, ranks along components
 TIMED = ((1, 1), (2, 1), (1, 2))  # no more processes than cores
 SEEDS = (0, 1)
 WIDTHS = (256, 1024, 1024, 32)
@@ -54,7 +53,7 @@ def inputs(step: int, generator: torch.Generator) -> Tensor:
 
 
 class Enough(BaseException):
-    """Ends a run whose steps were timed."""
+    """Ends a run after the timed steps."""
 
 
 def decomposer(n_ranks: int, components: int) -> Callable[..., apd.Decomposition]:
@@ -69,32 +68,35 @@ def same(n_ranks: int, components: int, seed: int, folder: Path) -> dict[str, An
     """Run on TMS 5-2, and compare the components with those of one process along the run."""
     target = TMS().fit(seed=seed)
     ranks = processes.Ranks(None if n_ranks == 1 else processes.mesh(components)["components"])
-    seen: dict[str, Tensor] = {}
+    snapshots: dict[str, Tensor] = {}
 
-    def watch(step: int, losses: dict[str, list[float]], own: apd.Components) -> None:
+    def record(step: int, losses: dict[str, list[float]], own: apd.Components) -> None:
         for i, t in enumerate(own.parameters()):
             columns = [len(part) for part in torch.arange(target.recipe["n_components"]).tensor_split(ranks.size)]
-            seen[f"{step}.{i}"] = ranks.join(t, 1, columns).clone()
+            snapshots[f"{step}.{i}"] = ranks.join(t, 1, columns).clone()
 
     start = time.perf_counter()
-    settings = {**target.recipe, "seed": seed, "progress": False, "callback": watch}
+    settings = {**target.recipe, "seed": seed, "progress": False, "callback": record}
     result = decomposer(n_ranks, components)(target, **settings)
     seconds = time.perf_counter() - start
     file = folder / f"seed-{seed}"
     if n_ranks == 1:
-        store.write_tensors(file, "seen", seen, {})
+        store.write_tensors(file, "seen", snapshots, {})
     expected = store.read_tensors(file, "seen")[0]
-    steps = sorted({int(name.split(".")[0]) for name in seen})
-    away = [max(float((seen[f"{s}.{i}"] - expected[f"{s}.{i}"]).abs().max()) for i in range(2)) for s in steps]
+    steps = sorted({int(name.split(".")[0]) for name in snapshots})
+    differences = [
+        max(float((snapshots[f"{s}.{i}"] - expected[f"{s}.{i}"]).abs().max()) for i in range(2)) for s in steps
+    ]
     own = apd.metrics.ownership(result.components, target.mechanisms())
     return {
-        "seed": seed, "steps": steps, "difference": away, "largest": max(float(t.abs().max()) for t in seen.values()),
+        "seed": seed, "steps": steps, "difference": differences,
+        "largest": max(float(t.abs().max()) for t in snapshots.values()),
         "owned": int(own.owned.sum()), "score": min(result.scores), "chosen": result.chosen, "seconds": seconds,
     }  # fmt: skip
 
 
 class Talk(TorchDispatchMode):
-    """Counts the collectives, and the bytes that this rank gives to each kind of them."""
+    """Count collectives, and the bytes that this rank sends, for each kind of them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -116,7 +118,7 @@ def steps(n_ranks: int, components: int, n: int) -> list[float]:
 
     def source(step: int, generator: torch.Generator) -> Tensor:
         times.append(time.perf_counter())
-        if len(times) == n + 2:  # it is asked once more before the first, when the network is checked
+        if len(times) == n + 2:  # one more batch is drawn before the first step, to check the network
             raise Enough
         return inputs(step, generator)
 
@@ -156,9 +158,9 @@ def rank(what: str, components: int, folder: Path) -> None:
     if n_ranks > 1:
         processes.mesh(components)
     jobs = [same(n_ranks, components, seed, folder) for seed in SEEDS] if what == "same" else []
-    found = jobs or timed(n_ranks, components)
+    results = jobs or timed(n_ranks, components)
     if n_ranks == 1 or dist.get_rank() == 0:
-        (folder / "found.json").write_text(json.dumps(found))
+        (folder / "found.json").write_text(json.dumps(results))
     if n_ranks > 1:
         dist.barrier()
         dist.destroy_process_group()
@@ -170,9 +172,9 @@ def start(what: str, n_data: int, components: int, folder: Path) -> Any:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)] if n > 1 else []
     command = [sys.executable, *launcher, "-m", "experiments.parallel", "--rank", what, str(components), str(folder)]
     subprocess.run(command, check=True, cwd=DATA.parent, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    found = json.loads((folder / "found.json").read_text())
-    print(what, n_data, components, json.dumps(found)[:300], flush=True)
-    return found
+    results = json.loads((folder / "found.json").read_text())
+    print(what, n_data, components, json.dumps(results)[:300], flush=True)
+    return results
 
 
 def times() -> list[Row]:

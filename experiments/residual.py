@@ -1,4 +1,4 @@
-"""Makes data/residual.*: residual MLPs, compressed computation (chapter 8), two and three layers (chapter 9).
+"""Create data/residual.*: residual MLPs, compressed computation (chapter 8), two and three layers (chapter 9).
 
 python -m experiments.residual [--only 50 | 25-25 | 17-17-16 | noise]     (about 5 minutes of one core for each run)
 
@@ -86,7 +86,7 @@ def run(job: tuple[str, int]) -> tuple[list[Row], Tensors]:
 def noisy(noise: float, seed: int) -> ResidualMLP:
     """Create a residual MLP with W_E W_E^T = 1 + noise (W_E' W_E'^T - 1), where W_E' is the usual target's embedding.
 
-    At 1 it computes what the usual target can; at 0 the features are orthogonal.
+    At noise 1 the inner products are those of the usual target; at 0 the features are orthogonal.
     """
     usual = ResidualMLP(seed=seed).embedding
     eye = torch.eye(len(usual))

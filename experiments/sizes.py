@@ -1,7 +1,7 @@
-"""Remake data/sizes.json: which settings own every feature of a TMS, from 3-2 to 60-15 (`TMS.recipe`, chapter 7).
+"""Create data/sizes.json: which settings own every feature of a TMS, from 3-2 to 60-15 (`TMS.recipe`, chapter 7).
 
-Settings were tried on target seeds from 7100 up; what is reported was run once, on seeds from 7200 up. Every run is
-kept, also those that failed; those on a GPU were entered by hand. One thread; a run takes 5 s (3-2) to some minutes
+Settings were tried on target seeds from 7100 up; the reported runs were done once, on seeds from 7200 up. Every run is
+kept, including those that failed; runs on a GPU were entered by hand. One thread; a run takes 5 s (3-2) to some minutes
 (60-15). For example
 `python -m experiments.sizes --sizes 7-3 20-6 --seeds 7100 7101 --settings gentle "in proportion to 5-2"`.
 """
@@ -81,13 +81,13 @@ def run(size: str, seed: int, name: str) -> dict[str, Any]:
     n, d = map(int, size.split("-"))
     target = apd.targets.TMS(n, d).fit(seed=seed)
     nonempty = "5-2" in name
-    given = {} if name == "recipe" else SETTINGS[name](n)
+    changes = {} if name == "recipe" else SETTINGS[name](n)
     batches = target.data(128 if nonempty else 512, nonempty=nonempty)
-    settings = target.recipe if name == "recipe" else {"batches": batches, "weights": target.weights} | given
+    settings = target.recipe if name == "recipe" else {"batches": batches, "weights": target.weights} | changes
     start = time.perf_counter()
     result = apd.decompose(target, **settings, attribution=target.attributions, progress=False)
     seconds = time.perf_counter() - start
-    every = [target.ownership(result.restarts.restart(i)) for i in range(len(result.scores))]  # type: ignore[union-attr]
+    by_restart = [target.ownership(result.restarts.restart(i)) for i in range(len(result.scores))]  # type: ignore[union-attr]
     W = torch.nn.functional.normalize(target.encode.weight.detach().T, dim=1)
     cosines = (W @ W.T).fill_diagonal_(0)
     return {
@@ -96,9 +96,9 @@ def run(size: str, seed: int, name: str) -> dict[str, Any]:
         "settings": name,
         "config": {k: v for k, v in asdict(result.config).items() if v != getattr(apd.Config(1, 1), k)},
         "batch": settings["batches"].batch_size,
-        "owned": int(every[result.chosen].owned.sum()),
-        "least cosine": round(every[result.chosen].cosine.amin().item(), 4),
-        "owned by restart": [int(e.owned.sum()) for e in every],
+        "owned": int(by_restart[result.chosen].owned.sum()),
+        "least cosine": round(by_restart[result.chosen].cosine.amin().item(), 4),
+        "owned by restart": [int(e.owned.sum()) for e in by_restart],
         "scores": [float(f"{s:.3g}") for s in result.scores],
         "relative faithfulness": float(
             f"{apd.metrics.relative_faithfulness(result.components, apd.Network(target, target.weights).weights):.2g}"

@@ -1,4 +1,4 @@
-"""Makes data/tms.*: TMS of both sizes taken apart over ten target seeds (chapter 7).
+"""Create data/tms.*: TMS of both sizes decomposed, on ten target seeds (chapter 7).
 
 python -m experiments.tms [--only tms-5-2 | tms-40-10] [--processes N]     (about an hour on two cores)
 
@@ -18,8 +18,8 @@ from apd_minimal.config import at_progress
 from experiments.experiment import Row, Rows, Study, Tensors, factors, numbers, scaled, scrubbing_means, taken_apart
 
 SIZES = {"tms-5-2": (5, 2), "tms-40-10": (40, 10)}
-# Not used while the recipe was made. For 40-10, 10 to 19 were, in the end: one start each left one target
-# incomplete, which is why there are two starts now.
+# Not used to find the recipe. For 40-10, 10 to 19 were used in the end: one restart each left one target
+# incomplete, which is why there are two restarts now.
 SEEDS = {"tms-5-2": range(10, 20), "tms-40-10": range(20, 30)}
 Job = tuple[str, bool, bool, str, int]  # target, with an identity layer, rotated, recipe, seed
 
@@ -58,7 +58,7 @@ def plain_recipe(target: apd.targets.TMS) -> dict[str, Any]:
 def variants(target: apd.targets.TMS) -> dict[str, dict[str, Any]]:
     """Name the variants that chapters 6 and 7 try besides the recipe, and the settings that differ from it."""
     small, recipe = target.n_features == 5, target.recipe
-    constant = 0.7 * recipe["minimality"] if small else 20.0  # the paper's weights
+    constant = 0.7 * recipe["minimality"] if small else 20.0  # the paper's loss weights
     departures: dict[str, dict[str, Any]] = {
         "without spare components": {"n_components": target.n_features},
         "without merging": {"min_cosine": 1.1},
@@ -117,7 +117,7 @@ def run(job: Job) -> tuple[list[Row], Tensors]:
     assert every is not None
     own = apd.metrics.ownership(components, truth)
     weights = apd.Network(target, target.weights).weights
-    # Measured on ordinary samples, empty ones too: k is given for the samples that a run trains on.
+    # Measured on all samples, including empty ones, while k is per sample of the training batches.
     k = at_progress(result.config.top_k, 1.0)
     if settings["batches"].nonempty:
         k *= settings["batches"].share_nonempty

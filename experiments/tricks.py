@@ -1,12 +1,11 @@
-"""Makes data/tricks.json: every trick that makes a step cheaper, on and off (chapter 19).
+"""Create data/tricks.json: every trick that makes a step cheaper, on and off (chapter 19).
 
 python -m experiments.tricks [--only runs | steps] [--processes N] [--again]     (20 minutes, 5 of them the timings)
 
-`runs`: whole decompositions with a trick on, for who owns what, on two small targets and five seeds each. The recipes
-are those of chapter 16 (TMS 5-2 with its own k, the residual MLP with the k that its search chose); a trick changes one
-thing and nothing is tuned for it. `steps`: time and memory of a step (benchmarks/trick_steps.py), on one thread of a
-quiet machine. The 8-bit optimiser needs torchao 0.18, which the project does not: without it these runs stay as they
-are.
+`runs`: ownership in whole decompositions with a trick on, on two small targets and five seeds each. The recipes are
+those of chapter 16 (TMS 5-2 with its own k, the residual MLP with the k that its search chose); a trick changes one
+setting and nothing is tuned for it. `steps`: time and memory of a step (benchmarks/trick_steps.py), on one thread of an
+idle machine. The 8-bit optimiser needs torchao 0.18, which is no requirement: without it, its stored runs are kept.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from experiments.experiment import Row, Rows, Study, Tensors
 
 SEEDS = range(5)
 FACTOR = 0.8  # of the residual MLP's k, chosen in chapter 16 on seed 100
-SETTINGS: dict[str, dict[str, Any]] = {  # what a trick changes
+SETTINGS: dict[str, dict[str, Any]] = {  # the setting that a trick changes
     "off": {},
     "rank full": {"rank": None},
     "rank 2": {"rank": 2},
@@ -43,7 +42,7 @@ SETTINGS: dict[str, dict[str, Any]] = {  # what a trick changes
     "both moments in bfloat16": {"optimiser": "both"},
     "8-bit moments": {"optimiser": "8-bit"},
 }
-TRICKS = {  # "off" is full rank for TMS 5-2 and rank 1 for the residual MLP, so that these two are not run again
+TRICKS = {  # "off" is full rank for TMS 5-2 and rank 1 for the residual MLP, so that these two need not be run again
     "residual-20-10": ("off", "rank full", "rank 2", "4 probes", "1 probe", "bfloat16", "both moments in bfloat16",
                        "8-bit moments"),
     "tms-5-2": ("off", "rank 1", "1 probe", "bfloat16", "both moments in bfloat16"),
@@ -139,8 +138,8 @@ def run(job: Job) -> tuple[list[Row], Tensors]:
 def jobs(rows: list[Row]) -> Sequence[Job]:
     """List every run that can be made here or is stored already."""
     every = [(name, trick, seed) for seed in SEEDS for name, tricks in TRICKS.items() for trick in tricks]
-    there = set(map(RUNS.job_of, rows))
-    return [job for job in every if job[1] != "8-bit moments" or has_torchao() or job in there]
+    stored = set(map(RUNS.job_of, rows))
+    return [job for job in every if job[1] != "8-bit moments" or has_torchao() or job in stored]
 
 
 def steps() -> dict[str, Any]:

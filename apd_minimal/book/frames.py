@@ -1,4 +1,4 @@
-"""Figures that a reader moves: pre-rendered frames where there is no kernel, live widgets where there is one."""
+"""Interactive figures: pre-rendered frames without a kernel, live widgets with one."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from matplotlib.figure import Figure
 
 from .. import checks
 
-STATIC = "APD_STATIC"  # set in the environment while the book's outputs are made: they must not hold live widgets
+STATIC = "APD_STATIC"  # set in the environment while the book is executed: its outputs must not contain live widgets
 
-# The handlers stand in the elements themselves: no ids that could clash, nothing to load, and they work wherever
-# the output's HTML is shown, in a page from a file too.
+# The handlers are inline: no ids that could clash, nothing to load, and they work wherever the output's HTML is
+# shown, including pages opened from a file.
 SHOW = """\
 const box = this.closest('.apd-frames');
 box.querySelectorAll('img').forEach((img, i) => img.style.display = i == this.value ? '' : 'none');

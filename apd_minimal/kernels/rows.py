@@ -1,7 +1,7 @@
-"""Backward passes over rows that all samples share, each multiplied once.
+"""Backward passes in which a row that all samples share is multiplied only once.
 
-Behind the last nonlinearity the gradients of an output are the same for all samples: a row that is repeated with a
-stride of 0. Torch would multiply every copy of it by the weights; under `SharedRows` it multiplies the row.
+After the last nonlinearity, the gradients of an output are the same for all samples: one row, expanded with stride 0.
+Torch would multiply every copy by the weights; under `SharedRows` the row is multiplied once.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def repeated(t: Tensor, axis: int = 0) -> bool:
 
 
 class SharedRows(TorchDispatchMode):
-    """Products and sums of repeated rows are worked out for one of them, and are repeated rows again."""
+    """Dispatch mode in which products and sums of expanded rows are computed for one row, and expanded again."""
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None

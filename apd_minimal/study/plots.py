@@ -1,6 +1,6 @@
 """Figures of components and runs, all in the style of `figures.mplstyle`.
 
-Each function draws on given axes or makes its own figure, and gives the figure back.
+Each function draws on given axes or creates a figure, and returns the figure.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The loop in which every target is trained."""
+"""The training loop of all targets."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def train(
 
     Args:
         optimiser: of the parameters to train.
-        schedule: of its learning rate, one move a step.
-        steps: how many.
-        loss: a scalar for each step.
+        schedule: of its learning rate, advanced once per step.
+        steps: number of steps.
+        loss: maps the step to a scalar.
     """
     for step in range(steps):
         optimiser.zero_grad()
