@@ -1,10 +1,10 @@
-"""The cost model: what every part of a step multiplies and moves, in B, C, m, d and n_out (chapter on speed).
+"""Cost model: operations and bytes moved in every part of a step, in terms of B, C, m, d and n_out (chapter 13).
 
     B samples, I instances (or restarts), C components, k of them active, n features and outputs;
     a weight is [d, e] and has factors [d, m] and [m, e], with m = min(d, e).
 
-Operations are those of matrix products, two for each multiplication, as `torch.utils.flop_counter` counts them; what
-is done entry by entry is counted by the bytes that it has to move: operands read once, results written once, float32.
+Operations are those of matrix products, two for each multiplication, as `torch.utils.flop_counter` counts them.
+Elementwise operations are counted by the bytes that they must move: operands read once, results written once, float32.
 """
 
 from __future__ import annotations
@@ -123,12 +123,12 @@ def backward(case: Case, batch: float) -> Work:
     copies, n, uses = case.instances * case.n_components, case.n_features, used(case)
     total = _captured(case, batch)
     for i, (d, m, e) in enumerate(uses):
-        k = case.n_features + 1 + SPARE  # of an embedding's rows few directions matter
+        k = case.n_features + 1 + SPARE  # an embedding's rows span few directions
         if case.neurons and 4 * k <= min(batch, d) and _pays(case, batch, d, copies * m):
             total += matmul(1, d, batch, k) + matmul(1, batch, d, k) + matmul(1, batch, k, d)
             total += matmul(copies, k, d, m)
             d = k
-        linear = bool(case.neurons) and i == len(uses) - 1  # its gradients are the same for all samples
+        linear = bool(case.neurons) and i == len(uses) - 1  # the same gradients for all samples
         last = n if linear else e
         if linear:
             total += matmul(copies, m, e, n)
@@ -164,27 +164,27 @@ def sample_gradients(case: Case, batch: float, pairs: float) -> Work:
     Args:
         case: which experiment.
         batch: samples.
-        pairs: (sample, output) pairs with a gradient.
+        pairs: number of (sample, output) pairs with a gradient.
 
     Returns:
-        Work: of them all.
+        Work: in total.
     """
     copies, n, share = case.instances * case.n_components, case.n_features, 1 / case.batch
-    # Which outputs are at rest; what carries tangents is run once more by torch, for its value.
-    found = (_through_target(case, 2) + _back_to_layers(case, 2)) * (batch * share)
-    found += (_through_target(case, 1) + _back_to_layers(case, 1)) * (pairs * share)
+    # Finding the outputs that are off; torch runs operations with tangents once more, for their values.
+    total = (_through_target(case, 2) + _back_to_layers(case, 2)) * (batch * share)
+    total += (_through_target(case, 1) + _back_to_layers(case, 1)) * (pairs * share)
     uses = used(case)
     for i, (d, m, e) in enumerate(uses):
-        if not case.neurons or i == len(uses) - 1:  # an output's gradients are the same wherever it has any
-            found += matmul(copies, m, e, n) + matmul(copies, d, m, n) + matmul(1, pairs, d, copies)
+        if not case.neurons or i == len(uses) - 1:  # an output's gradients are the same on all samples where it is on
+            total += matmul(copies, m, e, n) + matmul(copies, d, m, n) + matmul(1, pairs, d, copies)
         else:
-            found += matmul(copies, d, m, e) + matmul(pairs, d, 1, e) + matmul(1, pairs, d * e, copies)
-    return found
+            total += matmul(copies, d, m, e) + matmul(pairs, d, 1, e) + matmul(1, pairs, d * e, copies)
+    return total
 
 
 def forward(case: Case, batch: float) -> Work:
     """Count exact attributions at the target, all components as tangents of one forward pass."""
-    # What carries tangents is run once more by torch, for its value.
+    # Torch runs operations with tangents once more, for their values.
     tangents = _back_to_layers(case, case.instances * case.n_components + 1)
     return (_through_target(case, 2) + tangents) * (batch / case.batch) + _activations(case, batch)
 
@@ -194,11 +194,11 @@ def composed(case: Case, batch: float, entries: Sequence[float]) -> Work:
 
     Args:
         case: which experiment.
-        batch: samples, those that point the same way counted once.
-        entries: for each layer, how many numbers are not 0 in all that these samples have standing in the stream.
+        batch: number of samples, those of one direction counted once.
+        entries: for each layer, the number of nonzero entries in the stream over these samples.
 
     Returns:
-        Work: of them all.
+        Work: in total.
     """
     copies, d, total = case.instances * case.n_components, case.width, Work()
     for i, neurons in enumerate(case.neurons):
@@ -210,7 +210,7 @@ def composed(case: Case, batch: float, entries: Sequence[float]) -> Work:
         total += matmul(1, before, d, neurons) + matmul(1, neurons, d, behind)
         total += matmul(1, batch, before, neurons) + matmul(1, batch * copies, neurons, behind)
         total += matmul(1, batch, neurons, copies * behind)
-        # Rows are added up, so that this is no matrix product.
+        # Rows are added up, which is not a matrix product.
         total += Work(2 * entries[i] * copies * neurons, FLOAT * (before + batch) * copies * neurons)
     return total
 
@@ -245,7 +245,7 @@ def generic(case: Case, batch: float, pairs: float) -> dict[str, Work]:
 def ours(case: Case, special: bool = False) -> dict[str, Work]:
     """Count the least that our step (c), (d) needs, part by part.
 
-    Samples without a feature have no attributions, outputs at rest no gradient, inactive pairs no forward pass.
+    Samples without a feature have no attributions, outputs that are off no gradient, inactive pairs no forward pass.
     """
     x = case.inputs(1)[0][:, 0]
     on = x.any(1)
@@ -259,7 +259,7 @@ def ours(case: Case, special: bool = False) -> dict[str, Work]:
     active = case.instances * int(case.top_k * case.batch)
     forward_flops = sum(2 * active * (d * m + m * e) for d, m, e in used(case))
     flops = forward_flops + _sparse_backward(case, active).flops
-    # A component's factors are read once for all its samples, forward, and twice backward.
+    # A component's factors are read once for all its samples in the forward pass, and twice in the backward pass.
     rows = sum(active * (d + m + e) for d, m, e in used(case))
     sparse = Work(flops, 3 * FLOAT * (rows + case.parameters * len(case.uses) / len(case.shapes)))
     return {
@@ -276,12 +276,12 @@ def floor(parts: dict[str, Work], flop_rate: float, bandwidth: float) -> dict[st
     """Compute lower bounds in seconds, of every part and of their sum.
 
     Args:
-        parts: what each multiplies and moves.
+        parts: operations and bytes of each part.
         flop_rate: of the machine's best matrix product, operations a second.
         bandwidth: of memory, bytes a second.
 
     Returns:
-        dict[str, float]: the parts' names, and "all".
+        dict[str, float]: seconds by name of the part, and "all".
     """
     seconds = {name: work.seconds(flop_rate, bandwidth) for name, work in parts.items()}
     return seconds | {"all": sum(seconds.values())}

@@ -1,4 +1,4 @@
-"""What the machine can do, measured in the same run: matrix products and memory, on one thread, in float32."""
+"""Rates of the machine, measured in the same run: matrix products and memory, on one thread, in float32."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ def bandwidth() -> dict[str, float]:
 
 def shapes(cases: Sequence[Case]) -> dict[str, tuple[int, int, int, int]]:
     """List the two products of component activations, in each case's largest layer: (copies, rows, d, e)."""
-    found = {"large": LARGE}
+    products = {"large": LARGE}
     for case in cases:
         d, m, e = max(used(case), key=lambda use: use[2])
         copies = case.instances * case.n_components
-        found[f"{case.name}, with A"] = (1, case.batch, d, copies * m)
-        found[f"{case.name}, with B"] = (copies, case.batch, m, e)
-    return found
+        products[f"{case.name}, with A"] = (1, case.batch, d, copies * m)
+        products[f"{case.name}, with B"] = (copies, case.batch, m, e)
+    return products
 
 
 def describe(cases: Sequence[Case]) -> dict[str, Any]:

@@ -5,7 +5,7 @@
     sparse forward all components, with a mask
     simplicity     over [B, I, C, m]
 
-It is what our step is compared with, for results (they are equal) and for time.
+Our step is compared with it, in results (they are equal) and in time.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class Paper:
         penalties = []
         for a, b in zip(self.A, self.B, strict=True):
             lengths = a.square().sum(-2) * b.square().sum(-1)  # [I, C, m]
-            # With the mask outside of the power, what is inactive costs nothing, not even the 1e-16.
+            # The mask is outside the power, so that inactive components cost nothing, not even the 1e-16.
             active = einsum("icm,bic->bicm", (lengths + 1e-16).pow(self.case.p / 2), mask)
             penalties.append(active.sum((0, 2, 3)))
         return torch.stack(penalties).sum(0) / (self._n_entries * len(mask))
@@ -128,17 +128,17 @@ class Paper:
 
     def losses(self, x: Tensor) -> dict[str, Tensor]:
         """Compute each loss, [I]."""
-        scores, wanted, wanted_hidden = self.attributions(x)
+        scores, target_outputs, target_hidden = self.attributions(x)
         self.forward(x)  # all components: the reference runs this too, and does not use it
         mask = self.mask(scores)
         out, hidden = self.forward(x, mask)
         losses = {
             "faithfulness": self.faithfulness(),
-            "minimality": (out - wanted).square().mean((0, 2)),
+            "minimality": (out - target_outputs).square().mean((0, 2)),
             "simplicity": self.simplicity(mask),
         }
         if self.case.weights[3]:
-            pairs = zip(hidden, wanted_hidden, strict=True)
+            pairs = zip(hidden, target_hidden, strict=True)
             losses["hidden"] = torch.stack([(h - w).square().mean((0, 2)) for h, w in pairs]).sum(0)
         return losses
 

@@ -1,4 +1,4 @@
-"""Optimisers whose states are small, for chapter 19: Adam's moments in bfloat16 or in eight bits."""
+"""Optimisers with small states, for chapter 19: Adam's moments in bfloat16 or in eight bits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class SmallMoments(torch.optim.Optimizer):
     Args:
         parameters: to train.
         lr: learning rate.
-        both: the second moment too.
+        both: whether the second moment is in bfloat16 too.
     """
 
     def __init__(self, parameters: list[Tensor], lr: float, both: bool) -> None:

@@ -1,7 +1,7 @@
-"""Steps on plain networks of any size, for what a step costs and what makes it cheaper (chapters 18 and 19).
+"""Steps on plain networks of any size, to measure what a step costs and what makes it cheaper (chapters 18 and 19).
 
-`Plain` trains the network, `ours` begins a run of `decompose`, `Paper` is the paper's formulation. All of them take one
-batch of dense inputs, so that no sample is left out; the outputs are linear, so that none of them is at rest.
+`Plain` trains the network, `ours` begins a run of `decompose`, `Paper` is the paper's formulation. All of them use one
+batch of dense inputs, so that no sample is skipped; the outputs are linear, so that none of them is off.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from apd_minimal.train import Run
 
 Step = Callable[[], Any]
 PAPER = {"simplicity": 10.0, "scrub": 0.0, "tidy_every": 0.0, "warmup": 0.0, "init_std": 0.02}
-STEPS = 10_000  # of a run that is begun: long enough that logging, every fiftieth step, does not count
+STEPS = 10_000  # of a run: so many that logging, every fiftieth step, is negligible
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Size:
 
     Attributes:
         width: inputs, and units of each hidden layer.
-        depth: weights, all of them decomposed.
-        n_out: outputs.
+        depth: number of weights, all of them decomposed.
+        n_out: number of outputs.
         batch: B.
         n_components: C.
         rank: m; None for full rank.
@@ -151,7 +151,7 @@ class Paper:
 
     def losses(self) -> dict[str, Tensor]:
         """Compute each loss, a scalar."""
-        scores, wanted = self.attributions()
+        scores, target_outputs = self.attributions()
         kept = scores.flatten().topk(int(self.size.top_k * self.size.batch)).indices
         mask = torch.zeros_like(scores).flatten().scatter_(0, kept, 1.0).view_as(scores)
         faithful, simple = torch.zeros(()), torch.zeros(())
@@ -162,7 +162,7 @@ class Paper:
         n_entries = sum(d * e for d, e in self.size.shapes)
         return {
             "faithfulness": faithful / n_entries,
-            "minimality": (self.sparse(mask) - wanted).square().mean(),
+            "minimality": (self.sparse(mask) - target_outputs).square().mean(),
             "simplicity": simple / (n_entries * self.size.batch),
         }
 
@@ -178,24 +178,24 @@ def timed(makers: Mapping[str, Callable[[], Step]], rounds: int = 3, seconds: fl
     """Measure median CPU seconds of each kind of step, in rounds, so that a disturbance hits all alike.
 
     Args:
-        makers: per kind, a function that gives a step.
-        rounds: how many; one where a step takes over three seconds.
-        seconds: that a kind takes in a round, if its step is not longer.
+        makers: per kind, a function that returns a step.
+        rounds: number of rounds; a step of over three seconds is timed only once.
+        seconds: spent on each kind in a round, unless one step takes longer.
 
     Returns:
-        dict[str, float]: per kind.
+        dict[str, float]: CPU seconds by kind.
     """
     steps = {kind: make() for kind, make in makers.items()}
-    found: dict[str, list[float]] = {kind: [] for kind in steps}
+    samples: dict[str, list[float]] = {kind: [] for kind in steps}
     for kind, step in steps.items():
         step()  # to warm up
-        found[kind] = [_clocked(step)]
-    times = {kind: found[kind][0] for kind in steps}
+        samples[kind] = [_clocked(step)]
+    times = {kind: samples[kind][0] for kind in steps}
     for _ in range(rounds):
         for kind, step in steps.items():
             if times[kind] < 3:
-                found[kind] += [_clocked(step) for _ in range(min(50, max(1, int(seconds / times[kind]))))]
-    return {kind: median(values) for kind, values in found.items()}
+                samples[kind] += [_clocked(step) for _ in range(min(50, max(1, int(seconds / times[kind]))))]
+    return {kind: median(values) for kind, values in samples.items()}
 
 
 def _clocked(step: Step) -> float:
@@ -213,16 +213,16 @@ def high_water() -> float:
 def peak(make: Callable[[], Step], n_steps: int = 2) -> float:
     """Measure the megabytes that two steps add, at their peak, to a process that has taken a few tiny ones.
 
-    The process is a copy of this one, which should not have done anything large before.
+    The process is forked from this one, which should not have allocated much before.
     """
     context = multiprocessing.get_context("fork")
     receive, send = context.Pipe(duplex=False)
     child = context.Process(target=_peak, args=(make, n_steps, send))
     child.start()
     send.close()
-    found: float = receive.recv()
+    megabytes: float = receive.recv()
     child.join()
-    return found
+    return megabytes
 
 
 def _peak(make: Callable[[], Step], n_steps: int, send: Any) -> None:

@@ -59,7 +59,7 @@ def steps(stored: dict[str, Any]) -> tuple[Row, list[Row]]:
 def against_reference(stored: dict[str, Any]) -> tuple[Row, list[Row]]:
     """Compare (b) with (a), here and where the reference implementation was timed.
 
-    There a training step draws its batch, and it is not known whether the embeddings were trained: hence three ratios.
+    There, a training step draws its batch, and it is unknown whether the embeddings were trained: hence three ratios.
     """
     header = [
         "experiment",
@@ -176,8 +176,8 @@ def text(stored: dict[str, Any]) -> str:
     parts = [
         f"{m['processor']}, {m['instructions']}, {m['threads']} thread, torch {m['torch']}, {stored['date']}, "
         f"{stored['seconds']:.0f} s; {disturbed(stored)}",
-        "Seconds of a processor for a step: (a) plain training, (b) the paper's formulation, (c) ours, (d) ours with "
-        "what is special about the target; medians (smallest to largest)",
+        "CPU seconds of a step: (a) plain training, (b) the paper's formulation, (c) ours, (d) ours with "
+        "the target's own attributions; medians (smallest to largest)",
         markdown(*steps(stored)),
         "(b) against (a), here and for the reference implementation on such a machine",
         markdown(*against_reference(stored)),

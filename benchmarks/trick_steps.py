@@ -1,9 +1,9 @@
-"""Time and memory of a step with each trick off and on, for chapter 19.
+"""Time and memory of a step with each trick off and on (chapter 19).
 
 python -m experiments.tricks --only steps --again     (5 minutes)
 
-One thread, seconds of the processor, both sides of a ratio in turns in
-one run; memory in a process of its own each. Leave the machine alone meanwhile.
+One thread, CPU seconds, both sides of a ratio in alternation in one run; memory in a separate process each. Run nothing
+else meanwhile.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def comparisons() -> dict[str, dict[str, Callable[[], Step]]]:
         size = replace(mlp, n_components=C, rank=m, n_out=4)
         made[f"grouped, MLP, C = {C}, m = {m}"] = {"off": partial(dense, size), "on": partial(plain, size)}
     made["grouped, residual MLP"] = {"off": partial(dense, res), "on": partial(plain, res)}
-    # Compiled for a process of its own each time, which would be all that its memory shows.
+    # Without memory: compilation in each fresh process would dominate it.
     made["moments"] = {kind: partial(optimising, kind) for kind in MOMENTS if kind != "8-bit" or has_torchao()}
     return made
 
@@ -218,7 +218,7 @@ def compiled() -> list[dict[str, Any]]:
         "gated components of a layer, MLP": mixture_of(MLP),
     }
     rows = []
-    torch._inductor.config.force_disable_caches = True  # else a second run would find what the first has compiled
+    torch._inductor.config.force_disable_caches = True  # otherwise a second run would use the first one's compiled code
     for name, function in cases.items():
         torch._dynamo.reset()
         fast = torch.compile(function)
@@ -245,7 +245,7 @@ def compiled() -> list[dict[str, Any]]:
 
 
 class Doubled(Size):
-    """The same in double precision."""
+    """A `Size` in double precision."""
 
     def target(self) -> nn.Sequential:
         """Create the network, its weights drawn."""
@@ -257,7 +257,7 @@ class Doubled(Size):
 
 
 def agreement(size: Size) -> dict[str, float]:
-    """Measure how far apart components are after 30 steps with and without a trick that should change nothing.
+    """Measure how far apart components are train 30 steps with and without a trick that should change nothing.
 
     Args:
         size: of the network and the step.
@@ -266,27 +266,27 @@ def agreement(size: Size) -> dict[str, float]:
         dict[str, float]: per trick, the largest difference over the largest entry; and the share of passes in which
             pairs were gathered.
     """
-    listed = []
+    groupings = []
 
     def grouping(mask: Tensor, rank: int) -> Any:
-        listed.append(group(mask, rank))
-        return listed[-1]
+        groupings.append(group(mask, rank))
+        return groupings[-1]
 
-    def after(run: Any, grouping: Any) -> Tensor:
+    def train(run: Any, grouping: Any) -> Tensor:
         with patch.object(grouped, "group", grouping):
             for _ in range(30):
                 run.advance()
         return torch.cat([p.detach().flatten() for p in run.components.parameters()])
 
     group = grouped.group
-    base = after(ours(size, scrub=0.5), grouping)
-    share = sum(groups is not None for groups in listed) / len(listed)
-    found = {
-        "recompute": after(ours(size, scrub=0.5, recompute=True), group),
-        "micro_batch": after(ours(size, scrub=0.5, micro_batch=100), group),
-        "grouped": after(ours(size, scrub=0.5), lambda mask, rank: None),
+    base = train(ours(size, scrub=0.5), grouping)
+    share = sum(groups is not None for groups in groupings) / len(groupings)
+    components = {
+        "recompute": train(ours(size, scrub=0.5, recompute=True), group),
+        "micro_batch": train(ours(size, scrub=0.5, micro_batch=100), group),
+        "grouped": train(ours(size, scrub=0.5), lambda mask, rank: None),
     }
-    differences = {name: ((t - base).abs().max() / base.abs().max()).item() for name, t in found.items()}
+    differences = {name: ((t - base).abs().max() / base.abs().max()).item() for name, t in components.items()}
     return differences | {"grouped in": share}
 
 
@@ -294,14 +294,14 @@ def steps(stored: dict[str, Any]) -> dict[str, Any]:
     """Measure memory, then time.
 
     Args:
-        stored: data/tricks.json as it is, for the moments where torchao is missing.
+        stored: current contents of data/tricks.json, for the 8-bit moments if torchao is missing.
 
     Returns:
         dict[str, Any]: the new value of its key `steps`.
     """
     start = time.perf_counter()
 
-    def say(what: str) -> None:
+    def report(what: str) -> None:
         print(f"{time.perf_counter() - start:4.0f} s  {what}", file=sys.stderr, flush=True)
 
     made = comparisons()
@@ -309,19 +309,19 @@ def steps(stored: dict[str, Any]) -> dict[str, Any]:
     memory = {
         name: {kind: peak(make) for kind, make in kinds.items()} for name, kinds in made.items() if name != "moments"
     }
-    say("memory measured")
+    report("memory measured")
     rows = []
     for name, kinds in made.items():
         row = {"name": name, "seconds": timed(kinds, seconds=0.1)}
         rows.append(
             row | ({"megabytes": memory[name]} if name in memory else {"bytes": {k: state_bytes(k) for k in kinds}})
         )
-        say(name)
+        report(name)
     if not has_torchao() and "moments" in before:
         rows = [before["moments"] if row["name"] == "moments" else row for row in rows]
     sizes = {"MLP": MLP.asdict(), "residual MLP": asdict(Residual())}
-    found: dict[str, Any] = {"sizes": sizes, "comparisons": rows, "modes": modes()}
-    say("modes")
+    results: dict[str, Any] = {"sizes": sizes, "comparisons": rows, "modes": modes()}
+    report("modes")
     shape = (64, 4, 8, 512, 32, 32)
     same = {"float32": agreement(Size(*shape)), "float64": agreement(Doubled(*shape))}
-    return found | {"compiled": compiled(), "agreement": same, "seconds": time.perf_counter() - start}
+    return results | {"compiled": compiled(), "agreement": same, "seconds": time.perf_counter() - start}

@@ -1,6 +1,6 @@
-"""Sphinx extension: docstrings are plain text with `code` in backticks and indented examples, as people read them.
+"""Sphinx extension: docstrings are plain text with `code` in backticks and indented examples.
 
-reStructuredText would take ``|x|``, ``*x`` and ``x_`` for markup of its own, and a single backtick for emphasis.
+reStructuredText would interpret ``|x|``, ``*x`` and ``x_`` as markup, and a single backtick as emphasis.
 """
 
 from __future__ import annotations

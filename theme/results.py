@@ -1,7 +1,7 @@
-"""Sphinx extension: the pages made from results stored in the notebooks.
+"""Sphinx extension: pages generated from results stored in the notebooks.
 
-``{claims}`` is the ledger: every claim of claims.yml with the verdict that a chapter's cell gave, and a link to it.
-``{runtimes}`` lists what each chapter took when it was last executed; the role ``{runtime}`` says it for one chapter.
+``{claims}`` is the ledger: every claim of claims.yml with the verdict of a chapter's cell, and a link to it.
+``{runtimes}`` lists the time of each chapter's last execution; the role ``{runtime}`` gives it for one chapter.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 from sphinx.util.docutils import SphinxDirective, SphinxRole
 
-CLAIM = "apd_claim"  # where apd_minimal.book.glue.claim puts it in an output's metadata
+CLAIM = "apd_claim"  # key under which apd_minimal.book.glue.claim stores it in an output's metadata
 
 
 def stored_claims(notebook: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
@@ -83,7 +83,7 @@ def _title(notebook: dict[str, Any]) -> str:
 
 
 class _FromMarkdown(SphinxDirective):
-    """A directive whose content is MyST text made from the notebooks."""
+    """A directive whose content is MyST text generated from the notebooks."""
 
     def text(self) -> str:
         raise NotImplementedError

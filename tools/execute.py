@@ -1,10 +1,10 @@
-"""Executes chapters from top to bottom and stores their outputs in one normal form.
+"""Execute chapters from top to bottom and store their outputs in normal form.
 
     python -m tools.execute                             # all chapters, two at a time
     python -m tools.execute chapters/03_x.ipynb         # one
     python -m tools.execute --normalise chapters/03_x.ipynb   # only its text has changed: keep the outputs
 
-A second run gives the same bytes, so that a diff shows only what really changed.
+A second run gives the same bytes, so that a diff shows only real changes.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from nbclient.exceptions import CellExecutionError
 from tools import setup_cell
 
 ROOT = Path(__file__).parent.parent
-THREADS = os.environ.get("APD_THREADS", "1")  # another number only to see that nothing depends on it (portable.py)
-# What stored outputs may not depend on: thread count, progress bars, live widgets, hash order.
+THREADS = os.environ.get("APD_THREADS", "1")  # another number only to test that nothing depends on it (portable.py)
+# Fixes what stored outputs must not depend on: thread count, progress bars, live widgets, hash order.
 ENVIRONMENT = {
     "OMP_NUM_THREADS": THREADS,
     "MKL_NUM_THREADS": THREADS,
@@ -38,7 +38,7 @@ ENVIRONMENT = {
     "PYTHONHASHSEED": "0",
 }
 KEPT_METADATA = ("tags", "mystnb")
-CELL_SECONDS = 1800  # the longest cell takes a tenth of it
+CELL_SECONDS = 1800  # ten times what the longest cell takes
 
 
 def _processor() -> str:

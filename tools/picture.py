@@ -1,4 +1,4 @@
-"""Copies the picture of the README and the front page out of chapter 7: python -m tools.picture."""
+"""Copy the picture of the README and the front page out of chapter 7: python -m tools.picture."""
 
 from __future__ import annotations
 

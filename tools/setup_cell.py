@@ -1,4 +1,4 @@
-"""Writes the hidden first code cell of every chapter, from the one public address in _config.yml.
+"""Write the hidden first code cell of every chapter, from the one public address in _config.yml.
 
 After the address has changed: python -m tools.setup_cell
 """
@@ -38,8 +38,8 @@ def source(repository: str, branch: str, requirement: str | None = None, data: s
     Args:
         repository: the public address, empty while there is none.
         branch: the branch that readers get.
-        requirement: what pip installs, if not the repository itself.
-        data: the address of the data folder, if not the one that belongs to the repository.
+        requirement: the requirement that pip installs, if not the repository itself.
+        data: the address of the data folder, if not that of the repository.
 
     Returns:
         str: Python source.

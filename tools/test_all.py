@@ -1,4 +1,4 @@
-"""Runs every check, says how long each part took, and ends with one line that counts them all."""
+"""Run every check, print how long each part took, and end with one line that counts them all."""
 
 from __future__ import annotations
 

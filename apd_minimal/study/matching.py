@@ -173,7 +173,7 @@ def _check_in_use(rows: Tensor, columns: Tensor) -> None:
 def _products(first: Components, second: Components, path: str) -> Tensor:
     """Compute inner products of one weight's matrices [C, C']: tr(B_c^T A_c^T A_c' B_c')."""
     left = rearrange(second.A[path], "c i m -> i (c m)")
-    right = rearrange(second.B[path], "c m o -> o (c m)")
+    right = rearrange(second.B[path], "c m o -> (c m) o").T
     rows = [((a.T @ left) * (b @ right)).sum(0) for a, b in zip(first.A[path], first.B[path], strict=True)]
     return rearrange(torch.stack(rows), "c (k m) -> c k m", m=second.A[path].shape[2]).sum(2)
 
