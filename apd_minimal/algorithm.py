@@ -184,7 +184,7 @@ def check(
 
 
 def check_rest(batches: Any, output: Any, attribution: Any, callback: Any, checkpoint: Any, every: Any) -> None:
-    """The same for the functions and the checkpoint."""
+    """Check the functions and the checkpoint."""
     if not callable(batches):
         raise TypeError(
             f"batches must be a function, batches(step, generator) -> inputs [B, ...], got {checks.given(batches)}; "

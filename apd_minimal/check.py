@@ -1,7 +1,7 @@
-"""Brute force on a few samples: does a `Network` do what its definition says, outputs and gradients (chapter 3)?
+"""Check the outputs and gradients of a `Network` by brute force on a few samples (chapter 3).
 
-Every sample is run alone, with weights of its own in place of the target's (`functional_call`), and compared with the
-gated network that runs them all at once.
+Every sample is run alone, with per-sample weights in place of the target's (`functional_call`), and compared with the
+gated network, which runs all samples at once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SAMPLES = 4
 
 
 def check(network: Network, x: Tensor, tolerance: float = 1e-3) -> None:
-    """See `Network.check`."""
+    """Compare a network with its definition on a few samples; see `Network.check`."""
     if not torch.is_grad_enabled():
         raise ValueError("gradients are switched off (torch.no_grad or torch.inference_mode), but learning needs them")
     if len(x) == 0:
@@ -30,37 +30,37 @@ def check(network: Network, x: Tensor, tolerance: float = 1e-3) -> None:
     if x.is_floating_point() and not torch.isfinite(x).all():
         raise ValueError("x holds NaN or infinite values")
     with torch.autocast(x.device.type, enabled=False):
-        # The samples that put most into the network: in sparse data many put nothing into it.
-        most = x.reshape(len(x), -1).count_nonzero(1).topk(min(SAMPLES, len(x))).indices.sort().values
-        few = x[most] if len(most) > 1 else x[most].repeat_interleave(2, 0)
+        # The samples with the most nonzero inputs: in sparse data many samples are zero.
+        densest = x.reshape(len(x), -1).count_nonzero(1).topk(min(SAMPLES, len(x))).indices.sort().values
+        samples = x[densest] if len(densest) > 1 else x[densest].repeat_interleave(2, 0)
         _check_target(network, x)
-        _check_samples(network, few, tolerance)
-        # Twice, with other weights: rounding may flip a unit that is just about off, but hardly in both.
-        problem = _Trial(network, few, tolerance, seed=0).problem()
-        if problem and _Trial(network, few, tolerance, seed=1).problem():
+        _check_samples(network, samples, tolerance)
+        # Twice, with different weights: rounding may flip a unit close to its threshold, but hardly in both trials.
+        problem = _Trial(network, samples, tolerance, seed=0).problem()
+        if problem and _Trial(network, samples, tolerance, seed=1).problem():
             raise ValueError(problem)
 
 
 def _differ(a: Tensor, b: Tensor, size: Tensor, tolerance: float, scale: Tensor | None = None) -> bool:
-    """Whether a and b differ by more than a part of `size`, and more than rounding of `scale` (of b) explains."""
+    """Tell whether a and b differ by more than `tolerance * size` plus the rounding error of `scale` (of b)."""
     rounding = 32 * torch.finfo(b.dtype).eps * (b.norm() if scale is None else scale)
     return not bool((a - b).norm() <= tolerance * size + rounding)  # NaN differs
 
 
 @torch.no_grad()
 def _check_target(network: Network, x: Tensor) -> None:
-    """What the target itself must be: finite, deterministic, with every decomposed weight in use."""
+    """Check the target itself: finite, deterministic outputs, and every decomposed weight in use."""
     used: list[Use] = []
-    kept = x.clone()
+    original = x.clone()
     before = network(x, record=used, activations=[])
-    if not torch.equal(x, kept):
+    if not torch.equal(x, original):
         raise ValueError("the target overwrites its inputs: let it begin with x = x.clone()")
     if not before.is_floating_point():
         raise TypeError(f"the outputs must be real numbers, got {before.dtype}: pick others with output=")
     if not torch.isfinite(before).all():
         raise ValueError("the target's outputs hold NaN or infinite values")
     if not torch.equal(before, network(x)):
-        raise ValueError("the target gives other outputs when run again on the same inputs")
+        raise ValueError("the target is not deterministic: its outputs change when it runs again on the same inputs")
     called = {id(use.site) for use in used}
     for site in network.sites:
         if id(site) not in called:
@@ -69,47 +69,47 @@ def _check_target(network: Network, x: Tensor) -> None:
 
 @torch.no_grad()
 def _check_samples(network: Network, x: Tensor, tolerance: float) -> None:
-    """Raise a ValueError that names the first module in which samples mix, if the outputs of one tell of the others."""
+    """Raise a ValueError naming the first module in which samples mix, if the outputs of one depend on the others."""
     together, trace = _traced(network, x)
     for i in range(len(x)):
         try:
-            alone, own = _traced(network, x[i : i + 1])
+            alone, alone_trace = _traced(network, x[i : i + 1])
         except Exception as error:
             raise ValueError(f"samples mix: the target fails on one sample alone ({error})") from error
         one = together[i : i + 1]
         if one.shape != alone.shape or _differ(one, alone, alone.norm(), tolerance):
             name = ""
-            for (name, a), (_, b) in zip(trace, own, strict=False):  # noqa: B007
+            for (name, a), (_, b) in zip(trace, alone_trace, strict=False):  # noqa: B007
                 a = a[i : i + 1] if len(a) == len(x) else a
                 if a.shape == b.shape and _differ(a, b, b.norm(), tolerance):
                     break
             raise ValueError(
-                f"samples mix: the output of one depends on the others, as seen first in what module {name!r} gives "
+                f"samples mix: the output of one depends on the others, first seen in the output of module {name!r} "
                 f"({type(network.target.get_submodule(name)).__name__}): a mean or a normalisation over the batch?"
             )
 
 
 def _traced(network: Network, x: Tensor) -> tuple[Tensor, list[tuple[str, Tensor]]]:
-    """The outputs, and those of every module in the order in which they end."""
-    found: list[tuple[str, Tensor]] = []
+    """Return the outputs, and the outputs of every module in the order in which the calls end."""
+    outputs: list[tuple[str, Tensor]] = []
 
-    def note(name: str, out: Any) -> None:
+    def record(name: str, out: Any) -> None:
         if isinstance(out, Tensor) and out.ndim and out.is_floating_point():
-            found.append((name, out.clone()))
+            outputs.append((name, out.clone()))
 
     hooks = [
-        module.register_forward_hook(lambda module, args, out, name=name: note(name, out))
+        module.register_forward_hook(lambda module, args, out, name=name: record(name, out))
         for name, module in network.target.named_modules()
     ]
     try:
-        return network(x), found
+        return network(x), outputs
     finally:
         for hook in hooks:
             hook.remove()
 
 
 class _Trial:
-    """Random components near the target's weights, random gates for every sample, and both ways to run them."""
+    """Random components near the target's weights, random per-sample gates, and both ways to run them."""
 
     def __init__(self, network: Network, x: Tensor, tolerance: float, seed: int) -> None:
         self.network, self.x, self.tolerance = network, x, tolerance
@@ -132,7 +132,7 @@ class _Trial:
         }
 
     def problem(self) -> str | None:
-        """What is not reproduced, by the name of the weight at fault; None if everything is."""
+        """Describe what is not reproduced, by the path of the weight at fault; None if everything is."""
         paths = list(self.network.weights)
         for remainder in (False, True):
             if together := self.compare(paths, remainder):
@@ -140,10 +140,10 @@ class _Trial:
         return None
 
     def compare(self, paths: Sequence[str], remainder: bool) -> str | None:
-        """What is wrong when the weights at some paths are gated, while the others stay."""
+        """Describe what is wrong when the weights at some paths are gated and the others stay; None if nothing."""
         components = self.components(paths)
         true, gradients = self.real(components, remainder)
-        ours, found = self.hooked(components, remainder)
+        ours, hook_gradients = self.hooked(components, remainder)
         change, error = (true - self.before).norm(), (ours - true).norm()
         if _differ(ours, true, change, self.tolerance):
             return (
@@ -154,13 +154,13 @@ class _Trial:
             )
         largest = torch.stack([gradient.norm() for gradient in gradients.values()]).max()
         for path, gradient in gradients.items():
-            own = found.get(path, torch.zeros_like(gradient))
-            if _differ(own, gradient, gradient.norm(), self.tolerance, largest):
+            hook_gradient = hook_gradients.get(path, torch.zeros_like(gradient))
+            if _differ(hook_gradient, gradient, gradient.norm(), self.tolerance, largest):
                 return (
                     f"{path}: the gradients at {self.modules[path]} are not those of the weight: "
-                    f"of {gradient.norm():.3g}, {(own - gradient).norm():.3g} is missed"
+                    f"they differ by {(hook_gradient - gradient).norm():.3g}, of a norm of {gradient.norm():.3g}"
                 )
-            if path not in found and _differ(self.moved(path), self.before, 0 * change, self.tolerance):
+            if path not in hook_gradients and _differ(self.moved(path), self.before, 0 * change, self.tolerance):
                 return (
                     f"{path}: no gradient reaches {self.modules[path]}, though the weight moves the output: it is "
                     "detached, run under torch.no_grad, or checkpointed with use_reentrant=True"
@@ -175,22 +175,22 @@ class _Trial:
         return self.network(self.x, self.components([path]), self.gates, remainder=True)
 
     def hooked(self, components: Components, remainder: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        """All samples at once, through the network: outputs [n, ...], gradients [n, d_in, d_out] where they arrive."""
+        """Run all samples at once through the network: outputs [n, ...], gradients [n, d_in, d_out] by path."""
         record: list[Use] = []
         out = self.network(self.x, components, self.gates, remainder, record=record)
-        found: dict[str, Tensor] = {}
+        gradients: dict[str, Tensor] = {}
         for use, delta in zip(record, self.back(out, [use.shift for use in record], self.cotangent), strict=True):
             if delta is not None:
                 left, right = (t.detach().reshape(len(self.x), -1, t.shape[-1]) for t in (use.rows, delta))
-                own = right.mT @ left if use.site.transposed else left.mT @ right
-                found[use.site.path] = found.get(use.site.path, 0) + own
-        return out.detach(), found
+                gradient = right.mT @ left if use.site.transposed else left.mT @ right
+                gradients[use.site.path] = gradients.get(use.site.path, 0) + gradient
+        return out.detach(), gradients
 
     def real(self, components: Components, remainder: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        """Sample by sample, with other weights in place of the target's: the same two."""
+        """Run sample by sample, with changed weights in place of the target's: the same two results by brute force."""
         network = self.network
         rules = {site.path: site.rule for site in network.sites if not site.transposed}
-        outs, found = [], []
+        outs, gradients = [], []
         for i in range(len(self.x)):
             weights = {}
             for path in components.paths:
@@ -198,7 +198,7 @@ class _Trial:
                 matrix = torch.einsum("c,cij->ij", self.gates[path][i], P)
                 matrix = matrix + network.weights[path] - P.sum(0) if remainder else matrix
                 weights[path] = rules[path].weight(matrix).detach().requires_grad_()
-            # Every user by name: functional_call's own tying does not put back a module with two names.
+            # Every user by name: functional_call's gradient tying does not put back a module with two names.
             users = {
                 f"{site.name}.{site.parameter}".lstrip("."): weights[site.path]
                 for site in network.sites
@@ -207,26 +207,30 @@ class _Trial:
             with evaluating(network.target), allow_mutation_on_saved_tensors():
                 out = functional_call(network.target, users, (self.x[i : i + 1],), tie_weights=False)
                 out = network.output(out) if network.output is not None else out
-                own = self.back(out, list(weights.values()), self.cotangent[i : i + 1])
+                gradient = self.back(out, list(weights.values()), self.cotangent[i : i + 1])
             outs.append(out.detach())
-            found.append([torch.zeros_like(w) if g is None else g for g, w in zip(own, weights.values(), strict=True)])
-        together = zip(components.paths, zip(*found, strict=True), strict=True)
-        return torch.cat(outs), {path: torch.stack([rules[path].matrix(g) for g in own]) for path, own in together}
+            gradients.append(
+                [torch.zeros_like(w) if g is None else g for g, w in zip(gradient, weights.values(), strict=True)]
+            )
+        together = zip(components.paths, zip(*gradients, strict=True), strict=True)
+        return torch.cat(outs), {
+            path: torch.stack([rules[path].matrix(g) for g in gradient]) for path, gradient in together
+        }
 
     def back(self, out: Tensor, leaves: list[Tensor], cotangent: Tensor) -> Sequence[Tensor | None]:
-        """Gradients through the target, on the way to which no decomposed module may be run again."""
+        """Compute gradients through the target; no decomposed module may be run again during the backward pass."""
         if not out.requires_grad:
             return [None] * len(leaves)
 
         def again(*args: Any) -> None:
-            raise RuntimeError("a decomposed module is run again on the way back")
+            raise RuntimeError("a decomposed module is run again during the backward pass")
 
         hooks = [site.module.register_forward_pre_hook(again) for site in self.network.sites]
         try:
             return torch.autograd.grad(out, leaves, cotangent, allow_unused=True)
         except RuntimeError as error:
             raise ValueError(
-                f"{', '.join(self.network.weights)}: gradients cannot go through the target ({error}); if it uses "
+                f"{', '.join(self.network.weights)}: gradients cannot pass through the target ({error}); if it uses "
                 "activation checkpointing, switch that off: recompute=True saves memory, too"
             ) from error
         finally:

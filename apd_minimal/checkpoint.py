@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def identity(
     config: Config, network: Network, divergence: Any, attribution: Any, selection: Any = None
 ) -> dict[str, Any]:
-    """What the meaning of a run depends on, as JSON can hold it.
+    """Collect what the meaning of a run depends on, as JSON can hold it.
 
     Functions count by module and qualified name, a partial by the function inside, any other object by its class.
     So what a function does, what a partial holds and which of two lambdas in one scope it was is not compared,

@@ -1,4 +1,4 @@
-"""Checks of arguments: each gives the argument back, or an error that says what was given and what is expected."""
+"""Checks of arguments: each returns the argument, or raises an error naming what was given and what is expected."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class NotFinite(ValueError):
-    """Numbers that were worked out are NaN or infinite."""
+    """Computed numbers are NaN or infinite."""
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -28,12 +28,12 @@ class NonFiniteLoss(ArithmeticError):
 
 
 def given(value: Any) -> str:
-    """How a value is named in an error: short, and tensors by shape and type."""
+    """Describe a value for an error message: shortened, tensors by shape and type."""
     return f"a tensor {list(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else reprlib.repr(value)
 
 
 def plain(value: Any) -> Any:
-    """A Python value for a numpy scalar or a tensor without axes; anything else as it is."""
+    """Convert a numpy scalar or a tensor without axes to a Python value; return anything else unchanged."""
     return value.item() if getattr(value, "shape", None) == () and hasattr(value, "item") else value
 
 
@@ -47,7 +47,7 @@ def number(
     below: bool = False,
     whole: bool = False,
 ) -> Any:
-    """A finite number in [low, high], without `low` itself if it must be above, or `high` if below.
+    """Check for a finite number in [low, high], excluding `low` if it must be above, and `high` if below.
 
     Numpy scalars and tensors without axes count as numbers, bools and text do not.
 
@@ -55,7 +55,7 @@ def number(
         Any: an int if it must be whole, else an int or a float, as it was given.
 
     Raises:
-        TypeError: no number.
+        TypeError: not a number.
         ValueError: NaN, infinite, out of range or not whole.
     """
     got = plain(value)
@@ -76,7 +76,7 @@ def number(
 
 
 def flag(name: str, value: Any) -> bool:
-    """A bool; numpy's and torch's count, the text "False" does not."""
+    """Check for a bool; numpy's and torch's count, the text "False" does not."""
     got = plain(value)
     if not isinstance(got, bool):
         raise TypeError(f"{name} must be True or False, got {given(value)}")
@@ -84,32 +84,32 @@ def flag(name: str, value: Any) -> bool:
 
 
 def choice(name: str, value: Any, options: Sequence[str]) -> str:
-    """One of some names."""
+    """Check for one of some names."""
     if not isinstance(value, str) or value not in options:
         raise ValueError(f"{name} must be one of {list(options)}, got {given(value)}")
     return value
 
 
 def kind(name: str, value: Any, expected: Any, what: str) -> Any:
-    """Something of a class (None counts if it is among the classes)."""
+    """Check for an instance of a class (None counts if NoneType is among the classes)."""
     if not isinstance(value, expected):
         raise TypeError(f"{name} must be {what}, got {given(value)}")
     return value
 
 
 def generator(value: Any) -> None:
-    """A source of randomness, or None."""
+    """Check for a torch.Generator, or None."""
     kind("generator", value, (torch.Generator, type(None)), "a torch.Generator or None")
 
 
 def tensor(name: str, value: Any, *shape: Any, finite: bool = True) -> Tensor:
-    """A tensor of a shape: sizes, names of sizes, and at most one `...` for any number of axes."""
+    """Check for a tensor of a shape: sizes, names of sizes, and at most one `...` for any number of axes."""
     kind(name, value, Tensor, "a tensor")
-    sizes, wanted = list(value.shape), list(shape)
-    if ... in wanted:
-        at = wanted.index(...)
-        wanted[at : at + 1] = [None] * (len(sizes) - len(wanted) + 1)
-    if len(wanted) != len(sizes) or any(isinstance(w, int) and w != s for w, s in zip(wanted, sizes, strict=True)):
+    sizes, expected = list(value.shape), list(shape)
+    if ... in expected:
+        at = expected.index(...)
+        expected[at : at + 1] = [None] * (len(sizes) - len(expected) + 1)
+    if len(expected) != len(sizes) or any(isinstance(w, int) and w != s for w, s in zip(expected, sizes, strict=True)):
         axes = ", ".join("..." if axis is ... else str(axis) for axis in shape)
         raise ValueError(f"{name} must be of shape [{axes}], got {given(value)}")
     if finite and not value.isfinite().all():
@@ -118,16 +118,16 @@ def tensor(name: str, value: Any, *shape: Any, finite: bool = True) -> Tensor:
 
 
 def matrices(name: str, value: Any, shapes: Mapping[str, Sequence[Any]], finite: bool = True) -> None:
-    """A mapping from exactly these parameter paths to tensors of these shapes."""
+    """Check for a mapping from exactly these parameter paths to tensors of these shapes."""
     kind(name, value, Mapping, "a mapping from parameter paths to tensors")
     if set(value) != set(shapes):
-        raise ValueError(f"{name} must be about {list(shapes)}, got {list(value)}")
+        raise ValueError(f"{name} must have the parameter paths {list(shapes)}, got {list(value)}")
     for path, shape in shapes.items():
         tensor(f"{name}: {path}", value[path], *shape, finite=finite)
 
 
 def inputs(x: Any) -> Tensor:
-    """Inputs [B, ...] of a network: a tensor, not empty, finite."""
+    """Check inputs [B, ...] of a network: a tensor, not empty, finite."""
     kind("x", x, Tensor, "one tensor [B, ...] (wrap a network that takes more in a module that takes one)")
     if x.ndim == 0 or len(x) == 0:
         raise ValueError(
@@ -140,7 +140,7 @@ def inputs(x: Any) -> Tensor:
 
 @contextmanager
 def running(x: Tensor, weights: str) -> Iterator[None]:
-    """Say of which inputs it is, where torch says that a network does not run on them."""
+    """Name the inputs and weights in the error, where torch reports that a network does not run on them."""
     try:
         yield
     except (RuntimeError, IndexError) as error:
@@ -150,14 +150,14 @@ def running(x: Tensor, weights: str) -> Iterator[None]:
 
 
 def function(name: str, value: Any) -> Callable[..., Any] | None:
-    """A function, or None."""
+    """Check for a function, or None."""
     if value is not None and not callable(value):
         raise TypeError(f"{name} must be a function or None, got {given(value)}")
     return value
 
 
 def interval(name: str, value: Any) -> tuple[float, float]:
-    """Least and largest of a range."""
+    """Check for a pair (least, largest)."""
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         raise ValueError(f"{name} must be (least, largest), got {given(value)}")
     low, high = (number(name, v) for v in value)

@@ -1,6 +1,6 @@
 """Parameter components: C vectors in parameter space, stored as low-rank factors.
 
-A component P_c holds one matrix for each decomposed weight, P_c[path] = A_c[path] @ B_c[path].
+A component P_c has one matrix for each decomposed weight, P_c[path] = A_c[path] @ B_c[path].
 Chapter 3 (parameter space) introduces the flattened view and the factors.
 """
 
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from . import checks
@@ -28,8 +29,8 @@ class Components:
         B: per parameter path, the right factors [C, m, d_out] (or [restarts, C, m, d_out]).
 
     Raises:
-        TypeError: factors that are no tensors of floating point numbers, of one type for each path.
-        ValueError: if the paths or the shapes of A and B do not fit together.
+        TypeError: factors that are not floating-point tensors, or A and B of a path of different types.
+        ValueError: if the paths or the shapes of A and B do not match.
     """
 
     A: dict[str, Tensor]
@@ -69,7 +70,7 @@ class Components:
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
     ) -> Components:
-        """Gaussian factors, so small that the sum starts near zero.
+        """Draw Gaussian factors, so small that the sum starts near zero.
 
         Args:
             shapes: per parameter path, (d_in, d_out).
@@ -78,7 +79,7 @@ class Components:
             restarts: number of independent copies on a leading axis; None for no such axis.
             std: standard deviation of the factors' entries.
             generator: source of randomness; its device must be the CPU.
-            device: where the factors live.
+            device: of the factors.
 
         Returns:
             Components: with leaf tensors that do not require gradients yet.
@@ -92,9 +93,7 @@ class Components:
         try:
             device = torch.empty(0, device=device).device
         except (RuntimeError, TypeError) as error:
-            raise ValueError(
-                f"device must be a device of torch's or None, got {checks.given(device)}: {error}"
-            ) from None
+            raise ValueError(f"device must be a torch device or None, got {checks.given(device)}: {error}") from None
         lead = (n_components,) if restarts is None else (restarts, n_components)
         A, B = {}, {}
         for path, shape in shapes.items():
@@ -152,7 +151,7 @@ class Components:
         return sum(self.A[path].shape[-2] * self.B[path].shape[-1] for path in self.paths)
 
     def matrices(self, path: str) -> Tensor:
-        """All components' matrices for one weight: [..., C, d_in, d_out]."""
+        """Return all components' matrices for one weight: [..., C, d_in, d_out]."""
         a, b = self._factors(path)
         return a @ b
 
@@ -162,29 +161,29 @@ class Components:
         return self.A[path], self.B[path]
 
     def sum(self, path: str) -> Tensor:
-        """Sum of all components for one weight, [..., d_in, d_out], without forming each of them."""
+        """Sum all components for one weight, [..., d_in, d_out], without forming each of them."""
         a, b = self._factors(path)
-        return a.transpose(-3, -2).flatten(-2) @ b.flatten(-3, -2)
+        return rearrange(a, "... c d m -> ... d (c m)") @ rearrange(b, "... c m e -> ... (c m) e")
 
     def squared_lengths(self, path: str) -> Tensor:
-        """Squared length of each rank-one term A_:,r B_r,: of one weight: [..., C, m]."""
+        """Compute the squared length of each rank-one term A_:,r B_r,: of one weight: [..., C, m]."""
         a, b = self._factors(path)
-        return (a * a).sum(-2) * (b * b).sum(-1)  # half the time of square(), whose gradient is a power
+        return (a * a).sum(-2) * (b * b).sum(-1)  # takes half the time of square(), whose gradient calls pow()
 
     def flat(self) -> Tensor:
-        """The components as vectors in parameter space: [..., C, N] (chapter 3)."""
+        """Return the components as vectors in parameter space: [..., C, N] (chapter 3)."""
         return torch.cat([self.matrices(path).flatten(-2) for path in self.paths], dim=-1)
 
     def singular_values(self, path: str) -> Tensor:
-        """True singular values of every component's matrix, [..., C, m], largest first."""
-        # The factors' triangular parts carry all singular values, and are only m by m.
+        """Compute the singular values of every component's matrix, [..., C, m], largest first."""
+        # The triangular parts R of the factors' QR decompositions have the product's singular values, and are m by m.
         a, b = self._factors(path)
         r_a = torch.linalg.qr(_single(a)).R
         r_b = torch.linalg.qr(_single(b).transpose(-2, -1)).R
         return torch.linalg.svdvals(r_a @ r_b.transpose(-2, -1))
 
     def ranks(self, threshold: float = 0.1) -> dict[str, Tensor]:
-        """Effective ranks, [..., C] per path: singular values above `threshold` times the path's largest."""
+        """Compute effective ranks, [..., C] per path: singular values above `threshold` times the path's largest."""
         threshold = checks.number("threshold", threshold, 0, 1, below=True)
         ranks = {}
         for path in self.paths:
@@ -193,7 +192,7 @@ class Components:
         return ranks
 
     def norms(self) -> Tensor:
-        """Euclidean length of every component over all weights together: [..., C]."""
+        """Compute the Euclidean norm of every component over all weights together: [..., C]."""
         return sum(self.singular_values(path).square().sum(-1) for path in self.paths).sqrt()  # type: ignore[union-attr]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Components:
@@ -206,18 +205,18 @@ class Components:
         )
 
     def restart(self, index: int) -> Components:
-        """One of the stacked restarts, as components [C, d_in, m] and [C, m, d_out]."""
+        """Select one of the stacked restarts, as components [C, d_in, m] and [C, m, d_out]."""
         if self.restarts is None:
             raise ValueError(f"these components have no axis of restarts, got index {checks.given(index)}")
         index = checks.number("index", index, -self.restarts, self.restarts - 1, whole=True)
         return self.map(lambda t: t[index])
 
     def stacked(self) -> Components:
-        """The same components with an axis of restarts in front (of size one if there was none)."""
+        """Return the same components with a leading axis of restarts (of size one if there was none)."""
         return self if self.restarts is not None else self.map(lambda t: t[None])
 
     def subset(self, index: Tensor | list[int]) -> Components:
-        """Only the components in `index`, in that order."""
+        """Select the components in `index`, in that order."""
         chosen = index.tolist() if isinstance(index, Tensor) else index
         if not isinstance(chosen, list):
             raise TypeError(f"index must be a list of components, got {checks.given(index)}")
@@ -226,12 +225,12 @@ class Components:
         return self.map(lambda t: t[..., chosen, :, :])
 
     def parameters(self) -> list[Tensor]:
-        """All factors in a fixed order, for an optimiser."""
+        """List all factors in a fixed order, for an optimiser."""
         return [t for path in self.paths for t in (self.A[path], self.B[path])]
 
 
 def _sizes(**sizes: int | None) -> list[Any]:
-    """Whole numbers, at least 1; but for C they may be None."""
+    """Check whole numbers, at least 1; all but C may be None."""
     return [
         n if n is None and name != "n_components" else checks.number(name, n, 1, whole=True)
         for name, n in sizes.items()
@@ -239,7 +238,7 @@ def _sizes(**sizes: int | None) -> list[Any]:
 
 
 def usable(components: Any, alone: bool = False) -> Components:
-    """Components as an argument: of the class, finite, and without restarts where one decomposition is meant."""
+    """Check components as an argument: finite, and without restarts where one decomposition is expected."""
     checks.kind("components", components, Components, "Components")
     if alone and components.restarts is not None:
         raise ValueError("components must be without restarts, pick one restart first: components.restart(index)")
@@ -250,20 +249,20 @@ def usable(components: Any, alone: bool = False) -> Components:
 
 
 def _single(t: Tensor) -> Tensor:
-    """In single precision if it has less, which torch's factorisations do not take."""
+    """Convert to single precision if it has less, which torch's factorisations do not accept."""
     return t.float() if t.dtype in (torch.bfloat16, torch.float16) else t
 
 
 @torch.no_grad()
 def confine(components: Components, per_weight: Sequence[int]) -> None:
-    """Let each component live in one weight: its factors elsewhere become zero, in place, and stay so in training.
+    """Confine each component to one weight: set its factors elsewhere to zero, in place; they stay zero in training.
 
     Args:
         components: C components.
-        per_weight: how many belong to each weight, in the order of the paths.
+        per_weight: number of components for each weight, in the order of the paths.
 
     Raises:
-        ValueError: numbers that do not fit the weights or C.
+        ValueError: numbers that do not match the weights or C.
     """
     fits = len(per_weight) == len(components.paths) and sum(per_weight) == components.n_components
     if not fits or min(per_weight) < 0:
@@ -274,7 +273,7 @@ def confine(components: Components, per_weight: Sequence[int]) -> None:
     first = 0
     for path, n in zip(components.paths, per_weight, strict=True):
         for factor in (components.A[path], components.B[path]):
-            # A zero factor times a zero factor has no gradient, so nothing brings the component back there.
+            # If both factors are zero, their gradients are zero: training cannot bring the component back.
             factor[..., :first, :, :] = 0
             factor[..., first + n :, :, :] = 0
         first += n
@@ -282,7 +281,7 @@ def confine(components: Components, per_weight: Sequence[int]) -> None:
 
 @torch.no_grad()
 def normalise_columns(components: Components) -> None:
-    """Give A's columns unit length, in place; B takes the lengths, so that the components stay what they are."""
+    """Scale A's columns to unit length and B's rows by the inverse, in place, so that the products do not change."""
     for path, a in components.A.items():
         length = a.norm(dim=-2, keepdim=True).clamp_min(1e-12)
         a.div_(length)

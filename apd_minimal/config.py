@@ -34,43 +34,42 @@ LIMITS: dict[str, dict[str, Any]] = {
     "min_cosine": {"low": 0, "above": True},
     "alpha": {"low": 0, "above": True},
 }
-"""The numbers among the settings, and where they must lie; `rank` and `alpha` may be None."""
+"""Ranges of the numeric settings; `rank` and `alpha` may be None."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """Everything about a run that is a number. The defaults are the recipe of chapter 6.
+    """The numbers and flags that define a run. The defaults are the recipe of chapter 6.
 
     Attributes:
-        n_components: C; more than the mechanisms you expect, since spare ones are cleared away.
-        top_k: mean number of active components per sample, 0 < k <= C; may change along the run.
+        n_components: C; more than the expected number of mechanisms, since spare components are pruned.
+        top_k: mean number of active components per sample, 0 < k <= C; may change during the run.
         rank: m, the inner size of the factors; None for full rank.
-        per_weight: how many components live in each decomposed weight alone, in the weights' order, C in all; None
-            lets every component span all weights. It excludes new starts (chapter 7, the identity layer).
+        per_weight: number of components confined to each decomposed weight, in the weights' order, C in total; None
+            lets every component span all weights. Not compatible with new starts (chapter 7, the identity layer).
         steps: gradient steps.
-        lr: Adam's largest learning rate; it warms up linearly and falls along a quarter of a cosine.
-        warmup: share of the steps in which it warms up.
-        init_std: standard deviation of the factors at the start.
+        lr: Adam's peak learning rate, after a linear warm-up and before a decay along a quarter cosine.
+        warmup: fraction of the steps used for warm-up.
+        init_std: standard deviation of the initial factors.
         faithfulness: weight of the faithfulness loss.
         minimality: weight of the minimality loss.
-        simplicity: weight of the simplicity loss; at 0 in the last stage, which undoes its shrinkage.
+        simplicity: weight of the simplicity loss; 0 in the last stage, which undoes the shrinkage it causes.
         hidden: weight of the hidden-activation loss.
-        scrub: weight of the scrub loss: the active components and a random half of the others must match too.
-        p: exponent of the Schatten norm, 0 < p <= 1 as a rule.
-        tidy_every: share of the steps between merging and pruning; 0 for never.
-        tidy_from: progress from which on to merge and prune.
-        tidy_until: progress at which this stops.
-        reseed_until: progress until which free components start anew where the sparse network fails most.
-        min_cosine: components whose cosine is at least this are merged; above 1 none are.
-        alpha: bits for each unit of rank; components are merged by description length instead of by cosine.
-            None for by cosine.
-        per_sample: take the k most attributed of each sample instead of the whole batch.
+        scrub: weight of the scrub loss: the active components plus a random half of the others must match the target.
+        p: exponent of the Schatten norm, usually 0 < p <= 1.
+        tidy_every: interval between merging and pruning, as a fraction of the steps; 0 for never.
+        tidy_from: progress at which merging and pruning begin.
+        tidy_until: progress at which they end.
+        reseed_until: progress until which free components get a new start where the sparse network fails most.
+        min_cosine: components with at least this cosine are merged; above 1, none are.
+        alpha: bits per rank; components are then merged by description length. None merges them by cosine.
+        per_sample: select the k most attributed components of each sample instead of over the whole batch.
         per_position: attributions and gates for each position of a sequence instead of each sample.
-        attribute_at: "target" or "components", where gradient attributions are taken.
-        unit_norm: keep the columns of A at unit length.
-        restarts: independent runs on one tensor axis.
-        seed: of all randomness. Take another than that of the network, if its weights are Gaussian: components of
-            rank one could start along their rows.
+        attribute_at: "target" or "components": the weights at which gradients are computed for attributions.
+        unit_norm: normalise the columns of A to unit length after every step.
+        restarts: independent runs, stacked on one tensor axis.
+        seed: of all random numbers. If the network's weights are Gaussian, use a different seed from theirs: components
+            of rank one could otherwise start along their rows.
     """
 
     n_components: int
@@ -101,10 +100,10 @@ class Config:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Make Python numbers of all settings.
+        """Check all settings and convert them to Python numbers.
 
         Raises:
-            TypeError, ValueError: the first setting that is of another kind or out of range, by name.
+            TypeError, ValueError: names the first setting of a wrong type or out of range.
         """
         for name, limits in LIMITS.items():
             value = getattr(self, name)
@@ -120,7 +119,7 @@ class Config:
             checks.kind("per_weight", self.per_weight, (list, tuple), "whole numbers, one for each weight, or None")
             self._put("per_weight", tuple(checks.number("per_weight", n, whole=True) for n in self.per_weight))
             if self.tidy_every and self.reseed_until > 0:
-                raise ValueError(f"per_weight excludes new starts: set reseed_until to 0, not {self.reseed_until}")
+                raise ValueError(f"per_weight excludes new starts: set reseed_until to 0, got {self.reseed_until}")
             if self.alpha is not None:
                 raise ValueError(f"alpha may merge across weights, which per_weight excludes; got alpha={self.alpha}")
 
@@ -139,28 +138,28 @@ class Config:
         return ["faithfulness", "minimality", "simplicity", "hidden", "scrub"]
 
     def lr_at(self, t: float) -> float:
-        """Learning rate at progress t in [0, 1): a linear warm-up, and a quarter of a cosine from `lr` to 0."""
+        """Compute the learning rate at progress t in [0, 1): linear warm-up, then a quarter cosine from `lr` to 0."""
         t = checks.number("t", t, 0, 1)
         warm = min(1.0, (t + 1 / self.steps) / self.warmup) if self.warmup else 1.0
         return self.lr * warm * math.cos(math.pi / 2 * t)
 
     def logs(self, step: int) -> bool:
-        """Is this step logged? About two hundred are, and the last."""
+        """Tell whether this step is logged: about two hundred evenly spaced steps, and the last one."""
         step = checks.number("step", step, 0, whole=True)
         return step % max(1, self.steps // 200) == 0 or step == self.steps - 1
 
     def tidies(self, step: int) -> bool:
-        """Is it time to merge and prune, after so many steps?"""
+        """Tell whether to merge and prune after this many steps."""
         step = checks.number("step", step, 0, whole=True)
-        every = round(self.tidy_every * self.steps)
-        return every > 0 and step % every == 0 and self.tidy_from <= step / self.steps < self.tidy_until
+        interval = round(self.tidy_every * self.steps)
+        return interval > 0 and step % interval == 0 and self.tidy_from <= step / self.steps < self.tidy_until
 
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> Config:
-        """A configuration from names and values, as stored in JSON.
+        """Create a configuration from names and values, as stored in JSON.
 
         Raises:
-            TypeError: a setting that does not exist, or of another kind.
+            TypeError: an unknown setting, or a value of a wrong type.
             ValueError: a setting out of range.
         """
         checks.kind("settings", settings, dict, "a dict from names to values")
@@ -179,9 +178,9 @@ class Config:
 
 
 def at_progress(schedule: Schedule, t: float) -> float:
-    """A schedule's value at progress t in [0, 1].
+    """Evaluate a schedule at progress t in [0, 1].
 
-    A number is constant. Points (progress, value), in order of progress, are joined by straight lines.
+    A number is constant. Points (progress, value), in order of progress, are interpolated linearly.
     """
     if isinstance(schedule, (int, float)):
         return float(schedule)
@@ -190,12 +189,12 @@ def at_progress(schedule: Schedule, t: float) -> float:
 
 
 def _schedule(name: str, value: Any, check: Callable[[str, Any], float]) -> Schedule:
-    """A number, or points (progress, value) in order of progress, each value checked."""
+    """Check a number, or points (progress, value) in order of progress, and each of their values."""
     if not isinstance(value, (list, tuple)):
         return check(name, value)
     if not value or any(not isinstance(point, (list, tuple)) or len(point) != 2 for point in value):
         raise ValueError(f"{name} must be a number or points (progress, value), got {checks.given(value)}")
     times = [checks.number(f"progress in {name}", t, 0, 1) for t, _ in value]
     if any(a >= b for a, b in pairwise(times)):
-        raise ValueError(f"progress in {name} must rise from point to point, got {checks.given(value)}")
+        raise ValueError(f"progress in {name} must increase from point to point, got {checks.given(value)}")
     return tuple((t, check(name, v)) for t, (_, v) in zip(times, value, strict=True))

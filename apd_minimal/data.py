@@ -55,7 +55,7 @@ class SparseFeatures:
             raise ValueError(f"low must be at most high={self.high}, got {self.low}")
 
     def __call__(self, step: int, generator: torch.Generator) -> Tensor:
-        """A batch [batch_size, n_features]; `step` is not needed, the generator's state moves on."""
+        """Draw a batch [batch_size, n_features]; `step` is ignored, the generator's state advances."""
         checks.kind("generator", generator, torch.Generator, "a torch.Generator")
         shape = (self.batch_size, self.n_features)
         if self.nonempty:
@@ -66,7 +66,7 @@ class SparseFeatures:
         return on * values
 
     def _nonempty_patterns(self, generator: torch.Generator) -> Tensor:
-        """Which features are on, given that at least one is: exact, without rejecting samples."""
+        """Draw which features are on, given that at least one is: exact, without rejection sampling."""
         n, q = self.n_features, 1 - self.probability
         # The first feature that is on follows a geometric law cut off at n; those after it are free.
         u = torch.rand(self.batch_size, 1, generator=generator, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Rules for the rarer kinds of modules; `rules` looks here before it refuses one."""
+"""Rules for rarer kinds of modules; `rules` imports them when a rule is looked up."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from .rules import Rule, rule
 
-Product = Callable[[str, Tensor], Tensor]  # (name of a parameter, its input) -> their product
+Product = Callable[[str, Tensor], Tensor]  # (parameter name, input) -> input times parameter
 
 
 def named(module: nn.Module) -> Rule | None:
-    """The rule for a kind that is known by its name, since its library need not be there."""
+    """Find the rule for a class recognised by its name, whose library need not be installed."""
     names = {cls.__name__ for cls in type(module).__mro__}
     if "Conv1D" in names and hasattr(module, "nf"):  # Hugging Face's linear layer, with its weight [d_in, d_out]
         return Rule(matrix=lambda w: w, weight=lambda m: m)
@@ -35,25 +36,27 @@ def _(module: nn.ConvTranspose1d | nn.ConvTranspose2d) -> Rule:
             f"{type(module).__name__} is supported with groups=1 and output_padding below stride, got "
             f"groups={module.groups}, output_padding={module.output_padding}, stride={module.stride}"
         )
-    flat = len(shape) == 3  # then a picture of height one
+    flat = len(shape) == 3  # one-dimensional: an image of height one
     one = (1,) if flat else ()
 
     def unrows(y: Tensor, like: Tensor) -> Tensor:
-        """Add up the patches [B, L, C k k] that the inputs spread, and cut the padding off."""
+        """Add up the overlapping patches [B, L, C k k], and crop the padding."""
         sizes: list[int] = [*one]
-        cuts: list[int] = []
+        crops: list[int] = []
         for i in dims:
-            whole = like.shape[2 + i] + 2 * padding[i]  # with what the call may have added, see `output_size`
+            whole = like.shape[2 + i] + 2 * padding[i]  # includes what `output_size` may have added in the call
             more = (whole - dilation[i] * (kernel[i] - 1) - 1) % stride[i]
             sizes.append(whole - more)
-            cuts = [-padding[i], more - padding[i], *cuts]
-        unfolded = F.fold(y.transpose(1, 2), tuple(sizes), (*one, *kernel), (*one, *dilation), 0, (*one, *stride))
-        return F.pad(unfolded.squeeze(-2) if flat else unfolded, cuts)
+            crops = [-padding[i], more - padding[i], *crops]
+        folded = F.fold(
+            rearrange(y, "b l d -> b d l"), tuple(sizes), (*one, *kernel), (*one, *dilation), 0, (*one, *stride)
+        )
+        return F.pad(folded.squeeze(-2) if flat else folded, crops)
 
     return Rule(
         matrix=lambda w: w.flatten(1),
         weight=lambda m: m.reshape(shape),
-        rows=lambda x: x.flatten(2).transpose(1, 2),
+        rows=lambda x: rearrange(x, "b c ... -> b (...) c"),
         unrows=unrows,
     )
 
@@ -66,12 +69,12 @@ def _(module: nn.MultiheadAttention) -> dict[str, Rule]:
 
     def project(product: Product, inputs: list[Tensor]) -> list[Tensor]:
         if len(names) == 3:
-            found = [product(name, x) for name, x in zip(names, inputs, strict=True)]
+            outputs = [product(name, x) for name, x in zip(names, inputs, strict=True)]
         else:
             once = {id(x): product("in_proj_weight", x).chunk(3, -1) for x in inputs}
-            found = [once[id(x)][i] for i, x in enumerate(inputs)]
+            outputs = [once[id(x)][i] for i, x in enumerate(inputs)]
         biases = (0, 0, 0) if module.in_proj_bias is None else module.in_proj_bias.chunk(3)
-        return [y + bias for y, bias in zip(found, biases, strict=True)]
+        return [y + bias for y, bias in zip(outputs, biases, strict=True)]
 
     def forward(
         product: Product,
@@ -82,7 +85,7 @@ def _(module: nn.MultiheadAttention) -> dict[str, Rule]:
         need_weights: bool = True,
         attn_mask: Tensor | None = None,
         average_attn_weights: bool = True,
-        is_causal: bool = False,  # a hint; the mask is given all the same
+        is_causal: bool = False,  # only a hint: attn_mask is passed as well
     ) -> tuple[Tensor, Tensor | None]:
         if query.ndim != 3:
             raise ValueError(f"MultiheadAttention needs inputs with a batch axis, got shape {list(query.shape)}")
@@ -90,15 +93,17 @@ def _(module: nn.MultiheadAttention) -> dict[str, Rule]:
         if not module.batch_first:
             turned = {id(x): x.transpose(0, 1) for x in inputs}
             inputs = [turned[id(x)] for x in inputs]
-        q, k, v = (y.unflatten(-1, (module.num_heads, -1)).transpose(1, 2) for y in project(product, inputs))
+        q, k, v = (rearrange(y, "b t (h e) -> b h t e", h=module.num_heads) for y in project(product, inputs))
         scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5  # [B, heads, T, S]
         if attn_mask is not None:
-            mask = attn_mask.unflatten(0, (-1, module.num_heads)) if attn_mask.ndim == 3 else attn_mask
+            mask = (
+                rearrange(attn_mask, "(b h) t s -> b h t s", h=module.num_heads) if attn_mask.ndim == 3 else attn_mask
+            )
             scores = scores + _added(mask, scores)
         if key_padding_mask is not None:
             scores = scores + _added(key_padding_mask, scores)[:, None, None]
         pattern = scores.softmax(-1)
-        out = module.out_proj((pattern @ v).transpose(1, 2).flatten(2))
+        out = module.out_proj(rearrange(pattern @ v, "b h t e -> b t (h e)"))
         if not module.batch_first:
             out = out.transpose(0, 1)
         if not need_weights:
@@ -109,7 +114,7 @@ def _(module: nn.MultiheadAttention) -> dict[str, Rule]:
 
 
 def _added(mask: Tensor, scores: Tensor) -> Tensor:
-    """A mask as what is added to the scores; True means: do not look there."""
+    """Convert a boolean mask (True: do not attend) to the number that is added to the scores."""
     return (
         torch.zeros_like(mask, dtype=scores.dtype).masked_fill(mask, -torch.inf) if mask.dtype == torch.bool else mask
     )
@@ -119,6 +124,6 @@ def _added(mask: Tensor, scores: Tensor) -> Tensor:
 @rule.register(nn.RNNCellBase)
 def _(module: Any) -> Rule:
     raise TypeError(
-        f"{type(module).__name__} is one fused kernel, and has no rule: write its step with nn.Linear layers (the same "
-        "weights), and call them at every position"
+        f"{type(module).__name__} is a fused kernel and has no rule: write its step with nn.Linear layers of the same "
+        "weights, called at every position"
     )

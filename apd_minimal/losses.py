@@ -24,7 +24,7 @@ Divergence = Callable[[Tensor, Tensor], Tensor]
 
 
 def faithfulness(components: Components, weights: Mapping[str, Tensor]) -> Tensor:
-    """Mean squared error between the sum of components and the target's weights.
+    """Compute the mean squared error between the sum of components and the target's weights.
 
     Args:
         components: C components over the paths of `weights`.
@@ -46,13 +46,13 @@ def faithfulness(components: Components, weights: Mapping[str, Tensor]) -> Tenso
 
 
 def mse(outputs: Tensor, target_outputs: Tensor) -> Tensor:
-    """Squared error of each sample, averaged over everything else: [..., B, *rest] to [..., B]."""
+    """Compute the squared error of each sample, averaged over everything else: [..., B, *rest] to [..., B]."""
     _same(outputs, target_outputs)
     return _per_sample((outputs - target_outputs).square(), outputs.ndim - target_outputs.ndim + 1)
 
 
 def kl(outputs: Tensor, target_outputs: Tensor) -> Tensor:
-    """KL(target || outputs), softmax over the last axis, averaged over positions: [..., B, (T,) V] to [..., B]."""
+    """Compute KL(target || outputs), softmax over the last axis, mean over positions: [..., B, (T,) V] to [..., B]."""
     _same(outputs, target_outputs)
     if target_outputs.ndim < 2:
         raise ValueError(f"target_outputs must be [B, ..., classes], got {checks.given(target_outputs)}")
@@ -80,7 +80,7 @@ DIVERGENCES: dict[str, Divergence] = {"mse": mse, "kl": kl}
 
 
 def minimality(outputs: Tensor, target_outputs: Tensor, divergence: Divergence = mse) -> Tensor:
-    """How far the sparse outputs are from the target's.
+    """Measure how far the sparse outputs are from the target's.
 
     Args:
         outputs: of the active components alone, [..., B, *rest]; a leading axis of restarts is kept.
@@ -112,7 +112,7 @@ def minimality(outputs: Tensor, target_outputs: Tensor, divergence: Divergence =
 
 
 def hidden(activations: Sequence[Tensor], target_activations: Sequence[Tensor]) -> Tensor:
-    """How far the sparse network's hidden activations are from the target's (braun2025, their hidden loss).
+    """Measure how far the sparse network's hidden activations are from the target's (braun2025, their hidden loss).
 
     Args:
         activations: of each module that counts, [..., B, *rest]; a leading axis of restarts is kept.
@@ -138,7 +138,7 @@ def hidden(activations: Sequence[Tensor], target_activations: Sequence[Tensor]) 
 
 
 def simplicity(components: Components, mask: Tensor, p: float = 1.0, epsilon: float = 1e-16) -> Tensor:
-    """Schatten-p penalty of the active components, by the factors' column lengths.
+    """Compute the Schatten-p penalty of the active components, by the factors' column lengths.
 
     In place of the singular values stand the lengths (|A_:,r|^2 |B_r,:|^2)^(1/2): an upper bound on
     the sum of their p-th powers, which is met when A and B are aligned with the singular vectors (giampouras2020).
@@ -161,7 +161,7 @@ def simplicity(components: Components, mask: Tensor, p: float = 1.0, epsilon: fl
 
 
 def simplicity_exact(components: Components, mask: Tensor, p: float = 1.0) -> Tensor:
-    """The same penalty with the true singular values of every component (slow; the surrogate's oracle)."""
+    """Compute the same penalty with the true singular values of every component (slow; the surrogate's oracle)."""
     p = _checked(components, mask, p)
     powers = [components.singular_values(path).pow(p).sum(-1) for path in components.paths]
     return _weigh(components, mask, powers)

@@ -177,11 +177,11 @@ class Network:
         return result.unflatten(0, (copies, batch))
 
     def enter(self, rows: Tensor) -> Tensor:
-        """What the components of a layer get, of its input rows; `parallel` has them on several processes."""
+        """Pass a layer's input rows to the components; `scale.processes` spreads the gradient over processes."""
         return rows
 
     def leave(self, outputs: Tensor) -> Tensor:
-        """What a layer gets from the components, of the output rows of those that are here."""
+        """Pass the components' output rows to the layer; `scale.processes` sums them over processes."""
         return outputs
 
     def _fit(self, components: Components) -> Components:
@@ -229,7 +229,7 @@ class Network:
         return out
 
     def _product(self, edit: Edit, module: nn.Module, rules: Mapping[str, Rule], name: str, value: Tensor) -> Tensor:
-        """An input times a parameter, for the forward pass that a rule gives."""
+        """Multiply an input by a parameter, for the forward pass that a rule gives."""
         rule = rules[name]
         out = rule.unrows(rule.rows(value) @ rule.matrix(getattr(module, name)), value)
         site = next((site for site in self.sites if site.module is module and site.parameter == name), None)
@@ -256,13 +256,13 @@ def _paths(names: object) -> bool:
 
 
 def _hook(edit: Callable[[Tensor, Tensor], Tensor], module: nn.Module, args: Any, kwargs: Any, out: Tensor) -> Tensor:
-    """A forward hook that edits the output, given the input in either way in which it may be passed."""
+    """Edit a layer's output, as a forward hook; the input may come by position or by name."""
     return edit(args[0] if args else next(iter(kwargs.values())), out)
 
 
 @contextmanager
 def evaluating(target: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, every module's own mode back afterwards."""
+    """Set evaluation mode inside, and restore every module's own mode afterwards."""
     training = [module for module in target.modules() if module.training]
     try:
         for module in training:
@@ -274,7 +274,7 @@ def evaluating(target: nn.Module) -> Iterator[None]:
 
 
 def as_network(target: nn.Module | Network, components: Components) -> Network:
-    """A target, or a network that is already wrapped, as a `Network` over the components' weights.
+    """Wrap a target as a `Network` over the components' weights; one that is wrapped already is checked.
 
     Raises:
         ValueError: the network decomposes other weights, or weights of other shapes.
@@ -295,7 +295,7 @@ def _mixture(
     batch: int,
     group: Callable[[Tensor, int], grouped.Groups | None],
 ) -> Tensor:
-    """Output rows of the gated sum of components, less the ungated one where the target's own stays."""
+    """Compute the output rows of the gated sum of components, less the ungated one where the target's own stays."""
     restarts, n_components = components.A[site.path].shape[:2]
     positions = rows.shape[1:-1]
     flat = rows.reshape(restarts, -1, rows.shape[-1])  # [R, B P, d]
@@ -326,12 +326,12 @@ def _mixture(
 
 
 def _group(gates: Tensor, rank: int) -> grouped.Groups | None:
-    """The active pairs of gates [R, B, (positions,) C]."""
+    """List the active pairs of gates [R, B, (positions,) C]."""
     return grouped.group(gates.flatten(1, -2), rank)
 
 
 def _stack_gates(gates: Gates | None, components: Components | None, batch: int) -> dict[str, Tensor] | None:
-    """Gates per path, with an axis of restarts: [R, B, (positions,) C]; checked."""
+    """Give the gates per path, with an axis of restarts: [R, B, (positions,) C]; checked."""
     if gates is None:
         return None
     if components is None:

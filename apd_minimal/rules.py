@@ -1,36 +1,36 @@
 """One rule for each kind of module: how it uses its weight as `rows @ matrix` (chapter 3).
 
-Everything that APD does with a layer follows from one view: an input becomes rows [B, positions, d_in], the weight a
-matrix [d_in, d_out], and the rows of the product become the output again. Whatever else a module adds to its output
-(a bias, an adapter, a user's hook) stays as it is. A kind of module that is not listed here can be added like this:
+Everything that APD does with a layer follows from one view: the input is reshaped to rows [B, positions, d_in], the
+weight to a matrix [d_in, d_out], and their product to the output. Whatever else a module adds to its output (a bias,
+an adapter, a user's hook) is left unchanged. A kind of module that is not listed here can be added like this:
 
     @apd.rules.rule.register
     def _(module: MyLinear) -> Rule:
         return Rule(matrix=lambda w: w, weight=lambda m: m)
 
 That is a rule for the parameter `weight`; a dictionary gives rules for parameters of other names, or for several. An
-elementwise parameter [d], say, is a matrix [1, d] that every number of the input meets as a row of its own:
+elementwise parameter [d], for example, is a matrix [1, d], and every number of the input is a row of its own:
 
     @apd.rules.rule.register
     def _(module: Scale) -> dict[str, Rule]:
         unrows = lambda y, like: y.diagonal(dim1=-2, dim2=-1)
         return {"scale": Rule(lambda w: w[None], lambda m: m[0], lambda x: x[..., None], unrows)}
 
-Where a module's output is not the product plus something, the rule says what the module computes. `product(name, x)`
+If a module's output is not the product plus a constant, the rule defines the module's forward pass. `product(name, x)`
 is the input x times that parameter. Three matrices [heads, d, d_head] of an attention layer, used as
 `einsum("btd,hde->bthe", x, W)`, become:
 
     @apd.rules.rule.register
     def _(module: MyAttention) -> dict[str, Rule]:
-        h, d, e = module.W_q.shape
+        h = len(module.W_q)
 
         def forward(product, x):
             return module.attend(product("W_q", x), product("W_k", x), product("W_v", x))
 
         heads = Rule(
-            matrix=lambda w: w.transpose(0, 1).flatten(1),
-            weight=lambda m: m.unflatten(1, (h, e)).transpose(0, 1),
-            unrows=lambda y, like: y.unflatten(-1, (h, e)),
+            matrix=lambda w: rearrange(w, "h d e -> d (h e)"),
+            weight=lambda m: rearrange(m, "d (h e) -> h d e", h=h),
+            unrows=lambda y, like: rearrange(y, "... (h e) -> ... h e", h=h),
             forward=forward,
         )
         return {"W_q": heads, "W_k": heads, "W_v": heads}
@@ -46,6 +46,7 @@ from functools import singledispatch
 from typing import Any
 
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from . import checks
@@ -64,13 +65,13 @@ class Rule:
     """How a module uses a parameter.
 
     Attributes:
-        matrix: parameter, as the module stores it, to matrix [d_in, d_out].
+        matrix: maps the parameter, as the module stores it, to a matrix [d_in, d_out].
         weight: the inverse of `matrix`.
-        rows: the module's input to rows [B, *positions, d_in].
-        unrows: rows [B, *positions, d_out] and an output of the module (for its shape) to the module's layout; linear
-            in the rows. Where there is `forward`, the input of the product stands in for the output.
-        forward: what the module computes, as forward(product, *args, **kwargs) with product(name, x) for every use
-            of a parameter that has a rule; None where the output is the product plus what the weight has no part in.
+        rows: maps the module's input to rows [B, *positions, d_in].
+        unrows: maps rows [B, *positions, d_out] and an output of the module (for its shape) to the output's layout;
+            linear in the rows. With `forward`, it gets the product's input in place of the output.
+        forward: the module's forward pass, as forward(product, *args, **kwargs) with product(name, x) for every use
+            of a parameter that has a rule; None if the output is the product plus terms without the weight.
     """
 
     matrix: Callable[[Tensor], Tensor]
@@ -81,7 +82,7 @@ class Rule:
 
 
 class TransposedLinear(nn.Module):
-    """A tied decoder: y = x @ weight, with the very weight [d_hidden, d] of an `nn.Linear(d, d_hidden)`.
+    """A tied decoder: y = x @ weight, sharing the weight [d_hidden, d] of an `nn.Linear(d, d_hidden)`.
 
     Args:
         encoder: the linear layer whose weight is shared.
@@ -101,15 +102,15 @@ class TransposedLinear(nn.Module):
 
 @singledispatch
 def rule(module: nn.Module) -> Rule | Mapping[str, Rule]:
-    """The rule for a kind of module, found by its class: for `weight`, or by name of parameter.
+    """Look up the rule for a kind of module by its class: for `weight`, or by parameter name.
 
     Raises:
-        TypeError: if there is none for this kind.
+        TypeError: no rule for this kind.
     """
-    from . import kinds  # the rarer kinds register themselves
+    from . import kinds  # importing it registers the rarer kinds
 
-    if (found := kinds.named(module)) is not None:
-        return found
+    if (named := kinds.named(module)) is not None:
+        return named
     if rule.dispatch(type(module)) is not rule.dispatch(object):
         return rule(module)
     known = ", ".join(sorted(cls.__name__ for cls in rule.registry if cls is not object))
@@ -139,30 +140,33 @@ def _(module: nn.Embedding) -> Rule:
 @rule.register(nn.Conv2d)
 def _(module: nn.Conv1d | nn.Conv2d) -> Rule:
     shape, groups = module.weight.shape, module.groups
-    flat = len(shape) == 3  # then it is a two-dimensional convolution over a picture of height one
+    flat = len(shape) == 3  # one-dimensional: a convolution over an image of height one
     pads, mode = module._reversed_padding_repeated_twice, module.padding_mode.replace("zeros", "constant")
-    first = isinstance(module.padding, str) or mode != "constant"  # then the picture is padded before it is unfolded
+    pad_first = isinstance(module.padding, str) or mode != "constant"  # then the image is padded before it is unfolded
     dims = len(module.kernel_size)
     kernel, stride, padding, dilation = (
         (start, *map(int, size)) if flat else tuple(map(int, size))
         for start, size in (
             (1, module.kernel_size),
             (1, module.stride),
-            (0, (0,) * dims if first else module.padding),
+            (0, (0,) * dims if pad_first else module.padding),
             (1, module.dilation),
         )
     )
 
     def rows(x: Tensor) -> Tensor:
-        x = F.pad(x, pads, mode) if first else x
-        picture = x.unsqueeze(-2) if flat else x
-        found = F.unfold(picture, kernel, dilation=dilation, padding=padding, stride=stride).transpose(1, 2)
-        # Each group's part of a patch is a row of its own, [B, L, groups, d_in]: it meets the outputs of all groups,
-        return found if groups == 1 else found.unflatten(-1, (groups, -1))
+        x = F.pad(x, pads, mode) if pad_first else x
+        image = x.unsqueeze(-2) if flat else x
+        patches = F.unfold(image, kernel, dilation=dilation, padding=padding, stride=stride)
+        # Each group's part of a patch is a row of its own; it is multiplied by the weights of all groups.
+        return (
+            rearrange(patches, "b (g i) l -> b l g i", g=groups) if groups > 1 else rearrange(patches, "b i l -> b l i")
+        )
 
     def unrows(y: Tensor, like: Tensor) -> Tensor:
-        if groups > 1:  # and those of its own are kept.
-            y = y.unflatten(-1, (groups, -1)).diagonal(dim1=2, dim2=3).transpose(2, 3).flatten(2)
-        return y.transpose(1, 2).reshape(like.shape)
+        if groups > 1:  # keep each group's rows times its own weights
+            own = rearrange(y, "b l g (h o) -> b l g h o", h=groups).diagonal(dim1=2, dim2=3)  # [B, L, o, groups]
+            y = rearrange(own, "b l o g -> b l (g o)")
+        return rearrange(y, "b l o -> b o l").reshape(like.shape)
 
     return Rule(matrix=lambda w: w.flatten(1).T, weight=lambda m: m.T.reshape(shape), rows=rows, unrows=unrows)

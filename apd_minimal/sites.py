@@ -1,6 +1,6 @@
 """Where a network uses its decomposed weights (chapter 3).
 
-A weight may be used by several modules: tied weights, or one module under two names. Each of them is a site.
+A weight may be used by several modules: tied weights, or one module with two names. Each use is a site.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from .components import Components
 from .rules import Rule, TransposedLinear, rule
 
-# The output of exactly these is known to be the product plus a bias, which saves computing the product.
+# Modules of exactly these classes return the product plus a bias, so that the product need not be computed again.
 PLAIN = (nn.Linear, TransposedLinear, nn.Embedding, nn.Conv1d, nn.Conv2d)
 
 
@@ -30,9 +30,9 @@ class Site:
         path: the parameter path under which the weight is decomposed.
         name: the module's own path in the target.
         module: the module.
-        parameter: what the module calls it.
-        rule: how it uses it.
-        transposed: it multiplies by the transpose of the matrix named by `path` (tied weights).
+        parameter: the module's own name for it.
+        rule: how the module uses the parameter.
+        transposed: whether the module multiplies by the transpose of the matrix at `path` (tied weights).
     """
 
     path: str
@@ -51,16 +51,16 @@ class Site:
 
     @property
     def bias(self) -> Tensor | None:
-        """What a plain module adds to the rows of the product."""
+        """The bias that a plain module adds to the rows of the product, or None."""
         return None if self.rule.forward is not None else getattr(self.module, "bias", None)
 
     def factors(self, components: Components) -> tuple[Tensor, Tensor]:
-        """The factors in the order in which this module's rows meet them: [..., C, d, m] and [..., C, m, d']."""
+        """Return the factors in the order of this module's product: [..., C, d, m] and [..., C, m, d']."""
         a, b = components.A[self.path], components.B[self.path]
         return (b.transpose(-2, -1), a.transpose(-2, -1)) if self.transposed else (a, b)
 
     def sum(self, components: Components) -> Tensor:
-        """Sum of the components as this module multiplies by it: [..., d, d']."""
+        """Sum the components, transposed if this module multiplies by the transpose: [..., d, d']."""
         total = components.sum(self.path)
         return total.transpose(-2, -1) if self.transposed else total
 
@@ -72,7 +72,7 @@ class Use:
     Attributes:
         site: the module.
         rows: its input rows [B, *positions, d].
-        shift: zeros that were added to its output rows [B, *positions, d']; their gradient is the output's.
+        shift: zeros added to the output rows [B, *positions, d'], so that their gradient is that of the output rows.
     """
 
     site: Site
@@ -81,20 +81,20 @@ class Use:
 
 
 def busy(uses: Sequence[Use], batch: int) -> Tensor:
-    """Which samples put anything at all into a decomposed weight: [B].
+    """Find the samples with a nonzero input to at least one decomposed weight: boolean [B].
 
-    For the others every component does nothing: their outputs stay those of the target, their attributions are 0.
+    On the others no component has an effect: the outputs are those of the target, the attributions 0.
     """
     return torch.stack([use.rows.reshape(batch, -1).any(1) for use in uses]).any(0)
 
 
 def by_sample(rows: Tensor, n: int, site: Site) -> Tensor:
-    """Rows with the samples as their first axis [n, *positions, d], a view.
+    """View rows with the samples as their first axis: [n, *positions, d].
 
-    Samples and positions may come as one axis, sample by sample; what has a leading 1 serves all samples.
+    Samples and positions may be one flattened axis, sample by sample; a leading axis of size 1 is broadcast.
 
     Raises:
-        ValueError: a first axis that cannot be the samples.
+        ValueError: the first axis cannot be the samples.
     """
     if rows.ndim > 1 and len(rows) == n:
         return rows
@@ -103,35 +103,35 @@ def by_sample(rows: Tensor, n: int, site: Site) -> Tensor:
     if rows.ndim > 1 and len(rows) and len(rows) % n == 0:
         return rows.unflatten(0, (n, -1))
     raise ValueError(
-        f"{site.path}: the first axis of what module {site.name!r} gets must be the {n} samples (or 1, the same for "
-        f"all), got rows of shape {list(rows.shape)}: transposed or stacked inputs, and modules that see a part of the "
-        "samples (experts), cannot be gated by sample"
+        f"{site.path}: the first axis of the input of module {site.name!r} must be the {n} samples (or 1, broadcast to "
+        f"all), got rows of shape {list(rows.shape)}: transposed or stacked inputs, and modules that get only some of "
+        "the samples (experts), cannot be gated per sample"
     )
 
 
 def rules_of(module: nn.Module) -> dict[str, Rule]:
-    """The rules of a module's parameters, by name."""
-    found = rule(module)
-    return {"weight": found} if isinstance(found, Rule) else dict(found)
+    """Return the rules of a module's parameters, by parameter name."""
+    rules = rule(module)
+    return {"weight": rules} if isinstance(rules, Rule) else dict(rules)
 
 
 def find_parameter(parameters: Mapping[str, nn.Parameter], modules: Mapping[str, nn.Module], path: str) -> nn.Parameter:
-    """The parameter under a path of the target's, if it can be decomposed as it is.
+    """Find the target's parameter at a path, and check that it can be decomposed.
 
     Raises:
-        KeyError: there is none.
-        ValueError: it is parametrised, lazy, not real, or made in inference mode; the message says what to do.
+        KeyError: no such parameter.
+        ValueError: it is parametrised, lazy, not real, or made in inference mode; the message says what to do instead.
     """
     owner, _, name = path.partition(".parametrizations.") if ".parametrizations." in path else path.rpartition(".")
     name = name.partition(".")[0]
     if owner in modules and is_parametrized(modules[owner], name):
         raise ValueError(
-            f"{path}: {name} of {owner!r} is parametrised (weight norm and the like); decompose what it comes to, with "
+            f"{path}: {name} of {owner!r} is parametrised (weight norm and the like); decompose the resulting weight: "
             f"torch.nn.utils.parametrize.remove_parametrizations(module, {name!r}) on a copy of the target"
         )
     parameter: nn.Parameter = lookup(parameters, path, "parameter")
     if isinstance(parameter, nn.parameter.UninitializedParameter):
-        raise ValueError(f"{path} is lazy, it has no shape yet: run the target on a batch first")
+        raise ValueError(f"{path} is lazy and has no shape yet: run the target on a batch first")
     if not parameter.is_floating_point() or parameter.is_inference():
         raise ValueError(
             f"{path} must hold real numbers and be made outside torch.inference_mode, got {parameter.dtype}"
@@ -144,19 +144,19 @@ def find_sites(target: nn.Module, path: str, parameter: nn.Parameter) -> list[Si
 
     Args:
         target: any network.
-        path: the parameter's path; the module that it names fixes the orientation, and is never transposed.
+        path: the parameter's path; the module named in it defines the orientation of the matrix.
         parameter: the parameter.
 
     Returns:
-        list[Site]: one for each module, in the order of the target's.
+        list[Site]: one for each module, in the order of the target's modules.
 
     Raises:
-        TypeError: a kind of module without a rule, a parameter without one, or a rule that does not fit.
+        TypeError: a module or a parameter without a rule, or a rule that does not match the parameter.
     """
     owner_name, _, attribute = path.rpartition(".")
     owner = target.get_submodule(owner_name)
     labels = torch.arange(parameter.numel()).reshape(parameter.shape)
-    found: list[tuple[str, nn.Module, str, Rule, Tensor]] = []
+    uses: list[tuple[str, nn.Module, str, Rule, Tensor]] = []
     for name, module in target.named_modules():
         for own in [key for key, p in module._parameters.items() if p is parameter]:
             try:
@@ -174,20 +174,20 @@ def find_sites(target: nn.Module, path: str, parameter: nn.Parameter) -> list[Si
                     f"cannot decompose {path}: the rule of {type(module).__name__} must turn {own} into a matrix "
                     f"[d_in, d_out] and back; it gives {list(matrix.shape)} of {list(labels.shape)}"
                 )
-            found.append((name, module, own, rules[own], matrix))
-    # Looked up by the module: one that has two names is listed under the first of them only.
-    canonical = next(matrix for _, module, own, _, matrix in found if module is owner and own == attribute)
+            uses.append((name, module, own, rules[own], matrix))
+    # Looked up by module, since a module with two names is listed under the first one only.
+    canonical = next(matrix for _, module, own, _, matrix in uses if module is owner and own == attribute)
     sites = []
-    for name, module, own, how, matrix in found:
+    for name, module, own, own_rule, matrix in uses:
         transposed = not torch.equal(matrix, canonical)
         if transposed and not torch.equal(matrix, canonical.T):
             raise TypeError(f"cannot decompose {path}: module {name!r} uses it as a matrix of another layout")
-        sites.append(Site(path, name, module, own, how, transposed))
+        sites.append(Site(path, name, module, own, own_rule, transposed))
     return sites
 
 
 def lookup(known: Mapping[str, Any], path: str, kind: str) -> Any:
-    """What the target has under a path, or a KeyError with the paths that come close."""
+    """Look up a path of the target, or raise a KeyError that suggests similar paths."""
     if path not in known:
         close = difflib.get_close_matches(path, known, n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else f"it has {', '.join(list(known)[:12])}"
@@ -196,8 +196,8 @@ def lookup(known: Mapping[str, Any], path: str, kind: str) -> Any:
 
 
 def replaced(modules: Iterable[nn.Module], sites: Sequence[Site]) -> list[tuple[nn.Module, dict[str, Rule]]]:
-    """The modules whose rules say what they compute, since their output is not the product plus something."""
-    found = []
+    """Find the modules whose rules define their forward pass, since their output is not the product plus a constant."""
+    result = []
     for module in dict.fromkeys(modules):
         own = {id(p) for p in module.parameters()}
         # Attention uses the weight of its child without calling it.
@@ -205,15 +205,15 @@ def replaced(modules: Iterable[nn.Module], sites: Sequence[Site]) -> list[tuple[
             id(site.module._parameters[site.parameter]) in own for site in sites
         )
         if attends or any(site.module is module and site.rule.forward for site in sites):
-            found.append((module, rules_of(module)))
-    return found
+            result.append((module, rules_of(module)))
+    return result
 
 
 @contextmanager
 def with_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Another forward pass inside, the module's own afterwards."""
+    """Replace a module's forward pass within the context, and restore it afterwards."""
     own = vars(module).get("forward")
-    hook = module.register_forward_hook(lambda *args: None)  # fused kernels look for hooks, and leave such modules be
+    hook = module.register_forward_hook(lambda *args: None)  # fused kernels are not used for modules with hooks
     module.forward = forward
     try:
         yield

@@ -1,6 +1,6 @@
 """Saving and loading: tensors in safetensors files, the rest as JSON; never pickle.
 
-Every file is written beside its final place and then renamed, so that a reader never meets half a file.
+Every file is written under a temporary name and then renamed, so that a reader never sees half a file.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from torch import Tensor
 from . import checks
 
 FORMAT = "apd_minimal/1"
-UNKNOWN = "0" * 64  # stands for the checksum while it is worked out, over the file as a whole
+UNKNOWN = "0" * 64  # placeholder for the checksum, while it is computed over the whole file
 
 
 class StoreError(ValueError):
-    """A file that is damaged, foreign, or belongs to something else; the message names it and says what to do."""
+    """A file that is damaged, foreign, or of another kind; the message names it and says what to do."""
 
 
 @contextmanager
 def reading(path: str | os.PathLike[str], kind: str) -> Iterator[None]:
-    """Whatever does not fit in what a file holds becomes one StoreError that names the file."""
+    """Turn every error about a file's contents into a StoreError that names the file."""
     try:
         yield
     except StoreError:
@@ -39,35 +39,35 @@ def reading(path: str | os.PathLike[str], kind: str) -> Iterator[None]:
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:  # RecursionError is among them
         what = error.args[0] if isinstance(error, KeyError) and error.args else error
         raise StoreError(
-            f"{path} does not hold what a {kind} must: {what}. It was changed, or written by another version: write it "
-            "again, or take a copy from elsewhere"
+            f"{path} is not a valid {kind}: {what}. It was changed, or written by another version: write it again, or "
+            "restore it from a copy"
         ) from error
 
 
 def write(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write a file so that it is there whole or not at all.
+    """Write a file atomically: it is complete or absent.
 
     Raises:
-        TypeError: no path, or no bytes.
-        OSError: the folder cannot be written to; what was there is still there.
+        TypeError: `path` is not a path, or `data` is not bytes.
+        OSError: the folder cannot be written to; an existing file is kept.
     """
     checks.kind("path", path, (str, os.PathLike), "a path")
     checks.kind("data", data, (bytes, bytearray, memoryview), "bytes")
     final = Path(path)
     final.parent.mkdir(parents=True, exist_ok=True)
-    for left in final.parent.glob(f"{glob.escape(final.name)}.*.part"):  # by a process that was killed
-        left.unlink(missing_ok=True)
-    # A name that nobody can know before, and O_EXCL: never through a link that somebody has put there.
-    beside = final.with_name(f"{final.name}.{secrets.token_hex(8)}.part")
+    for stale in final.parent.glob(f"{glob.escape(final.name)}.*.part"):  # left by a process that was killed
+        stale.unlink(missing_ok=True)
+    # An unpredictable name and O_EXCL: never write through a link that was planted there.
+    temporary = final.with_name(f"{final.name}.{secrets.token_hex(8)}.part")
     try:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
-        with open(os.open(beside, flags, 0o666), "wb") as file:
+        with open(os.open(temporary, flags, 0o666), "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, final)
+        os.replace(temporary, final)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def write_tensors(path: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor], facts: Any) -> None:
@@ -75,12 +75,12 @@ def write_tensors(path: str | os.PathLike[str], kind: str, tensors: Mapping[str,
 
     Args:
         path: the file.
-        kind: what it holds, checked when it is read.
+        kind: of contents, checked when the file is read.
         tensors: by name.
-        facts: anything that strict JSON can hold: None in place of NaN.
+        facts: anything that strict JSON can represent: None in place of NaN.
 
     Raises:
-        TypeError, ValueError: what cannot be stored, by name.
+        TypeError, ValueError: names what cannot be stored.
     """
     checks.kind("kind", kind, str, "text")
     checks.kind("tensors", tensors, Mapping, "a mapping from names to tensors")
@@ -90,22 +90,22 @@ def write_tensors(path: str | os.PathLike[str], kind: str, tensors: Mapping[str,
     try:
         text = json.dumps(facts, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"facts must be what strict JSON can hold, got {checks.given(facts)}: {error}") from None
+        raise ValueError(f"facts must be representable in strict JSON, got {checks.given(facts)}: {error}") from None
     header = {"format": FORMAT, "kind": kind, "facts": text, "checksum": UNKNOWN}
     data = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata=header)
     write(path, data.replace(_entry(UNKNOWN), _entry(hashlib.sha256(data).hexdigest()), 1))
 
 
 def read_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], Any]:
-    """Read what `write_tensors` wrote.
+    """Read a file written by `write_tensors`.
 
     Returns:
         tuple[dict[str, Tensor], Any]: tensors by name, and the facts.
 
     Raises:
         FileNotFoundError: no such file.
-        StoreError: damaged, of another format, or of another kind. Files of the first version have no checksum, and
-            are read all the same.
+        StoreError: damaged, of another format, or of another kind. Files of the first version, which have no
+            checksum, are read.
     """
     checks.kind("path", path, (str, os.PathLike), "a path")
     checks.kind("kind", kind, str, "text")
@@ -117,18 +117,18 @@ def read_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Ten
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__") or {}
     except (SafetensorError, LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise StoreError(
-            f"{path} is truncated or not a safetensors file ({error}); take a copy from elsewhere, or make it again"
+            f"{path} is truncated or not a safetensors file ({error}): restore it from a copy, or make it again"
         ) from None
-    if (found := header.get("format")) != FORMAT:
-        later = str(found).startswith("apd_minimal/")
-        todo = "read it with the version of apd_minimal that wrote it" if later else "no file of apd_minimal"
-        raise StoreError(f"{path} is of format {found!r}, expected {FORMAT!r}: {todo}")
+    if (format_ := header.get("format")) != FORMAT:
+        later = str(format_).startswith("apd_minimal/")
+        todo = "read it with the version of apd_minimal that wrote it" if later else "it was not written by apd_minimal"
+        raise StoreError(f"{path} is of format {format_!r}, expected {FORMAT!r}: {todo}")
     checksum = header.get("checksum", UNKNOWN)
     whole = data.replace(_entry(checksum), _entry(UNKNOWN), 1)
     if set(header) - {"checksum"} != {"format", "kind", "facts"} or (
         "checksum" in header and hashlib.sha256(whole).hexdigest() != checksum
     ):
-        raise StoreError(f"{path} is damaged: its checksum is another; take a copy from elsewhere, or make it again")
+        raise StoreError(f"{path} is damaged: its checksum does not match; restore it from a copy, or make it again")
     if header["kind"] != kind:
         raise StoreError(f"{path} holds a {header['kind']!r}, expected a {kind!r}: give the path of one")
     with reading(path, kind):
@@ -136,5 +136,5 @@ def read_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Ten
 
 
 def _entry(checksum: str) -> bytes:
-    """As the header of a safetensors file has it; within the facts the quotes would be escaped."""
+    """Format a checksum as in the header of a safetensors file; within the facts the quotes would be escaped."""
     return f'"checksum":"{checksum}"'.encode()

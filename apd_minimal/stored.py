@@ -20,7 +20,7 @@ from .network import Network
 
 
 def differences(stored: str, own: str) -> str:
-    """What differs between two fingerprints, in words; nothing if they are of the same target.
+    """Say what differs between two fingerprints; an empty text if they are of the same target.
 
     Fingerprints of earlier versions have no lines, so that nothing is named.
     """
@@ -109,11 +109,11 @@ def load(folder: str | os.PathLike[str], target: nn.Module) -> Decomposition:
 
 
 def _named(components: Components, ending: str) -> dict[str, Tensor]:
-    """The factors by the names under which they are stored."""
+    """Name the factors as they are stored."""
     return {f"{path}.{name}{ending}": t for name in "AB" for path, t in getattr(components, name).items()}
 
 
 def _taken(tensors: Mapping[str, Tensor], paths: list[str], ending: str) -> Components:
-    """The components that `_named` gave names."""
+    """Make components of the factors that `_named` gave names."""
     A, B = ({path: tensors[f"{path}.{name}{ending}"] for path in paths} for name in "AB")
     return Components(A, B)

@@ -1,4 +1,4 @@
-"""What is timed: the paper's experiments (braun2025), and what the reference implementation took for them."""
+"""The timed cases: the paper's experiments (braun2025), and the times of the reference implementation."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ class Case:
 
     Attributes:
         name: for tables.
-        n_features: features in, and outputs.
+        n_features: number of input features, and of outputs.
         width: hidden dimensions of a TMS, width of the residual stream.
-        neurons: of each layer of a residual MLP; none for a TMS.
+        neurons: of each layer of a residual MLP; empty for a TMS.
         instances: targets stacked on one axis, I; for `decompose`, restarts on one target.
         batch: B.
         n_components: C.
         top_k: mean number of active components per sample.
         p: exponent of the simplicity.
         weights: of faithfulness, minimality, simplicity and the hidden-activation loss.
-        reference: seconds of a plain training step, and of a step of the reference implementation, on a machine of
-            this kind.
-        goal_b: how many times faster than the paper's formulation ours is to be.
-        goal_a: at most so many plain training steps.
+        reference: seconds of a plain training step, and of a step of the reference implementation, on a similar
+            machine.
+        goal_b: least speed-up over the paper's formulation.
+        goal_a: largest cost of a step, in plain training steps.
     """
 
     name: str
@@ -63,22 +63,22 @@ class Case:
 
     @property
     def parameters(self) -> int:
-        """Numbers in the factors at full rank, of all instances."""
+        """Number of entries in the factors at full rank, of all instances."""
         per_weight = (min(d, e) * (d + e) for d, e in self.shapes)
         return self.instances * self.n_components * sum(per_weight)
 
     def target(self) -> TMS | ResidualMLP:
-        """The target, made once. A TMS is trained, since most of its outputs are then at rest, which can save work."""
+        """Return the target, made once. A TMS is trained: most of its outputs are then off, which can save work."""
         return _target(self.n_features, self.width, self.neurons)
 
     def inputs(self, n_batches: int, seed: int = 0) -> list[Tensor]:
-        """Batches [B, I, n_features]: each instance has its own samples."""
+        """Draw batches [B, I, n_features]: each instance has its own samples."""
         source = self.target().data(self.batch * self.instances)
         generator = torch.Generator().manual_seed(seed)
         return [source(i, generator).reshape(self.batch, self.instances, -1) for i in range(n_batches)]
 
     def settings(self) -> dict[str, Any]:
-        """The paper's losses as arguments of `decompose`; nothing is merged, pruned or scrubbed."""
+        """Return the paper's losses as arguments of `decompose`; nothing is merged, pruned or scrubbed."""
         faithfulness, minimality, simplicity, hidden = self.weights
         modules = [f"neurons.{i}" for i in range(len(self.neurons))] if hidden else []
         return {

@@ -1,4 +1,4 @@
-"""What the machine can do, measured in the same run: matrix products and memory, on one thread, in float32."""
+"""Rates of the machine, measured in the same run: matrix products and memory, on one thread, in float32."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LARGE = (1, 2048, 2048, 2048)
 
 
 def repeated(function: Callable[[], Any], seconds: float = 0.3, least: int = 3) -> list[float]:
-    """Seconds of the processor for each call, for about so long in all; the first call does not count."""
+    """Time calls of a function in CPU seconds, for about `seconds` in all; the first call does not count."""
     function()
     times: list[float] = []
     while len(times) < least or sum(times) < seconds:
@@ -30,7 +30,7 @@ def repeated(function: Callable[[], Any], seconds: float = 0.3, least: int = 3) 
 
 
 def gemm_rate(copies: int, rows: int, d: int, e: int) -> float:
-    """Operations a second of `copies` times [rows, d] @ [d, e], into memory that is there already."""
+    """Measure operations a second of `copies` products [rows, d] @ [d, e], into preallocated memory."""
     a, b, out = torch.randn(copies, rows, d), torch.randn(copies, d, e), torch.empty(copies, rows, e)
     if copies == 1:
         a, b, out = a[0], b[0], out[0]
@@ -38,7 +38,7 @@ def gemm_rate(copies: int, rows: int, d: int, e: int) -> float:
 
 
 def bandwidth() -> dict[str, float]:
-    """Bytes a second of a copy and a triad (a = b + 3 c), over 256 MB each."""
+    """Measure bytes a second of a copy and a triad (a = b + 3 c), over 256 MB each."""
     b, c = torch.randn(2**26), torch.randn(2**26)
     a = torch.empty_like(b)
     copy = median(repeated(lambda: a.copy_(b)))
@@ -47,18 +47,18 @@ def bandwidth() -> dict[str, float]:
 
 
 def shapes(cases: Sequence[Case]) -> dict[str, tuple[int, int, int, int]]:
-    """The two products that make component activations, in each case's largest layer: (copies, rows, d, e)."""
-    found = {"large": LARGE}
+    """List the two products of component activations, in each case's largest layer: (copies, rows, d, e)."""
+    products = {"large": LARGE}
     for case in cases:
         d, m, e = max(used(case), key=lambda use: use[2])
         copies = case.instances * case.n_components
-        found[f"{case.name}, with A"] = (1, case.batch, d, copies * m)
-        found[f"{case.name}, with B"] = (copies, case.batch, m, e)
-    return found
+        products[f"{case.name}, with A"] = (1, case.batch, d, copies * m)
+        products[f"{case.name}, with B"] = (copies, case.batch, m, e)
+    return products
 
 
 def describe(cases: Sequence[Case]) -> dict[str, Any]:
-    """The machine, and its rates.
+    """Describe the machine and measure its rates.
 
     Args:
         cases: whose shapes of matrix products are measured.

@@ -1,6 +1,6 @@
 """Peak memory of attributions by batch, of a step, of tidying and of scoring: python -m benchmarks.memory  (1 minute)
 
-Each is measured in a process of its own: what the attributions of so many samples add to it, in megabytes.
+Each is measured in a process of its own: megabytes added by the attributions of that many samples.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def added(n_samples: int) -> float:
-    """Megabytes that the generic attributions of so many samples take."""
+    """Measure the megabytes that the generic attributions of so many samples take."""
     case = ONE_LAYER
     target = case.target()
     TMS().fit(steps=5)

@@ -1,4 +1,4 @@
-"""(c), (d) Steps of `apd_minimal.decompose`, timed from outside: a batch is asked for once a step."""
+"""(c), (d) Steps of `apd_minimal.decompose`, timed by its source of batches, which is called once per step."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor
 import apd_minimal as apd
 from benchmarks.cases import Case
 
-STEPS = 10_000  # of the run that is begun: long enough that logging, every fiftieth step, does not count
+STEPS = 10_000  # of the timed run: so many that logging, every fiftieth step, is negligible
 
 
 class _Enough(BaseException):
-    """Ends a run without the scoring that a finished, failed or interrupted one gets."""
+    """Ends a run without the scoring that follows a finished, failed or interrupted run."""
 
 
 class _Clock:
-    """A source of batches that notes when it is asked."""
+    """A source of batches that records the times of its calls."""
 
     def __init__(self, batches: Sequence[Tensor], n_steps: int) -> None:
         self.batches, self.n_steps = batches, n_steps
@@ -28,14 +28,14 @@ class _Clock:
 
     def __call__(self, step: int, generator: torch.Generator) -> Tensor:
         self.times.append((time.perf_counter(), time.process_time()))
-        # Asked once before the first step, when the network is checked, and once at the start of each.
+        # Called once before the first step, to check the network, and once at the start of each step.
         if len(self.times) == self.n_steps + 2:
             raise _Enough
         return self.batches[step % len(self.batches)]
 
 
 def has_special(case: Case) -> bool:
-    """Does the target bring attributions from what is special about it?"""
+    """Tell whether the target has attributions of its own."""
     return hasattr(case.target(), "attributions")
 
 
@@ -47,12 +47,12 @@ def times(
     Args:
         case: which experiment.
         batches: inputs [B, I, n], used in turn; the restarts share the first instance's samples.
-        n_steps: how many to time.
-        special: take the target's own attributions (d) instead of the generic ones (c).
-        warmup: steps before those.
+        n_steps: number of timed steps.
+        special: use the target's own attributions (d) instead of the generic ones (c).
+        warmup: number of steps before those.
 
     Returns:
-        list[tuple[float, float]]: seconds of each, by the clock and of the processor.
+        list[tuple[float, float]]: wall-clock and CPU seconds of each step.
     """
     target = case.target()
     clock = _Clock([x[:, 0].contiguous() for x in batches], warmup + n_steps)

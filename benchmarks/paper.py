@@ -5,7 +5,7 @@
     sparse forward all components, with a mask
     simplicity     over [B, I, C, m]
 
-It is what our step is compared with, for results (they are equal) and for time.
+Our step is compared with it, in results (they are equal) and in time.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Paper:
         self.optimiser = torch.optim.Adam([*self.A, *self.B], lr=1e-3)  # unfused
 
     def activations(self, use: int, rows: Tensor, mask: Tensor | None = None) -> Tensor:
-        """What every component makes of a layer's inputs.
+        """Compute every component's activations for a layer's inputs.
 
         Args:
             use: which use of a weight.
@@ -67,11 +67,11 @@ class Paper:
         return einsum("bicm,icme->bice", inner, second)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
-        """The component model, [B, I, n]: dense over components, summed at the end of each layer."""
+        """Run the component model, [B, I, n]: dense over components, summed at the end of each layer."""
         return self.stacked.forward(x, lambda use, rows: self.activations(use, rows, mask).sum(-2))
 
     def attributions(self, x: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Squared gradient attributions, summed over outputs, at the target.
+        """Compute squared gradient attributions, summed over outputs, at the target.
 
         Args:
             x: inputs [B, I, n].
@@ -97,7 +97,7 @@ class Paper:
         return scores, out.detach(), [h.detach() for h in hidden]
 
     def mask(self, scores: Tensor) -> Tensor:
-        """Batch top-k in every instance: the int(k B) largest of [B, I, C] become 1."""
+        """Apply batch top-k in every instance: the int(k B) largest of [B, I, C] become 1."""
         batch, instances, _ = scores.shape
         flat = scores.transpose(0, 1).reshape(instances, -1)
         kept = flat.topk(int(self.case.top_k * batch), dim=-1).indices
@@ -105,7 +105,7 @@ class Paper:
         return mask.reshape(instances, batch, -1).transpose(0, 1)
 
     def faithfulness(self) -> Tensor:
-        """[I]: mean squared error of the sums of components."""
+        """Compute the mean squared error of the sums of components, [I]."""
         errors = [
             (einsum("icdm,icme->ide", a, b) - w.detach()).square().sum((-2, -1))
             for a, b, w in zip(self.A, self.B, self.stacked.weights, strict=True)
@@ -113,11 +113,11 @@ class Paper:
         return torch.stack(errors).sum(0) / self._n_entries
 
     def simplicity(self, mask: Tensor) -> Tensor:
-        """[I]: the factors' column lengths, in place of singular values, of active components; over [B, I, C, m]."""
+        """Compute the penalty [I] on column lengths, in place of singular values, over all of [B, I, C, m]."""
         penalties = []
         for a, b in zip(self.A, self.B, strict=True):
             lengths = a.square().sum(-2) * b.square().sum(-1)  # [I, C, m]
-            # With the mask outside of the power, what is inactive costs nothing, not even the 1e-16.
+            # The mask is outside the power, so that inactive components cost nothing, not even the 1e-16.
             active = einsum("icm,bic->bicm", (lengths + 1e-16).pow(self.case.p / 2), mask)
             penalties.append(active.sum((0, 2, 3)))
         return torch.stack(penalties).sum(0) / (self._n_entries * len(mask))
@@ -127,23 +127,23 @@ class Paper:
         return sum(d * e for d, e in self.case.shapes)
 
     def losses(self, x: Tensor) -> dict[str, Tensor]:
-        """Each loss, [I]."""
-        scores, wanted, wanted_hidden = self.attributions(x)
+        """Compute each loss, [I]."""
+        scores, target_outputs, target_hidden = self.attributions(x)
         self.forward(x)  # all components: the reference runs this too, and does not use it
         mask = self.mask(scores)
         out, hidden = self.forward(x, mask)
         losses = {
             "faithfulness": self.faithfulness(),
-            "minimality": (out - wanted).square().mean((0, 2)),
+            "minimality": (out - target_outputs).square().mean((0, 2)),
             "simplicity": self.simplicity(mask),
         }
         if self.case.weights[3]:
-            pairs = zip(hidden, wanted_hidden, strict=True)
+            pairs = zip(hidden, target_hidden, strict=True)
             losses["hidden"] = torch.stack([(h - w).square().mean((0, 2)) for h, w in pairs]).sum(0)
         return losses
 
     def step(self) -> dict[str, Tensor]:
-        """Take one; gives the losses before it."""
+        """Take one training step; return the losses before it."""
         losses = self.losses(self.batches[self.done % len(self.batches)])
         weighted = [w * losses[name].sum() for w, name in zip(self.case.weights, losses, strict=False)]
         self.optimiser.zero_grad()

@@ -1,8 +1,8 @@
-"""Makes data/price.json, what a step costs as one size grows: python -m benchmarks.price     (about 5 minutes)
+"""Create data/price.json, the cost of a step as one size grows: python -m benchmarks.price     (about 5 minutes)
 
 Time and peak memory of a step of plain training, of the paper's formulation, and of `decompose` with the paper's losses
 and with the scrub loss as well, on multi-layer perceptrons from hundreds to millions of parameters. One thread; the
-ratios are of one run, in seconds of the processor. Leave the machine alone meanwhile.
+ratios are of one run, in CPU seconds. Run nothing else meanwhile.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ NAMED: dict[str, Size] = {
     "four million, rank 1": Size(1024, 5, 16, 256, 64, 1, 2.0),
     "many outputs": Size(256, 3, 1024, 256, 128, 4, 2.0),
 }
-LONGEST = 1.0  # seconds of a step of the paper's formulation, about
+LONGEST = 1.0  # approximate limit on a step of the paper's formulation, in seconds
 
 
 def kinds(size: Size) -> dict[str, Callable[[], Step]]:
-    """What is measured of a size."""
+    """List what is measured of a size."""
     made: dict[str, Callable[[], Step]] = {
         "plain": lambda: Plain(size).step,
         "ours": lambda: ours(size).advance,
@@ -61,7 +61,7 @@ def kinds(size: Size) -> dict[str, Callable[[], Step]]:
 
 
 def way(size: Size) -> str:
-    """Which exact way to attributions the library takes."""
+    """Return the exact way to attributions that the library chooses."""
     run = ours(size)
     components: Components = run.components.map(torch.Tensor.detach)
     return cheapest(run.network, components, None, run.next_batch(0, run.generator))
@@ -77,10 +77,10 @@ def main() -> None:
     sizes = list(dict.fromkeys([*chain(*GROWTH.values()), *NAMED.values()]))
     memory = {size: {kind: peak(make) for kind, make in kinds(size).items()} for size in sizes}
     print(f"{time.perf_counter() - start:4.0f} s  memory measured", file=sys.stderr, flush=True)
-    found: dict[Size, dict[str, Any]] = {}
+    results: dict[Size, dict[str, Any]] = {}
     for size in sizes:
         seconds = timed(kinds(size), seconds=0.1)
-        found[size] = {"size": size.asdict(), "way": way(size), "seconds": seconds, "megabytes": memory[size]}
+        results[size] = {"size": size.asdict(), "way": way(size), "seconds": seconds, "megabytes": memory[size]}
         print(f"{time.perf_counter() - start:4.0f} s  {size}", file=sys.stderr, flush=True)
     wide = partial(machine.gemm_rate, 1, 2048, 2048)
     stored = {
@@ -89,8 +89,8 @@ def main() -> None:
         "load_before": load,
         "flop_rate": wide(2048),
         "bandwidth": max(machine.bandwidth().values()),
-        "growth": {axis: [found[size] for size in row] for axis, row in GROWTH.items()},
-        "named": {name: found[size] for name, size in NAMED.items()},
+        "growth": {axis: [results[size] for size in row] for axis, row in GROWTH.items()},
+        "named": {name: results[size] for name, size in NAMED.items()},
         "seconds": time.perf_counter() - start,
     }
     arguments.out.write_text(json.dumps(stored, indent=1) + "\n")

@@ -1,11 +1,11 @@
-"""Times a step of the decomposition in one run on one thread: python -m benchmarks.run
+"""Time a step of the decomposition in one run on one thread: python -m benchmarks.run
 
     (a) a plain training step of the target        (b) the paper's formulation
-    (c) ours, for any network                      (d) ours, with what is special about the target
+    (c) ours, for any network                      (d) ours, with the target's own attributions
 
 For a TMS, (a) and (b) have several targets stacked on one axis, each with its own samples, as in the reference; ours
-has as many restarts on one target, which share their samples. No step draws its batch. It prints the tables and stores
-the numbers in data/benchmarks.json. Leave the machine alone meanwhile.
+has as many restarts on one target, which share their samples. Batches are drawn beforehand. The tables are printed, the
+numbers stored in data/benchmarks.json. Run nothing else meanwhile.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from experiments.experiment import DATA, write_manifest
 
 STORED = DATA / "benchmarks.json"
 KINDS = ("plain", "loaded", "paper", "ours", "special")
-Times = list[tuple[float, float]]  # by the clock, and of the processor
+Times = list[tuple[float, float]]  # wall-clock and CPU seconds
 
 
 def kinds(case: Case) -> list[str]:
-    """What can be timed of a case."""
+    """List what can be timed of a case."""
     missing = {"special"} if not ours.has_special(case) else set()
     if not case.neurons:
         missing |= {"loaded"}
@@ -46,17 +46,17 @@ def kinds(case: Case) -> list[str]:
 
 
 def clocked(step: Callable[[], Any], n_steps: int) -> Times:
-    """Seconds of each of some steps."""
-    found = []
+    """Time each of n_steps steps, in seconds."""
+    times = []
     for _ in range(n_steps):
         start, start_cpu = time.perf_counter(), time.process_time()
         step()
-        found.append((time.perf_counter() - start, time.process_time() - start_cpu))
-    return found
+        times.append((time.perf_counter() - start, time.process_time() - start_cpu))
+    return times
 
 
 def timer(case: Case, kind: str) -> Callable[[int], Times]:
-    """A function that times so many steps."""
+    """Create a function that times a number of steps."""
     batches = case.inputs(4)
     if kind in ("ours", "special"):
         return lambda n_steps: ours.times(case, batches, n_steps, special=kind == "special")
@@ -66,9 +66,9 @@ def timer(case: Case, kind: str) -> Callable[[int], Times]:
 
 
 def summary(times: Times) -> dict[str, float]:
-    """Seconds of the processor, so that what other processes take does not count: median, smallest and largest.
+    """Summarise CPU seconds, so that other processes do not count: median, smallest and largest.
 
-    On a quiet machine the clock says the same, since there is one thread.
+    On an idle machine wall-clock time is the same, since there is one thread.
     """
     clock, cpu = ([time[i] for time in times] for i in (0, 1))
     return {
@@ -86,8 +86,8 @@ def timed(case: Case, rounds: int = 5, seconds: float = 1.0) -> dict[str, dict[s
 
     Args:
         case: which experiment.
-        rounds: how many; two where a step of the paper's formulation takes over ten seconds.
-        seconds: that a kind takes in a round, if its step is not longer.
+        rounds: number of rounds; two if a step of the paper's formulation takes over ten seconds.
+        seconds: spent on each kind in a round, unless one step takes longer.
 
     Returns:
         dict[str, dict[str, float]]: per kind, its summary.
@@ -102,16 +102,16 @@ def timed(case: Case, rounds: int = 5, seconds: float = 1.0) -> dict[str, dict[s
 
 
 def high_water() -> float:
-    """Peak memory of this process so far, in megabytes."""
+    """Read the peak memory of this process so far, in megabytes."""
     status = Path("/proc/self/status")
     if status.exists():
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return float(line.split()[1]) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # it starts at that of the parent process
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # starts at the parent process's
 
 
 def peak_memory(case: Case, kind: str) -> dict[str, float]:
-    """What this process, a fresh one, has after its imports and a little training, and what two steps add to it."""
+    """Measure a fresh process after imports and a little training, and what two steps add to it."""
     TMS().fit(steps=5)
     case.target()
     before = high_water()
@@ -120,36 +120,36 @@ def peak_memory(case: Case, kind: str) -> dict[str, float]:
 
 
 def measured_memory(case: Case) -> dict[str, dict[str, float]]:
-    """Peak memory of each kind of step, each in a process of its own."""
-    found = {}
+    """Measure the peak memory of each kind of step, each in a process of its own."""
+    results = {}
     for kind in KINDS:
         if kind == "loaded" or (kind == "special" and not ours.has_special(case)):
             continue
         command = [sys.executable, "-m", "benchmarks.run", "--memory", case.name, kind]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=DATA.parent)
-        found[kind] = json.loads(done.stdout.splitlines()[-1])
-    return found
+        results[kind] = json.loads(done.stdout.splitlines()[-1])
+    return results
 
 
 def drawing(case: Case) -> float:
-    """Seconds that drawing a batch takes: it is not part of the steps."""
+    """Time the drawing of a batch, in seconds: it is not part of the steps."""
     source, generator = case.target().data(case.batch * case.instances), torch.Generator()
     return median(machine.repeated(lambda: source(0, generator), seconds=0.1))
 
 
 def result(case: Case, flop_rate: float, bandwidth: float) -> dict[str, Any]:
-    """Everything about one case."""
-    found: dict[str, Any] = {"name": case.name, "steps": timed(case), "memory": measured_memory(case)}
+    """Measure everything about one case."""
+    results: dict[str, Any] = {"name": case.name, "steps": timed(case), "memory": measured_memory(case)}
     work = {"paper": cost.paper(case), "ours": cost.ours(case)}
-    if "special" in found["steps"]:
+    if "special" in results["steps"]:
         work["special"] = cost.ours(case, special=True)
-    found["work"] = {
+    results["work"] = {
         kind: {name: {"flops": part.flops, "bytes": part.bytes} for name, part in parts.items()}
         for kind, parts in work.items()
     }
-    found["floor"] = {kind: cost.floor(parts, flop_rate, bandwidth) for kind, parts in work.items()}
-    return found | {
+    results["floor"] = {kind: cost.floor(parts, flop_rate, bandwidth) for kind, parts in work.items()}
+    return results | {
         "drawing": drawing(case),
         "reference": case.reference and dict(zip(("plain", "paper"), case.reference, strict=True)),
         "goal_b": case.goal_b,
@@ -158,7 +158,7 @@ def result(case: Case, flop_rate: float, bandwidth: float) -> dict[str, Any]:
 
 
 def growth() -> dict[str, list[dict[str, float]]]:
-    """How a step's time grows with C, n_out and B."""
+    """Measure how a step's time grows with C, n_out and B."""
     curves: dict[str, list[dict[str, float]]] = {}
     for name, cases in GROWTH.items():
         curves[name] = []

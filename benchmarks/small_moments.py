@@ -1,4 +1,4 @@
-"""Optimisers whose states are small, for chapter 19: Adam's moments in bfloat16 or in eight bits."""
+"""Optimisers with small states, for chapter 19: Adam's moments in bfloat16 or in eight bits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class SmallMoments(torch.optim.Optimizer):
     Args:
         parameters: to train.
         lr: learning rate.
-        both: the second moment too.
+        both: whether the second moment is in bfloat16 too.
     """
 
     def __init__(self, parameters: list[Tensor], lr: float, both: bool) -> None:
@@ -23,7 +23,7 @@ class SmallMoments(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One update, as Adam's with its usual constants."""
+        """Apply one update, as Adam with its usual constants."""
         group = self.param_groups[0]
         for p in group["params"]:
             state = self.state[p]
@@ -41,7 +41,7 @@ class SmallMoments(torch.optim.Optimizer):
 
 
 def optimiser_of(kind: str, parameters: list[Tensor], lr: float) -> torch.optim.Optimizer:
-    """An optimiser with small states.
+    """Create an optimiser with small states.
 
     Raises:
         ImportError: 8-bit states without torchao.
@@ -54,7 +54,7 @@ def optimiser_of(kind: str, parameters: list[Tensor], lr: float) -> torch.optim.
 
 
 def has_torchao() -> bool:
-    """Is the 8-bit optimiser there?"""
+    """Tell whether the 8-bit optimiser is installed."""
     try:
         import torchao.optim  # noqa: F401
     except ImportError:

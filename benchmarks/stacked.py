@@ -10,14 +10,14 @@ from torch import Tensor, einsum
 from apd_minimal.targets import TMS
 from benchmarks.cases import Case
 
-Apply = Callable[[int, Tensor], Tensor]  # (number of the use, its input rows [B, I, d]) -> [B, I, d']
+Apply = Callable[[int, Tensor], Tensor]  # (index of the use, its input rows [B, I, d]) -> [B, I, d']
 
 
 class Stacked:
     """I targets of one kind: inputs [B, I, n], weights [I, d_in, d_out].
 
     Args:
-        case: which experiment; all instances start from its target, so that results can be compared.
+        case: the experiment; all instances are copies of its target, so that results can be compared.
     """
 
     def __init__(self, case: Case) -> None:
@@ -36,15 +36,15 @@ class Stacked:
 
     @property
     def parameters(self) -> list[Tensor]:
-        """What it is trained by."""
+        """The trained parameters."""
         return self.weights if self.bias is None else [*self.weights, self.bias]
 
     def forward(self, x: Tensor, apply: Apply) -> tuple[Tensor, list[Tensor]]:
-        """Run with whatever stands for the weights.
+        """Run with `apply` in place of the products with the weights.
 
         Args:
             x: inputs [B, I, n].
-            apply: what a use of a weight does to its input rows.
+            apply: computes the output rows of a use from its input rows.
 
         Returns:
             tuple[Tensor, list[Tensor]]: outputs [B, I, n], and each layer's activations after the ReLU.
@@ -59,7 +59,7 @@ class Stacked:
         return einsum("bid,idf->bif", stream, self.unembedding), hidden
 
     def weigh(self, use: int, rows: Tensor) -> Tensor:
-        """A use of the target's own weights: [B, I, d] to [B, I, d']."""
+        """Multiply by the target's own weights in one use: [B, I, d] to [B, I, d']."""
         which, transposed = self.case.uses[use]
         return einsum("bie,ide->bid" if transposed else "bid,ide->bie", rows, self.weights[which])
 
@@ -70,8 +70,8 @@ class Plain:
     Args:
         case: which experiment.
         batches: inputs [B, I, n], used in turn.
-        loaded: train everything that is a parameter of the reference's target as it is loaded from a file, the
-            embeddings of a residual MLP too; its own training has them fixed.
+        loaded: train all parameters of the reference's target as loaded from a file, including the embeddings of a
+            residual MLP, which are fixed in its own training.
     """
 
     def __init__(self, case: Case, batches: Sequence[Tensor], loaded: bool = False) -> None:
@@ -83,11 +83,11 @@ class Plain:
         self.optimiser = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01)
 
     def step(self) -> None:
-        """Take one."""
+        """Take one training step."""
         x = self.batches[self.done % len(self.batches)]
-        wanted = x + torch.relu(x) if self.stacked.case.neurons else x
+        labels = x + torch.relu(x) if self.stacked.case.neurons else x
         self.optimiser.zero_grad()
         out, _ = self.stacked.forward(x, self.stacked.weigh)
-        (out - wanted).square().mean((0, 2)).sum().backward()
+        (out - labels).square().mean((0, 2)).sum().backward()
         self.optimiser.step()
         self.done += 1

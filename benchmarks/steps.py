@@ -1,7 +1,7 @@
-"""Steps on plain networks of any size, for what a step costs and what makes it cheaper (chapters 18 and 19).
+"""Steps on plain networks of any size, to measure what a step costs and what makes it cheaper (chapters 18 and 19).
 
-`Plain` trains the network, `ours` begins a run of `decompose`, `Paper` is the paper's formulation. All of them take one
-batch of dense inputs, so that no sample is left out; the outputs are linear, so that none of them is at rest.
+`Plain` trains the network, `ours` begins a run of `decompose`, `Paper` is the paper's formulation. All of them use one
+batch of dense inputs, so that no sample is skipped; the outputs are linear, so that none of them is off.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from apd_minimal.train import Run
 
 Step = Callable[[], Any]
 PAPER = {"simplicity": 10.0, "scrub": 0.0, "tidy_every": 0.0, "warmup": 0.0, "init_std": 0.02}
-STEPS = 10_000  # of a run that is begun: long enough that logging, every fiftieth step, does not count
+STEPS = 10_000  # of a run: so many that logging, every fiftieth step, is negligible
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Size:
 
     Attributes:
         width: inputs, and units of each hidden layer.
-        depth: weights, all of them decomposed.
-        n_out: outputs.
+        depth: number of weights, all of them decomposed.
+        n_out: number of outputs.
         batch: B.
         n_components: C.
         rank: m; None for full rank.
@@ -58,7 +58,7 @@ class Size:
         return list(pairwise(widths))
 
     def target(self) -> nn.Sequential:
-        """The network, its weights drawn."""
+        """Create the network, its weights drawn."""
         layers: list[nn.Module] = []
         with torch.random.fork_rng():
             torch.manual_seed(0)
@@ -67,11 +67,11 @@ class Size:
         return nn.Sequential(*layers[:-1])
 
     def inputs(self) -> Tensor:
-        """One batch [B, width]."""
+        """Draw one batch [B, width]."""
         return torch.randn(self.batch, self.width, generator=torch.Generator().manual_seed(1))
 
     def asdict(self) -> dict[str, Any]:
-        """For a table: its fields, its shapes and the number of entries in its weights."""
+        """Return its fields, its shapes and the number of entries in its weights, for a table."""
         return asdict(self) | {"shapes": self.shapes, "entries": sum(d * e for d, e in self.shapes)}
 
 
@@ -84,7 +84,7 @@ class Plain:
         self.optimiser = torch.optim.Adam(self.target.parameters(), lr=1e-3, fused=True)
 
     def step(self) -> None:
-        """Take one."""
+        """Take one training step."""
         self.optimiser.zero_grad()
         F.mse_loss(self.target(self.x), self.labels).backward()
         self.optimiser.step()
@@ -97,7 +97,7 @@ def ours(
     recompute: bool = False,
     **settings: Any,
 ) -> Run:
-    """A run of `decompose` with the paper's losses, before its first step; `advance` takes one."""
+    """Begin a run of `decompose` with the paper's losses, before its first step; `advance` takes one."""
     target, x = size.target(), size.inputs()
     weights = [name for name, parameter in target.named_parameters() if parameter.ndim == 2]
     numbers = {"n_components": size.n_components, "top_k": size.top_k, "rank": size.rank, "steps": STEPS}
@@ -120,14 +120,14 @@ class Paper:
         self.optimiser = torch.optim.Adam(self.factors, lr=1e-3, fused=False, foreach=False)
 
     def activations(self, i: int, rows: Tensor, mask: Tensor | None = None) -> Tensor:
-        """What every component makes of a layer's inputs: [B, C, d_out]."""
+        """Compute every component's activations for a layer's inputs: [B, C, d_out]."""
         inner = einsum("bd,cdm->bcm", rows, self.A[i])
         if mask is not None:
             inner = inner * mask[..., None]
         return einsum("bcm,cme->bce", inner, self.B[i])
 
     def attributions(self) -> tuple[Tensor, Tensor]:
-        """Root mean squares over outputs [B, C], and the target's outputs."""
+        """Compute root mean squares over outputs [B, C], and the target's outputs."""
         rows, before, after = self.x, [], []
         for i, layer in enumerate(self.layers):
             before.append(torch.relu(rows) if i else rows)
@@ -143,15 +143,15 @@ class Paper:
         return (scores / self.size.n_out).sqrt(), rows.detach()
 
     def sparse(self, mask: Tensor) -> Tensor:
-        """The outputs of the active components [B, n_out]."""
+        """Compute the outputs of the active components [B, n_out]."""
         rows = self.x
         for i, layer in enumerate(self.layers):
             rows = self.activations(i, torch.relu(rows) if i else rows, mask).sum(1) + layer.bias.detach()
         return rows
 
     def losses(self) -> dict[str, Tensor]:
-        """Each loss, a scalar."""
-        scores, wanted = self.attributions()
+        """Compute each loss, a scalar."""
+        scores, target_outputs = self.attributions()
         kept = scores.flatten().topk(int(self.size.top_k * self.size.batch)).indices
         mask = torch.zeros_like(scores).flatten().scatter_(0, kept, 1.0).view_as(scores)
         faithful, simple = torch.zeros(()), torch.zeros(())
@@ -162,12 +162,12 @@ class Paper:
         n_entries = sum(d * e for d, e in self.size.shapes)
         return {
             "faithfulness": faithful / n_entries,
-            "minimality": (self.sparse(mask) - wanted).square().mean(),
+            "minimality": (self.sparse(mask) - target_outputs).square().mean(),
             "simplicity": simple / (n_entries * self.size.batch),
         }
 
     def step(self) -> None:
-        """Take one."""
+        """Take one training step."""
         losses = self.losses()
         self.optimiser.zero_grad()
         (losses["faithfulness"] + 10 * losses["minimality"] + 10 * losses["simplicity"]).backward()
@@ -175,27 +175,27 @@ class Paper:
 
 
 def timed(makers: Mapping[str, Callable[[], Step]], rounds: int = 3, seconds: float = 0.15) -> dict[str, float]:
-    """Median seconds of the processor for each kind of step, in rounds, so that a disturbance hits all alike.
+    """Measure median CPU seconds of each kind of step, in rounds, so that a disturbance hits all alike.
 
     Args:
-        makers: per kind, a function that gives a step.
-        rounds: how many; one where a step takes over three seconds.
-        seconds: that a kind takes in a round, if its step is not longer.
+        makers: per kind, a function that returns a step.
+        rounds: number of rounds; a step of over three seconds is timed only once.
+        seconds: spent on each kind in a round, unless one step takes longer.
 
     Returns:
-        dict[str, float]: per kind.
+        dict[str, float]: CPU seconds by kind.
     """
     steps = {kind: make() for kind, make in makers.items()}
-    found: dict[str, list[float]] = {kind: [] for kind in steps}
+    samples: dict[str, list[float]] = {kind: [] for kind in steps}
     for kind, step in steps.items():
         step()  # to warm up
-        found[kind] = [_clocked(step)]
-    times = {kind: found[kind][0] for kind in steps}
+        samples[kind] = [_clocked(step)]
+    times = {kind: samples[kind][0] for kind in steps}
     for _ in range(rounds):
         for kind, step in steps.items():
             if times[kind] < 3:
-                found[kind] += [_clocked(step) for _ in range(min(50, max(1, int(seconds / times[kind]))))]
-    return {kind: median(values) for kind, values in found.items()}
+                samples[kind] += [_clocked(step) for _ in range(min(50, max(1, int(seconds / times[kind]))))]
+    return {kind: median(values) for kind, values in samples.items()}
 
 
 def _clocked(step: Step) -> float:
@@ -205,24 +205,24 @@ def _clocked(step: Step) -> float:
 
 
 def high_water() -> float:
-    """Peak memory of this process so far, in megabytes."""
+    """Read the peak memory of this process so far, in megabytes."""
     status = Path("/proc/self/status").read_text()
     return float(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 1024
 
 
 def peak(make: Callable[[], Step], n_steps: int = 2) -> float:
-    """Megabytes that two steps add, at their peak, to a process that has taken a few tiny ones.
+    """Measure the megabytes that two steps add, at their peak, to a process that has taken a few tiny ones.
 
-    The process is a copy of this one, which should not have done anything large before.
+    The process is forked from this one, which should not have allocated much before.
     """
     context = multiprocessing.get_context("fork")
     receive, send = context.Pipe(duplex=False)
     child = context.Process(target=_peak, args=(make, n_steps, send))
     child.start()
     send.close()
-    found: float = receive.recv()
+    megabytes: float = receive.recv()
     child.join()
-    return found
+    return megabytes
 
 
 def _peak(make: Callable[[], Step], n_steps: int, send: Any) -> None:

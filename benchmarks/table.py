@@ -13,13 +13,13 @@ Row = list[str]
 
 
 def markdown(header: Row, rows: list[Row]) -> str:
-    """A table whose first column is left-aligned, the others right."""
+    """Format a table whose first column is left-aligned, the others right."""
     rule = ["---", *["---:"] * (len(header) - 1)]
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *rows])
 
 
 def html(header: Row, rows: list[Row]) -> str:
-    """The same table in HTML."""
+    """Format the same table in HTML."""
     head = "".join(f'<th scope="col">{escaping.escape(cell)}</th>' for cell in header)
     body = "".join(
         f'<tr><th scope="row">{escaping.escape(row[0])}</th>'
@@ -31,19 +31,19 @@ def html(header: Row, rows: list[Row]) -> str:
 
 
 def seconds(value: float) -> str:
-    """Two or three significant digits, in ms or s."""
+    """Format seconds with three significant digits, in ms or s."""
     return f"{value:.3g} s" if value >= 1 else f"{1000 * value:.3g} ms"
 
 
 def ratio(value: float | None, places: int = 2) -> str:
-    """Two significant digits below ten, whole numbers above; a dash for none."""
+    """Format two significant digits below ten, whole numbers above; a dash for None."""
     if value is None:
         return "–"
     return f"{value:.{places}g}" if value < 10 else f"{value:.0f}"
 
 
 def steps(stored: dict[str, Any]) -> tuple[Row, list[Row]]:
-    """Step times: medians, and smallest to largest."""
+    """Tabulate step times: medians, and smallest to largest."""
     header = ["experiment", *(f"({letter})" for letter in LETTERS.values())]
     rows = []
     for case in stored["cases"]:
@@ -57,9 +57,9 @@ def steps(stored: dict[str, Any]) -> tuple[Row, list[Row]]:
 
 
 def against_reference(stored: dict[str, Any]) -> tuple[Row, list[Row]]:
-    """(b) against (a), here and where the reference implementation was timed.
+    """Compare (b) with (a), here and where the reference implementation was timed.
 
-    There a training step draws its batch, and it is not known whether the embeddings were trained: hence three ratios.
+    There, a training step draws its batch, and it is unknown whether the embeddings were trained: hence three ratios.
     """
     header = [
         "experiment",
@@ -93,7 +93,7 @@ def against_reference(stored: dict[str, Any]) -> tuple[Row, list[Row]]:
 
 
 def ratios(stored: dict[str, Any]) -> tuple[Row, list[Row]]:
-    """Ours against (b) and (a), with the goals."""
+    """Compare ours with (b) and (a), with the goals."""
     header = ["experiment", "b / c", "b / d", "goal", "c / a", "d / a", "goal"]
     rows = []
     for case in stored["cases"]:
@@ -114,7 +114,7 @@ def ratios(stored: dict[str, Any]) -> tuple[Row, list[Row]]:
 
 
 def memory(stored: dict[str, Any]) -> tuple[Row, list[Row]]:
-    """Peak memory beyond the imports."""
+    """Tabulate peak memory beyond the imports."""
     header = ["experiment", *(f"({letter})" for letter in LETTERS.values())]
     rows = []
     for case in stored["cases"]:
@@ -124,7 +124,7 @@ def memory(stored: dict[str, Any]) -> tuple[Row, list[Row]]:
 
 
 def floors(stored: dict[str, Any]) -> tuple[Row, list[Row]]:
-    """The floor of every part of a step, and how far from their sum it is."""
+    """Tabulate the floor of every part of a step, and the ratio of measured time to their sum."""
     parts = list(dict.fromkeys(name for case in stored["cases"] for kind in case["floor"].values() for name in kind))
     parts.remove("all")
     header = ["experiment", *parts, "all", "measured", "measured / floor"]
@@ -140,7 +140,7 @@ def floors(stored: dict[str, Any]) -> tuple[Row, list[Row]]:
 
 
 def growth(stored: dict[str, Any]) -> tuple[Row, list[Row]]:
-    """How step times grow."""
+    """Tabulate how step times grow."""
     header = ["size", *(f"({letter})" for letter in LETTERS.values()), "b / c", "b / d"]
     rows = []
     for name, curve in stored["growth"].items():
@@ -152,7 +152,7 @@ def growth(stored: dict[str, Any]) -> tuple[Row, list[Row]]:
 
 
 def products(stored: dict[str, Any]) -> tuple[Row, list[Row]]:
-    """Rates of matrix products."""
+    """Tabulate rates of matrix products."""
     header = ["matrix product", "copies × [rows, d] @ [d, e]", "Gflop/s"]
     rows = []
     for found in stored["machine"]["matrix_products"]:
@@ -162,22 +162,22 @@ def products(stored: dict[str, Any]) -> tuple[Row, list[Row]]:
 
 
 def disturbed(stored: dict[str, Any]) -> str:
-    """How much of the time the run had a processor to itself."""
+    """Report the smallest share of a processor that a timing had, and the load before the run."""
     shares = [found["processor_share"] for case in stored["cases"] for found in case["steps"].values()]
     load = stored["load_before"]
     return f"smallest share of a processor in any of the timings: {min(shares):.2f}; load before: {load:.2g}"
 
 
 def text(stored: dict[str, Any]) -> str:
-    """All tables of a run, in markdown."""
+    """Format all tables of a run, in markdown."""
     m = stored["machine"]
     rates = ", ".join(f"{name} {rate / 1e9:.3g} GB/s" for name, rate in m["bytes_per_second"].items())
     before = stored["cases"][0]["memory"]["plain"]["before"]
     parts = [
         f"{m['processor']}, {m['instructions']}, {m['threads']} thread, torch {m['torch']}, {stored['date']}, "
         f"{stored['seconds']:.0f} s; {disturbed(stored)}",
-        "Seconds of a processor for a step: (a) plain training, (b) the paper's formulation, (c) ours, (d) ours with "
-        "what is special about the target; medians (smallest to largest)",
+        "CPU seconds of a step: (a) plain training, (b) the paper's formulation, (c) ours, (d) ours with "
+        "the target's own attributions; medians (smallest to largest)",
         markdown(*steps(stored)),
         "(b) against (a), here and for the reference implementation on such a machine",
         markdown(*against_reference(stored)),

@@ -1,9 +1,9 @@
-"""Time and memory of a step with each trick off and on, for chapter 19.
+"""Time and memory of a step with each trick off and on (chapter 19).
 
 python -m experiments.tricks --only steps --again     (5 minutes)
 
-One thread, seconds of the processor, both sides of a ratio in turns in
-one run; memory in a process of its own each. Leave the machine alone meanwhile.
+One thread, CPU seconds, both sides of a ratio in alternation in one run; memory in a separate process each. Run nothing
+else meanwhile.
 """
 
 from __future__ import annotations
@@ -45,29 +45,29 @@ class Residual:
     top_k: float = 1.28
 
     def target(self) -> nn.Module:
-        """The network."""
+        """Create the network."""
         with torch.random.fork_rng():
             torch.manual_seed(0)
             return ResidualMLP(100, 1000, (50,))
 
     def inputs(self) -> Tensor:
-        """One batch of sparse features [B, 100]."""
+        """Draw one batch of sparse features [B, 100]."""
         source = apd.data.SparseFeatures(100, 0.01, -1.0, 1.0, batch_size=self.batch, nonempty=True)
         return source(0, torch.Generator().manual_seed(1))
 
 
 def plain(size: Any, **changes: Any) -> Step:
-    """A step of `decompose`."""
+    """Create a step of `decompose`."""
     return ours(size, **changes).advance
 
 
 def probing(size: Any, n_probes: int) -> Step:
-    """With random probes for the outputs."""
+    """Create a step with random probes for the outputs."""
     return plain(size, attribution=partial(gradient, n_probes=n_probes, generator=torch.Generator().manual_seed(3)))
 
 
 def dense(size: Any) -> Step:
-    """Without the grouped forward pass."""
+    """Create a step without the grouped forward pass."""
     step = plain(size)
 
     def without() -> None:
@@ -78,7 +78,7 @@ def dense(size: Any) -> Step:
 
 
 def autocast(size: Any) -> Step:
-    """Under autocast to bfloat16."""
+    """Create a step under autocast to bfloat16."""
     step = plain(size)
 
     def lower() -> None:
@@ -89,7 +89,7 @@ def autocast(size: Any) -> Step:
 
 
 def optimising(kind: str, n: int = 2**23) -> Step:
-    """A step of an optimiser on so many numbers, in two tensors."""
+    """Create a step of an optimiser on n numbers, in two tensors."""
     parameters = [torch.zeros(n // 2, requires_grad=True) for _ in range(2)]
     for p in parameters:
         p.grad = torch.full_like(p, 0.1)
@@ -99,7 +99,7 @@ def optimising(kind: str, n: int = 2**23) -> Step:
 
 
 def state_bytes(kind: str, n: int = 2**20) -> float:
-    """Bytes that an optimiser keeps for each number that it trains."""
+    """Count the bytes that an optimiser keeps for each number that it trains."""
     p = torch.zeros(n, requires_grad=True)
     p.grad = torch.ones_like(p)
     optimiser = torch.optim.Adam([p]) if kind == "float32" else optimiser_of(kind, [p], 1e-3)
@@ -110,7 +110,7 @@ def state_bytes(kind: str, n: int = 2**20) -> float:
 
 
 def comparisons() -> dict[str, dict[str, Callable[[], Step]]]:
-    """Per trick: how to make a step, the first with the trick off."""
+    """List, per trick, how to make a step; the first has the trick off."""
     mlp, res, batch = MLP, Residual(), LARGE_BATCH
     made: dict[str, dict[str, Callable[[], Step]]] = {
         "rank, MLP": {str(m or "full"): partial(plain, replace(mlp, rank=m)) for m in (None, 4, 2, 1)},
@@ -137,13 +137,13 @@ def comparisons() -> dict[str, dict[str, Callable[[], Step]]]:
         size = replace(mlp, n_components=C, rank=m, n_out=4)
         made[f"grouped, MLP, C = {C}, m = {m}"] = {"off": partial(dense, size), "on": partial(plain, size)}
     made["grouped, residual MLP"] = {"off": partial(dense, res), "on": partial(plain, res)}
-    # Compiled for a process of its own each time, which would be all that its memory shows.
+    # Without memory: compilation in each fresh process would dominate it.
     made["moments"] = {kind: partial(optimising, kind) for kind in MOMENTS if kind != "8-bit" or has_torchao()}
     return made
 
 
 def modes() -> list[dict[str, Any]]:
-    """Every exact way to attributions by shape, and by the share of outputs that are not at rest."""
+    """Time every exact way to attributions by shape, and by the share of outputs that are not off."""
     rows = []
     for n_out in (1, 16, 128):
         for C in (4, 32, 256):
@@ -173,7 +173,7 @@ def _itself(run: Step) -> Step:
 
 
 def losses_of(size: Size) -> Callable[[], Tensor]:
-    """Faithfulness and simplicity of random factors, written out for the compiler, and the way back."""
+    """Write out faithfulness and simplicity of random factors for the compiler."""
     run = ours(size)
     paths, weights = run.components.paths, run.network.weights
     factors = [(run.components.A[p][0], run.components.B[p][0], weights[p]) for p in paths]
@@ -190,7 +190,7 @@ def losses_of(size: Size) -> Callable[[], Tensor]:
 
 
 def mixture_of(size: Size) -> Callable[[], Tensor]:
-    """All components of one layer with gates on them, as the scrub loss has them, and the way back."""
+    """Write out the gated sum of all components of one layer, as in the scrub loss."""
     g = torch.Generator().manual_seed(0)
     C, m, d = size.n_components, size.rank or size.width, size.width
     rows, gates = torch.randn(size.batch, d, generator=g), (torch.rand(size.batch, C, generator=g) < 0.5).float()
@@ -205,20 +205,20 @@ def mixture_of(size: Size) -> Callable[[], Tensor]:
 
 
 def training_of(size: Size) -> Callable[[], Tensor]:
-    """The loss of a plain training step."""
+    """Return the loss of a plain training step."""
     plainly = Plain(size)
     return lambda: F.mse_loss(plainly.target(plainly.x), plainly.labels)
 
 
 def compiled() -> list[dict[str, Any]]:
-    """Torch's compiler on functions where it could win: forward and back, eager and compiled, and how long it takes."""
+    """Time functions where torch's compiler could win: forward and backward, eager and compiled."""
     cases = {
         "plain training, MLP": training_of(MLP),
         "faithfulness and simplicity, MLP": losses_of(MLP),
         "gated components of a layer, MLP": mixture_of(MLP),
     }
     rows = []
-    torch._inductor.config.force_disable_caches = True  # else a second run would find what the first has compiled
+    torch._inductor.config.force_disable_caches = True  # otherwise a second run would use the first one's compiled code
     for name, function in cases.items():
         torch._dynamo.reset()
         fast = torch.compile(function)
@@ -245,19 +245,19 @@ def compiled() -> list[dict[str, Any]]:
 
 
 class Doubled(Size):
-    """The same in double precision."""
+    """A `Size` in double precision."""
 
     def target(self) -> nn.Sequential:
-        """The network, its weights drawn."""
+        """Create the network, its weights drawn."""
         return super().target().double()
 
     def inputs(self) -> Tensor:
-        """One batch [B, width]."""
+        """Draw one batch [B, width]."""
         return super().inputs().double()
 
 
 def agreement(size: Size) -> dict[str, float]:
-    """How far the components are apart after 30 steps with a trick that promises the same, and without it.
+    """Measure how far apart components are train 30 steps with and without a trick that should change nothing.
 
     Args:
         size: of the network and the step.
@@ -266,27 +266,27 @@ def agreement(size: Size) -> dict[str, float]:
         dict[str, float]: per trick, the largest difference over the largest entry; and the share of passes in which
             pairs were gathered.
     """
-    listed = []
+    groupings = []
 
     def grouping(mask: Tensor, rank: int) -> Any:
-        listed.append(group(mask, rank))
-        return listed[-1]
+        groupings.append(group(mask, rank))
+        return groupings[-1]
 
-    def after(run: Any, grouping: Any) -> Tensor:
+    def train(run: Any, grouping: Any) -> Tensor:
         with patch.object(grouped, "group", grouping):
             for _ in range(30):
                 run.advance()
         return torch.cat([p.detach().flatten() for p in run.components.parameters()])
 
     group = grouped.group
-    base = after(ours(size, scrub=0.5), grouping)
-    share = sum(groups is not None for groups in listed) / len(listed)
-    found = {
-        "recompute": after(ours(size, scrub=0.5, recompute=True), group),
-        "micro_batch": after(ours(size, scrub=0.5, micro_batch=100), group),
-        "grouped": after(ours(size, scrub=0.5), lambda mask, rank: None),
+    base = train(ours(size, scrub=0.5), grouping)
+    share = sum(groups is not None for groups in groupings) / len(groupings)
+    components = {
+        "recompute": train(ours(size, scrub=0.5, recompute=True), group),
+        "micro_batch": train(ours(size, scrub=0.5, micro_batch=100), group),
+        "grouped": train(ours(size, scrub=0.5), lambda mask, rank: None),
     }
-    differences = {name: ((t - base).abs().max() / base.abs().max()).item() for name, t in found.items()}
+    differences = {name: ((t - base).abs().max() / base.abs().max()).item() for name, t in components.items()}
     return differences | {"grouped in": share}
 
 
@@ -294,14 +294,14 @@ def steps(stored: dict[str, Any]) -> dict[str, Any]:
     """Measure memory, then time.
 
     Args:
-        stored: data/tricks.json as it is, for the moments where torchao is missing.
+        stored: current contents of data/tricks.json, for the 8-bit moments if torchao is missing.
 
     Returns:
         dict[str, Any]: the new value of its key `steps`.
     """
     start = time.perf_counter()
 
-    def say(what: str) -> None:
+    def report(what: str) -> None:
         print(f"{time.perf_counter() - start:4.0f} s  {what}", file=sys.stderr, flush=True)
 
     made = comparisons()
@@ -309,19 +309,19 @@ def steps(stored: dict[str, Any]) -> dict[str, Any]:
     memory = {
         name: {kind: peak(make) for kind, make in kinds.items()} for name, kinds in made.items() if name != "moments"
     }
-    say("memory measured")
+    report("memory measured")
     rows = []
     for name, kinds in made.items():
         row = {"name": name, "seconds": timed(kinds, seconds=0.1)}
         rows.append(
             row | ({"megabytes": memory[name]} if name in memory else {"bytes": {k: state_bytes(k) for k in kinds}})
         )
-        say(name)
+        report(name)
     if not has_torchao() and "moments" in before:
         rows = [before["moments"] if row["name"] == "moments" else row for row in rows]
     sizes = {"MLP": MLP.asdict(), "residual MLP": asdict(Residual())}
-    found: dict[str, Any] = {"sizes": sizes, "comparisons": rows, "modes": modes()}
-    say("modes")
+    results: dict[str, Any] = {"sizes": sizes, "comparisons": rows, "modes": modes()}
+    report("modes")
     shape = (64, 4, 8, 512, 32, 32)
     same = {"float32": agreement(Size(*shape)), "float64": agreement(Doubled(*shape))}
-    return found | {"compiled": compiled(), "agreement": same, "seconds": time.perf_counter() - start}
+    return results | {"compiled": compiled(), "agreement": same, "seconds": time.perf_counter() - start}

@@ -1,12 +1,12 @@
-"""Makes data/attributions.json: APD trained with each estimator of attributions (chapter 16).
+"""Create data/attributions.json: APD trained with each estimator of attributions (chapter 16).
 
 python -m experiments.attributions [--only tms-5-2 | tms-40-10 | residual-20-10] [--processes N]     (about 2 hours)
 
-Three targets, five seeds each. A target's recipe, with smaller batches where its authors' are large, and nothing else
-changed but the attributions and k: at equal compute, where a run has as many steps as take the floating-point
-operations of the run with gradients, and for some at equal steps. k is scaled by the factor that did best on the search
-seeds, which are reported nowhere else; on TMS 5-2 all estimators are also run with the recipe's own k. The smaller
-batches come from chapter 11's grid (TMS 40-10) and from seeds 100 to 102 (residual MLP).
+Three targets, five seeds each. Every run has the target's recipe, with smaller batches where the recipe's are large;
+only the attributions and k change. Runs have equal compute: as many steps as cost the floating-point operations of the
+run with gradients; some estimators are also run with equal steps. k is scaled by the factor that did best on the search
+seeds, which are not reported; on TMS 5-2 all estimators are also run with the recipe's own k. The smaller batches come
+from chapter 11's grid (TMS 40-10) and from seeds 100 to 102 (residual MLP).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SEEDS = range(60, 65)
 SEARCH_SEEDS = {"tms-5-2": (100, 102), "tms-40-10": (100,), "residual-20-10": (100,)}  # 101 lacks a feature in 5-2
 FACTORS = (0.5, 0.65, 0.8, 1.0)  # of k
 ALSO_AT_EQUAL_STEPS = ("integrated gradients", "ablation")
-OPTIONS: dict[str, dict[str, Any]] = {  # few samples, since they are taken at every step
+OPTIONS: dict[str, dict[str, Any]] = {  # few samples, since they are computed at every step
     "gradient": {},
     "integrated gradients": {"n_steps": 4},
     "ablation": {},
@@ -39,12 +39,12 @@ OPTIONS: dict[str, dict[str, Any]] = {  # few samples, since they are taken at e
     "path shapley": {"n_samples": 4},
     "activation": {},
 }
-MOMENTS = 8  # of a run, at which masks are compared
+MOMENTS = 8  # number of evenly spaced steps at which masks are compared
 Job = tuple[str, str, str, float, int]  # target, estimator, budget, factor of k, seed
 
 
 def estimator_of(name: str) -> Attribution:
-    """An estimator with its options, ready for `decompose`; those that sample have a stream of their own."""
+    """Create an estimator with its options for `decompose`; estimators that sample get their own generator."""
     function: Attribution = getattr(attributions, name.replace(" ", "_"))
     options = dict(OPTIONS[name])
     if "n_samples" in options:
@@ -53,7 +53,7 @@ def estimator_of(name: str) -> Attribution:
 
 
 def untrained(name: str, seed: int = 0) -> TMS | ResidualMLP:
-    """The target before training."""
+    """Create the target before training."""
     if name == "residual-20-10":
         return ResidualMLP(20, 200, (10,), seed=seed)
     n_features, d_hidden = map(int, name.removeprefix("tms-").split("-"))
@@ -62,7 +62,7 @@ def untrained(name: str, seed: int = 0) -> TMS | ResidualMLP:
 
 @cache
 def target_of(name: str, seed: int) -> TMS | ResidualMLP:
-    """The trained target of a seed."""
+    """Train the target of a seed."""
     target = untrained(name, seed)
     if isinstance(target, ResidualMLP):
         return target.fit(seed=seed, steps=3000, batch_size=1024)
@@ -70,7 +70,7 @@ def target_of(name: str, seed: int) -> TMS | ResidualMLP:
 
 
 def recipe_of(name: str) -> dict[str, Any]:
-    """A target's recipe, for generic attributions and short runs."""
+    """Return a target's recipe, for generic attributions and short runs."""
     recipe = {k: v for k, v in untrained(name).recipe.items() if k != "attribution"}
     if name == "tms-40-10":
         recipe["batches"] = replace(recipe["batches"], batch_size=128)
@@ -80,16 +80,16 @@ def recipe_of(name: str) -> dict[str, Any]:
 
 
 def but_last(schedule: tuple[tuple[float, float], ...], factor: float) -> Schedule:
-    """k times a factor; after the simplicity loss is gone, k is large enough for everything."""
+    """Scale k by a factor except at the last point: without the simplicity loss, k is large enough for everything."""
     *points, last = schedule
     return (*((t, factor * k) for t, k in points), last)
 
 
 @cache
 def operations(name: str, estimator: str, steps: int = 100) -> int:
-    """Floating-point operations of one step, in the mean over a short run; measured once, then taken from the table.
+    """Count floating-point operations of one step, averaged over a short run; measured once, then read from the table.
 
-    Budgets, by which runs are known, would change with every change in how gradients are computed otherwise.
+    Budgets are part of a run's settings: measured anew, they would change with every change in computing gradients.
     """
     for row in STUDY.stored().get("runs", []):
         if (row["target"], row["estimator"]) == (name, estimator):
@@ -108,7 +108,7 @@ def operations(name: str, estimator: str, steps: int = 100) -> int:
 
 
 def settings_of(job: Job) -> dict[str, Any]:
-    """The arguments of `decompose` for a run, without its attributions."""
+    """Return the arguments of `decompose` for a run, without its attributions."""
     name, estimator, budget, factor, seed = job
     recipe = recipe_of(name)
     steps = recipe.get("steps", apd.Config(1, 1).steps)
@@ -118,28 +118,28 @@ def settings_of(job: Job) -> dict[str, Any]:
 
 
 def stored_settings(job: Job) -> Row:
-    """The settings as they are stored, by which a run is known."""
+    """Return the settings as stored; they identify a run."""
     settings = settings_of(job)
     return {"estimator": job[1], **OPTIONS[job[1]], **numbers(settings, batch=settings["batches"].batch_size)}
 
 
 def watcher(
-    network: apd.Network, config: apd.Config, own: Attribution, x: torch.Tensor, found: list[dict[str, float]]
+    network: apd.Network, config: apd.Config, own: Attribution, x: torch.Tensor, rows: list[dict[str, float]]
 ) -> Callable[[int, dict[str, list[float]], apd.Components], None]:
-    """A function that notes, at a few moments, which share of the active pairs other estimators would choose too."""
-    moments = {round(i * (config.steps - 1) / (MOMENTS - 1)) for i in range(MOMENTS)}
+    """Create a callback that notes, at MOMENTS steps, the share of active pairs that other estimators choose too."""
+    steps = {round(i * (config.steps - 1) / (MOMENTS - 1)) for i in range(MOMENTS)}
 
     def look(step: int, losses: dict[str, list[float]], components: apd.Components) -> None:
-        if not moments or step < min(moments):
+        if not steps or step < min(steps):
             return
-        moments.remove(min(moments))
+        steps.remove(min(steps))
         k = at_progress(config.top_k, step / config.steps)
         masks = [
             apd.selection.batch_top_k(estimate(network, components, x), k)
             for estimate in (own, attributions.gradient, attributions.ablation)
         ]
         active = masks[0].sum()
-        found.append({
+        rows.append({
             "step": step,
             "gradient": ((masks[0] * masks[1]).sum() / active).item(),
             "ablation": ((masks[0] * masks[2]).sum() / active).item(),
@@ -149,7 +149,7 @@ def watcher(
 
 
 def run(job: Job) -> tuple[list[Row], Tensors]:
-    """Take one target apart with one estimator."""
+    """Decompose one target with one estimator."""
     name, estimator, _, _, seed = job
     target, settings, estimate = target_of(name, seed), settings_of(job), estimator_of(estimator)
     network = apd.Network(target, target.weights)
@@ -172,12 +172,12 @@ def run(job: Job) -> tuple[list[Row], Tensors]:
 
 
 def budget_of(estimator: str) -> str:
-    """The budget that all estimators share; with gradients, equal compute is equal steps."""
+    """Return the budget that all estimators share; with gradients, equal compute is equal steps."""
     return "steps" if estimator == "gradient" else "compute"
 
 
 def search_jobs(name: str) -> list[Job]:
-    """The runs that k is chosen by."""
+    """List the runs by which k is chosen."""
     return [
         (name, estimator, budget_of(estimator), factor, seed)
         for seed in SEARCH_SEEDS[name]
@@ -187,18 +187,18 @@ def search_jobs(name: str) -> list[Job]:
 
 
 def chosen(runs: list[Row], name: str, estimator: str) -> float:
-    """The factor of k with the most owned mechanisms on the search seeds; of equals, that with the smallest error."""
+    """Choose the factor of k with the most owned mechanisms on the search seeds, then the smallest error."""
 
-    def merit(factor: float) -> tuple[int, float]:
-        some = [r for r in runs if (r["target"], r["estimator"]) == (name, estimator) and r["factor"] == factor]
-        some = [r for r in some if r["seed"] in SEARCH_SEEDS[name]]
-        return sum(r["owned"] for r in some), -sum(r["score"] for r in some)
+    def score_of(factor: float) -> tuple[int, float]:
+        searched = [r for r in runs if (r["target"], r["estimator"]) == (name, estimator) and r["factor"] == factor]
+        searched = [r for r in searched if r["seed"] in SEARCH_SEEDS[name]]
+        return sum(r["owned"] for r in searched), -sum(r["score"] for r in searched)
 
-    return max(FACTORS, key=merit)
+    return max(FACTORS, key=score_of)
 
 
 def report_jobs(runs: list[Row], name: str) -> list[Job]:
-    """The runs that are reported."""
+    """List the runs that are reported."""
     jobs: list[Job] = []
     for seed in SEEDS:
         for estimator in OPTIONS:
@@ -212,13 +212,13 @@ def report_jobs(runs: list[Row], name: str) -> list[Job]:
 
 
 def jobs(rows: list[Row]) -> list[Job]:
-    """Every run; which ones are reported is known when a target's search is done."""
-    found: list[Job] = []
+    """List every run; the reported ones are known when a target's search is done."""
+    every: list[Job] = []
     for name in TARGETS:
         searched = search_jobs(name)
-        there = [RUNS.job_of(row) for row in rows if row["target"] == name]
-        found += searched + (report_jobs(rows, name) if set(searched) <= set(there) else there)
-    return list(dict.fromkeys(found))
+        stored = [RUNS.job_of(row) for row in rows if row["target"] == name]
+        every += searched + (report_jobs(rows, name) if set(searched) <= set(stored) else stored)
+    return list(dict.fromkeys(every))
 
 
 RUNS = Rows(("target", "estimator", "budget", "factor", "seed"), jobs, run, stored_settings)

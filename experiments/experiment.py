@@ -1,8 +1,8 @@
-"""What the studies share: results are kept by their settings, the rest is made in processes and stored as it comes.
+"""Shared machinery of the studies: a cache keyed by settings, worker processes, and storage after every job.
 
-A study fills one table, data/NAME.json, and its tensors, data/NAME.safetensors. A job gives a row of one of the table's
-lists, or a few rows; it is not done again while it is there with the settings of today. What is measured in one go
-stands in the table as a whole. Chapters read the files, so their format stays.
+A study fills one table, data/NAME.json, and its tensors, data/NAME.safetensors. A job returns one or more rows of one
+of the table's lists; it is skipped if its rows are stored with the current settings. A measurement is an entry of the
+table that is measured as a whole. Chapters read the files, so that their format must not change.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ class Rows:
     """A list of a table.
 
     Attributes:
-        fields: of a row, whose values in this order are the job that it comes from.
-        jobs: all jobs, given the rows that are there: which runs are reported may depend on what a search found.
-        run: does a job, on one thread of a process of its own; its rows without `fields` and settings, and tensors.
-        settings: of a job; they are stored in its rows, which are made again when they change. None if the job itself
-            says everything.
-        order: of a job, what its rows are sorted by.
+        fields: names of a row's fields whose values, in this order, are the job.
+        jobs: lists all jobs, given the stored rows: which runs are reported may depend on the results of a search.
+        run: runs a job, on one thread of a worker process; returns its rows without `fields` and settings, and tensors.
+        settings: maps a job to its settings, which are stored in its rows; when they change, the job is run again. None
+            if the job determines everything.
+        order: maps a job to the sort key of its rows.
     """
 
     fields: tuple[str, ...]
@@ -51,17 +51,17 @@ class Rows:
     order: Callable[[Any], Any] = lambda job: job
 
     def job_of(self, row: Row) -> Job:
-        """The job that a row comes from."""
+        """Return the job that a row comes from."""
         return tuple(tuple(v) if isinstance(v, list) else v for v in (row[name] for name in self.fields))
 
     def complete(self, job: Job, row: Row) -> Row:
-        """A row as it is stored: with its job and its settings, and as JSON has it."""
+        """Add a row's job and settings, as JSON stores them."""
         settings = {"settings": self.settings(job)} if self.settings else {}
         stored: Row = json.loads(json.dumps({**dict(zip(self.fields, job, strict=True)), **row, **settings}))
         return stored
 
     def kept(self, rows: list[Row]) -> list[Row]:
-        """The rows of jobs that there still are, made with the settings of today."""
+        """Keep the rows whose job still exists and was run with the current settings."""
         jobs, today = set(self.jobs(rows)), {}
         for job in jobs & set(map(self.job_of, rows)):
             today[job] = _comparable(self.complete(job, {}))
@@ -83,7 +83,7 @@ def completed(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _comparable(row: Row) -> Row:
-    """Settings with the defaults of what came into `Config` since they were stored."""
+    """Complete a row's settings with the defaults of fields that `Config` has gained since they were stored."""
     settings = row.get("settings", {})
     return completed(settings) if {"n_components", "top_k"} <= set(settings) else settings
 
@@ -95,16 +95,16 @@ def _work(run: Callable[[Job], tuple[list[Row], Tensors]], job: Job) -> tuple[Jo
 
 @dataclass(frozen=True)
 class Study:
-    """A table, and how it is made.
+    """A table, and how it is computed.
 
     Attributes:
         name: of the files in data/.
-        lists: name in the table to what fills it; made in this order.
-        measurements: name in the table to a function that measures all that stands there.
-        about: facts about the making, given the number of processes.
-        prefixes: of a job, what the names of its tensors start with.
+        lists: lists of the table by name; computed in this order.
+        measurements: functions by name in the table; each measures the whole entry.
+        about: facts about the run, given the number of processes.
+        prefixes: maps a job to the prefixes of its tensors' names.
         compact: write JSON without spaces.
-        folder: where the files are.
+        folder: of the files.
     """
 
     name: str
@@ -117,20 +117,20 @@ class Study:
 
     @property
     def table(self) -> Path:
-        """The file of numbers."""
+        """Path of the JSON table."""
         return self.folder / f"{self.name}.json"
 
     @property
     def arrays(self) -> Path:
-        """The file of tensors, if there are any."""
+        """Path of the tensors, if there are any."""
         return self.folder / f"{self.name}.safetensors"
 
     def stored(self) -> Row:
-        """The table as it is in the file."""
+        """Read the table from its file."""
         return json.loads(self.table.read_text()) if self.table.exists() else {"about": {}}
 
     def read(self) -> tuple[Row, Tensors]:
-        """The table and the tensors, without what was made with other settings than those of today."""
+        """Read the table and the tensors, without results made with other than the current settings."""
         table = self.stored()
         table |= {name: rows.kept(table.get(name, [])) for name, rows in self.lists.items()}
         jobs = {rows.job_of(row) for name, rows in self.lists.items() for row in table[name]}
@@ -139,7 +139,7 @@ class Study:
         return table, {name: t for name, t in tensors.items() if name.startswith(tuple(starts))}
 
     def write(self, table: Row, tensors: Tensors, processes: int) -> None:
-        """Write both files and the manifest; the tensors first, since the table says what is there."""
+        """Write both files and the manifest; the tensors first, since the table lists what is stored."""
         if tensors:
             save_file(tensors, self.arrays)
         about = {"torch": str(torch.__version__), "threads": 1, **self.about(processes)}
@@ -147,23 +147,23 @@ class Study:
         self.table.write_text(json.dumps(table | {"about": about}, **style) + "\n")
         write_manifest(self.folder)
 
-    def add(self, name: str, job: Job, found: list[Row], own: Tensors, processes: int) -> None:
-        """Store what a job found beside what is in the files by now: another command may have added its own."""
+    def add(self, name: str, job: Job, results: list[Row], new_tensors: Tensors, processes: int) -> None:
+        """Add a job's results to the files as they are now: another command may have added its own."""
         rows, (table, tensors) = self.lists[name], self.read()
-        new = [rows.complete(job, row) for row in found]
+        new = [rows.complete(job, row) for row in results]
         table[name] = [row for row in table[name] if rows.job_of(row) != job] + new
         table[name].sort(key=lambda row: rows.order(rows.job_of(row)))
-        self.write(table, tensors | own, processes)
+        self.write(table, tensors | new_tensors, processes)
 
     def todo(self, name: str, only: Iterable[str] | None = None, again: bool = False) -> list[Job]:
-        """The jobs of a list that are not there; those of some groups or all of them again if so wanted."""
+        """List the jobs whose results are missing, in all groups or in `only`; all jobs if `again`."""
         rows, table = self.lists[name], self.read()[0]
-        there = set() if again else set(map(rows.job_of, table[name]))
-        wanted = [job for job in rows.jobs(table[name]) if only is None or {name, str(job[0])} & set(only)]
-        return [job for job in wanted if job not in there]
+        done = set() if again else set(map(rows.job_of, table[name]))
+        selected = [job for job in rows.jobs(table[name]) if only is None or {name, str(job[0])} & set(only)]
+        return [job for job in selected if job not in done]
 
     def choices(self) -> list[str]:
-        """What can be made alone: a part of the table where there are several, or what jobs have as first field."""
+        """List what can be made alone: parts of the table if there are several, and the first fields of jobs."""
         parts = [*self.lists, *self.measurements]
         groups = [job[0] for rows in self.lists.values() for job in rows.jobs([]) if isinstance(job[0], str)]
         return list(dict.fromkeys([*(parts if len(parts) > 1 else []), *groups]))
@@ -172,84 +172,84 @@ class Study:
         """Make what is missing, from the command line, and write the files after each job.
 
         Args:
-            doc: what the study says of itself, for `--help`.
+            doc: description of the study, for `--help`.
         """
         parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
         parser.add_argument("--only", nargs="+", choices=self.choices(), metavar="PART", help=", ".join(self.choices()))
         parser.add_argument("--processes", type=int, default=2, help="jobs at a time, each on one thread")
-        parser.add_argument("--again", action="store_true", help="make what is there as well")
-        given = parser.parse_args()
+        parser.add_argument("--again", action="store_true", help="run jobs that are stored as well")
+        options = parser.parse_args()
         torch.set_num_threads(1)
-        with multiprocessing.get_context("spawn").Pool(given.processes) as pool:
+        with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
             for name, rows in self.lists.items():
                 tried: set[Job] = set()
-                while todo := [job for job in self.todo(name, given.only, given.again) if job not in tried]:
+                while todo := [job for job in self.todo(name, options.only, options.again) if job not in tried]:
                     print(f"{self.name}, {name}: {len(todo)} jobs", flush=True)
-                    for job, found, own in pool.imap_unordered(partial(_work, rows.run), todo):
-                        self.add(name, job, found, own, given.processes)
+                    for job, results, new_tensors in pool.imap_unordered(partial(_work, rows.run), todo):
+                        self.add(name, job, results, new_tensors, options.processes)
                         tried.add(job)
-                        print(*job, *map(_in_short, found), flush=True)
+                        print(*job, *map(_in_short, results), flush=True)
         for name, measure in self.measurements.items():
-            chosen = given.only is None or name in given.only
-            if chosen and (given.again or not self.stored().get(name)):
+            chosen = options.only is None or name in options.only
+            if chosen and (options.again or not self.stored().get(name)):
                 print(f"{self.name}, {name}", flush=True)
-                value = measure()  # before the files are read, since it takes long
+                value = measure()  # before the files are read: it takes long, and they may change meanwhile
                 table, tensors = self.read()
-                self.write(table | {name: value}, tensors, given.processes)
+                self.write(table | {name: value}, tensors, options.processes)
 
 
 def _in_short(row: Row) -> str:
-    """What is said of a row while others are made."""
-    found = {name: row[name] for name in ("owned", "seconds") if name in row}
-    return str({name: sum(v) if isinstance(v, list) else v for name, v in found.items()})
+    """Summarise a row for the progress output."""
+    facts = {name: row[name] for name in ("owned", "seconds") if name in row}
+    return str({name: sum(v) if isinstance(v, list) else v for name, v in facts.items()})
 
 
 def prefix(job: Job) -> str:
-    """What the names of a job's tensors start with, as a rule."""
+    """Build the default prefix of the names of a job's tensors."""
     return "/".join(map(str, job)) + "/"
 
 
 def write_manifest(folder: Path = DATA) -> None:
-    """Note every artefact's hash, by which a fetched copy is checked."""
+    """Store the hash of every artefact, by which a fetched copy is checked."""
     names = sorted(p.name for p in folder.iterdir() if p.name not in ("manifest.json", "README.md"))
     hashes = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
     (folder / "manifest.json").write_text(json.dumps(hashes, indent=1) + "\n")
 
 
 def numbers(recipe: Row, **more: Any) -> Row:
-    """The settings among the arguments of `decompose`, with the defaults of all others, and what else counts."""
-    own, given = {f.name for f in fields(apd.Config)}, recipe | more
-    extra = {name: value for name, value in more.items() if name not in own}
-    return extra | asdict(apd.Config.from_dict({name: value for name, value in given.items() if name in own}))
+    """Extract the settings from the arguments of `decompose`, with defaults filled in, and add further ones."""
+    names, arguments = {f.name for f in fields(apd.Config)}, recipe | more
+    extra = {name: value for name, value in more.items() if name not in names}
+    return extra | asdict(apd.Config.from_dict({name: value for name, value in arguments.items() if name in names}))
 
 
 def scaled(schedule: Schedule, factor: float) -> Schedule:
-    """A number or a schedule, times a factor."""
+    """Multiply a number or a schedule by a factor."""
     if isinstance(schedule, tuple):
         return tuple((t, factor * value) for t, value in schedule)
     return factor * schedule
 
 
 def taken_apart(target: nn.Module, recipe: Row, **more: Any) -> tuple[apd.Decomposition, float]:
-    """What `decompose` finds, and how many seconds of the processor it took."""
+    """Run `decompose`, and return its result and the CPU seconds."""
     start = time.process_time()
     result = apd.decompose(target, progress=False, **{**recipe, **more})
     return result, round(time.process_time() - start, 1)
 
 
 def factors(components: apd.Components, start: str, dtype: torch.dtype = torch.float32) -> Tensors:
-    """The factors of those components that are not zero, by name."""
+    """Collect the factors of the nonzero components, by name."""
     kept = components.subset((components.norms() > 0).nonzero().flatten().tolist())
     both = (("A", kept.A), ("B", kept.B))
     return {f"{start}{path}.{f}": t.to(dtype).contiguous() for f, own in both for path, t in own.items()}
 
 
 def ownership_means(own: apd.metrics.Ownership) -> Row:
-    """How many mechanisms are owned, and the means of what that is judged by."""
+    """Count the owned mechanisms, and average cosine, length ratio and purity."""
     means = {name: getattr(own, name).mean().item() for name in ("cosine", "length_ratio", "purity")}
     return {"owned": int(own.owned.sum()), **means}
 
 
 def scrubbing_means(errors: apd.metrics.Scrubbing) -> Row:
-    """The mean errors with the active components, with some more, and without some."""
+    """Average the errors with the active components, scrubbed, and anti-scrubbed."""
     return {f"{name}_error": getattr(errors, name).mean().item() for name in ("top_k", "scrubbed", "anti_scrubbed")}

@@ -1,9 +1,9 @@
-"""Makes data/failures.*: TMS 5-2 taken apart with settings that spoil it (chapter 12).
+"""Create data/failures.*: TMS 5-2 decomposed with settings that make it fail (chapter 12).
 
 python -m experiments.failures [--only "C = 4" ...] [--processes N]     (about ten minutes of one core)
 
-The targets are those of data/tms.safetensors, seeds 10 to 14; which settings spoil what was found on seeds 100 to 103.
-All four starts of every run are kept.
+The targets are those of data/tms.safetensors, seeds 10 to 14; which settings make it fail was found on seeds 100 to
+103. All four restarts of every run are kept.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PATH = "encode.weight"
 
 
 def departures(recipe: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Names, and the settings that differ from the recipe."""
+    """Name the settings that differ from the recipe."""
     early, weight = recipe["top_k"][0][1], recipe["simplicity"][0][1]
     return {
         "recipe": {},
@@ -41,14 +41,14 @@ JOBS = [(name, seed) for seed in SEEDS for name in departures(apd.targets.TMS(5,
 
 
 def settings_of(job: tuple[str, int]) -> Row:
-    """The arguments of `decompose` for a run."""
+    """Return the arguments of `decompose` for a run."""
     name, seed = job
     recipe = apd.targets.TMS(5, 2).recipe
     return {**recipe, **departures(recipe)[name], "seed": seed}
 
 
 def run(job: tuple[str, int]) -> tuple[list[Row], Tensors]:
-    """Take one target apart."""
+    """Decompose one target."""
     target = stored_target("tms-5-2", job[1])
     result, seconds = taken_apart(target, settings_of(job), attribution=target.attributions)
     assert result.restarts is not None

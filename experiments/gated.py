@@ -1,8 +1,8 @@
-"""Makes data/gated.*: hand-coded gated functions taken apart, ten seeds (chapter 10).
+"""Create data/gated.*: hand-coded gated functions decomposed, ten seeds (chapter 10).
 
 python -m experiments.gated [--only ours | plain] [--processes N]     (about ten minutes on two cores)
 
-The seeds 0 to 9 were not used while the recipe was made: that was done on seeds from 100 up.
+Seeds 0 to 9 were not used to find the recipe: that was done on seeds from 100 up.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ Job = tuple[str, int]  # recipe, seed
 
 
 def settings_of(recipe: str, seed: int) -> tuple[apd.targets.GatedFunctions, dict[str, Any]]:
-    """A target and the arguments of `decompose`; "plain" has the paper's settings (braun2025, appendix), but 3,000
-    steps of 2,000 samples in place of 200,000 of 10,000, and without their empty samples.
+    """Return a target and the arguments of `decompose`.
+
+    "plain" has the paper's settings (braun2025, appendix), but 3,000 steps of 2,000 samples in place of 200,000 of
+    10,000, and without their empty samples.
     """
     target = apd.targets.GatedFunctions(seed=seed, show_neurons=recipe == "ours")
     if recipe == "ours":
@@ -43,7 +45,7 @@ def settings_of(recipe: str, seed: int) -> tuple[apd.targets.GatedFunctions, dic
 
 
 def run(job: Job) -> tuple[list[Row], Tensors]:
-    """Take one target apart and measure."""
+    """Decompose one target and measure."""
     recipe, seed = job
     target, settings = settings_of(recipe, seed)
     result, seconds = taken_apart(target, settings, seed=seed)

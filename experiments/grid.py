@@ -1,10 +1,10 @@
-"""Makes data/grid.json: one setting after the other moved away from the recipe (chapter 11).
+"""Create data/grid.json: one setting at a time moved away from the recipe (chapter 11).
 
 python -m experiments.grid [--only tms-40-10 | residual] [--processes N]     (about an hour of one core each)
 
 Two targets: TMS 40-10, and the residual MLP of one layer, for which the recipe is cut to 1,000 steps. Each of the
 three weights and the learning rate is scaled by 1/4, 1/2, 2, 4, k by 1/2 to 2, one at a time and jointly at random;
-then the other weights, p, C, m, the batch and the number of steps. The seeds are of targets that no recipe was made on.
+then the other weights, p, C, m, the batch and the number of steps. No recipe was found on these seeds' targets.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ N_RANDOM = {"tms-40-10": 16, "residual": 8}
 WEIGHTS = ("faithfulness", "minimality", "simplicity")
 FACTORS = (0.25, 0.5, 2.0, 4.0)
 OTHERS = {"tms-40-10": ("scrub",), "residual": ("scrub", "hidden")}
-# What is not a factor of the recipe's own value.
+# Values that are not multiples of the recipe's.
 VALUES: dict[str, dict[str, tuple[Any, ...]]] = {
     "tms-40-10": {
         "p": (0.5, 0.7, 0.8, 1.0),
@@ -48,24 +48,24 @@ Job = tuple[str, str, int]  # target, variant, seed
 
 
 def untrained(name: str, seed: int = 0) -> TMS | ResidualMLP:
-    """The target before training."""
+    """Create the target before training."""
     return TMS(40, 10) if name == "tms-40-10" else ResidualMLP(seed=seed)
 
 
 @cache
 def target_of(name: str, seed: int) -> TMS | ResidualMLP:
-    """The trained target of a seed."""
+    """Train the target of a seed."""
     return untrained(name, seed).fit(seed=seed)
 
 
 def recipe_of(name: str) -> dict[str, Any]:
-    """The settings in the middle of the grid."""
+    """Return the settings in the middle of the grid."""
     recipe = untrained(name).recipe
     return recipe if name == "tms-40-10" else recipe | {"steps": 1000}
 
 
 def variants(name: str) -> dict[str, dict[str, Any]]:
-    """Name of a variant to the settings that it changes; `batch` is the batch size."""
+    """Name the variants and the settings that each changes; `batch` is the batch size."""
     base = {**asdict(apd.Config(1, 1)), **recipe_of(name)}
 
     def times(setting: str, factor: float) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def variants(name: str) -> dict[str, dict[str, Any]]:
 
     table: dict[str, dict[str, Any]] = {"recipe": {}}
     for setting in (*WEIGHTS, "lr", *OTHERS[name]):
-        ends_only = name == "residual" and setting in OTHERS[name]  # these runs are the longer ones
+        ends_only = name == "residual" and setting in OTHERS[name]  # these runs take longer
         factors = FACTORS[::3] if ends_only else FACTORS
         table |= {f"{setting} x {factor:g}": times(setting, factor) for factor in factors}
     table |= {f"top_k x {factor:g}": times("top_k", factor) for factor in (0.5, 0.71, 1.41, 2.0)}
@@ -90,7 +90,7 @@ def variants(name: str) -> dict[str, dict[str, Any]]:
 
 
 def settings_of(job: Job) -> dict[str, Any]:
-    """The arguments of `decompose` for a run, its batches at the size that it takes."""
+    """Return the arguments of `decompose` for a run, with its batch size."""
     name, variant, seed = job
     settings = {**recipe_of(name), **variants(name)[variant], "seed": seed}
     batch = settings.pop("batch", settings["batches"].batch_size)
@@ -98,10 +98,10 @@ def settings_of(job: Job) -> dict[str, Any]:
 
 
 def true_positives(target: TMS, components: apd.Components, k: int) -> tuple[float, float]:
-    """Recall and precision of the owners among each sample's k most attributed components.
+    """Compute recall and precision of the owners among each sample's k most attributed components.
 
     The true positives of a sample are its active features whose owner is among them; owners are matched one to one by
-    weights, whether they are good or not.
+    weights, without thresholds.
     """
     owner = apd.metrics.ownership(components, target.mechanisms()).owner
     x = target.data(8192)(0, torch.Generator().manual_seed(777))
@@ -113,7 +113,7 @@ def true_positives(target: TMS, components: apd.Components, k: int) -> tuple[flo
 
 
 def measure(target: TMS | ResidualMLP, components: apd.Components) -> dict[str, Any]:
-    """What is measured with the truth in hand."""
+    """Measure a decomposition against the known mechanisms."""
     if isinstance(target, ResidualMLP):
         own = target.ownership(components)
         extra: dict[str, Any] = {"single_fails": int((single_errors(target, components) > SINGLE_FAILS).sum())}
@@ -133,15 +133,15 @@ def measure(target: TMS | ResidualMLP, components: apd.Components) -> dict[str, 
 
 
 def run(job: Job) -> tuple[list[Row], Tensors]:
-    """Take one target apart with one setting changed."""
+    """Decompose one target with one setting changed."""
     name, _, seed = job
     target, settings = target_of(name, seed), settings_of(job)
-    # The attributions are the trained target's own, not those of the recipe's.
+    # The attributions of the trained target, not of the recipe's untrained one.
     result, seconds = taken_apart(target, settings, attribution=target.attributions)
     x = target.data(4096)(0, torch.Generator().manual_seed(10_000 + seed))
     k = at_progress(result.config.top_k, 1.0)
     if settings["batches"].nonempty:
-        k *= settings["batches"].share_nonempty  # measured on ordinary samples, empty ones too
+        k *= settings["batches"].share_nonempty  # measured on all samples, including empty ones
     errors = apd.metrics.scrubbing(target, result.components, x, k, attribution=target.attributions)
     facts = {
         "seconds": seconds,
@@ -154,7 +154,7 @@ def run(job: Job) -> tuple[list[Row], Tensors]:
 
 
 def stored_settings(job: Job) -> Row:
-    """The settings as they are stored, by which a run is known."""
+    """Return the settings as stored; they identify a run."""
     settings = settings_of(job)
     return numbers(settings, batch=settings["batches"].batch_size)
 

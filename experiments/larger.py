@@ -1,8 +1,8 @@
-"""Makes data/larger.*: a transformer of 270,000 parameters with six tasks, taken apart (chapter 23).
+"""Create data/larger.*: a transformer of 270,000 parameters with six tasks, decomposed (chapter 23).
 
 python -m experiments.larger [--only answer-0 ...] [--processes N]     (two minutes for the target, ten for each run)
 
-One target, of seed 0, rounded to half precision before it is taken apart: all twelve matrices ("answer"), or the
+One target, of seed 0, rounded to half precision before it is decomposed: all twelve matrices ("answer"), or the
 queries and keys alone ("reading"). The seeds are those of the decomposition; the recipes were found on the target of
 seed 100.
 """
@@ -28,7 +28,7 @@ from experiments.experiment import DATA, Row, Rows, Study, Tensors, numbers, tak
 ARRAYS = DATA / "larger.safetensors"
 QUESTIONS = 4096  # for everything that is measured
 RUNS = ("answer-0", "answer-1", "reading-0", "reading-1")
-READING: dict[str, Any] = {  # what differs where queries and keys are taken apart, and nothing else
+READING: dict[str, Any] = {  # changes to the recipe where only queries and keys are decomposed
     "weights": [f"blocks.{i}.{part}.weight" for i in range(2) for part in "qk"],
     "n_components": 12,
     "top_k": 2.0,
@@ -40,13 +40,13 @@ READING: dict[str, Any] = {  # what differs where queries and keys are taken apa
 
 
 def state_of(target: Transformer) -> Tensors:
-    """The target as it is stored, in half precision."""
+    """Return the target's state as it is stored, in half precision."""
     return {f"target.{k}": v.half() if v.is_floating_point() else v for k, v in target.state_dict().items()}
 
 
 @cache
 def stored_target() -> Transformer:
-    """The target, trained now if it is not stored."""
+    """Load the target, or train it if it is not stored."""
     target, tensors = Transformer(seed=0), load_file(ARRAYS) if ARRAYS.exists() else {}
     if not any(name.startswith("target.") for name in tensors):
         tensors = state_of(target.fit(seed=0))
@@ -54,25 +54,25 @@ def stored_target() -> Transformer:
     return target.requires_grad_(False)
 
 
-def short(found: Any) -> Any:
-    """The same with six digits: the data have a budget."""
-    return json.loads(json.dumps(found), parse_float=lambda number: float(f"{float(number):.6g}"))
+def short(results: Any) -> Any:
+    """Round to six digits: the size of the stored data is limited."""
+    return json.loads(json.dumps(results), parse_float=lambda number: float(f"{float(number):.6g}"))
 
 
 def questions(target: Transformer) -> Tensor:
-    """The questions on which everything is measured; no run sees this stream."""
+    """Draw the questions on which everything is measured; no run sees this stream."""
     return target.data(QUESTIONS)(0, torch.Generator().manual_seed(77_000_007))
 
 
 def means(values: Tensor, which: Tensor) -> list[float]:
-    """Means of values [B] over the groups 0, 1, ... that which [B] names."""
+    """Average values [B] over groups: `which` [B] holds each sample's group 0, 1, ..."""
     return [values[which == i].mean().item() for i in range(int(which.max()) + 1)]
 
 
 @torch.no_grad()
 def causal(network: apd.Network, components: apd.Components, x: Tensor, groups: dict[str, Tensor]) -> dict[str, Any]:
     """Take each component out of the target, and run each alone: KL and share of equal answers, [C, groups]."""
-    wanted = network(x)
+    target_outputs = network(x)
     names = [f"{run} {what} by {group}" for group in groups for run in ("out", "alone") for what in ("kl", "right")]
     table: dict[str, list[list[float]]] = {name: [] for name in names}
     for c in range(components.n_components):
@@ -82,7 +82,7 @@ def causal(network: apd.Network, components: apd.Components, x: Tensor, groups: 
             ("out", network(x, components, gates, remainder=True)),
             ("alone", network(x, components, 1 - gates)),
         ):
-            error, right = kl(outputs, wanted), (outputs.argmax(-1) == wanted.argmax(-1)).float()
+            error, right = kl(outputs, target_outputs), (outputs.argmax(-1) == target_outputs.argmax(-1)).float()
             for group, which in groups.items():
                 table[f"{name} kl by {group}"].append(means(error, which))
                 table[f"{name} right by {group}"].append(means(right, which))
@@ -91,12 +91,12 @@ def causal(network: apd.Network, components: apd.Components, x: Tensor, groups: 
 
 @torch.no_grad()
 def scrubbed(network: apd.Network, components: apd.Components, x: Tensor, mask: Tensor) -> dict[str, list[float]]:
-    """KL and share of equal answers: with the active ones, all, some exchanged, some by chance, none."""
+    """Measure KL and share of equal answers with several gates: active, all, scrubbed, exchanged, none."""
     generator = torch.Generator().manual_seed(0)
-    wanted = network(x)
+    target_outputs = network(x)
     coin = (torch.rand(mask.shape, generator=generator) < 0.5).float()
     half = (torch.rand(mask.shape, generator=generator) < 0.5).float()
-    others = mask[torch.randperm(len(mask), generator=generator)]  # the active ones of another question
+    others = mask[torch.randperm(len(mask), generator=generator)]  # the active components of another question
     gates = {
         "active": mask,
         "all": torch.ones_like(mask),
@@ -107,15 +107,18 @@ def scrubbed(network: apd.Network, components: apd.Components, x: Tensor, mask: 
         "none": torch.zeros_like(mask),
     }
     runs = {name: network(x, components, g) for name, g in gates.items()}
-    runs["uniform answer"] = torch.zeros_like(wanted)
+    runs["uniform answer"] = torch.zeros_like(target_outputs)
     return {
-        name: [kl(out, wanted).mean().item(), (out.argmax(-1) == wanted.argmax(-1)).float().mean().item()]
+        name: [
+            kl(out, target_outputs).mean().item(),
+            (out.argmax(-1) == target_outputs.argmax(-1)).float().mean().item(),
+        ]
         for name, out in runs.items()
     }
 
 
 def control(network: apd.Network, components: apd.Components) -> apd.Components:
-    """As many components, of the same ranks, that know nothing of the tasks: singular directions dealt at random."""
+    """Build a control of as many components of the same ranks: singular directions dealt to them at random."""
     generator = torch.Generator().manual_seed(0)
     C, A, B = components.n_components, {}, {}
     for path, weight in network.weights.items():
@@ -130,14 +133,14 @@ def control(network: apd.Network, components: apd.Components) -> apd.Components:
 
 
 def recipe_of(target: Transformer, name: str) -> dict[str, Any]:
-    """The arguments of `decompose` for a run."""
+    """Return the arguments of `decompose` for a run."""
     kind, seed = name.split("-")
     recipe = {**target.recipe, "seed": int(seed)}
     return recipe | READING if kind == "reading" else recipe
 
 
 def run(job: tuple[str]) -> tuple[list[Row], Tensors]:
-    """Take the target apart and measure."""
+    """Decompose the target and measure."""
     (name,), target = job, stored_target()
     recipe = recipe_of(target, name)
     network = apd.Network(target, recipe["weights"], output=last_position)
@@ -178,13 +181,13 @@ def run(job: tuple[str]) -> tuple[list[Row], Tensors]:
 
 
 def settings_of(job: tuple[str]) -> Row:
-    """The settings as they are stored."""
+    """Return the settings as they are stored."""
     recipe = recipe_of(Transformer(seed=0), job[0])
     return numbers(recipe, batch=recipe["batches"].batch_size)
 
 
 def accuracy() -> Row:
-    """How many of each task's questions the target answers."""
+    """Measure the target's accuracy on each task."""
     target = stored_target()
     x = questions(target)
     right = (target(x)[:, -1].argmax(-1) == target.answers(x)).float()

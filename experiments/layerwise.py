@@ -1,10 +1,10 @@
-"""Makes data/layerwise.*: residual MLPs taken apart jointly and layer by layer (chapter 21).
+"""Create data/layerwise.*: residual MLPs decomposed jointly and layer by layer (chapter 21).
 
 python -m experiments.layerwise [--only 20 10-10 50 25-25 runs] [--processes N]     (about 45 minutes of one core)
 python -m experiments.layerwise --only costs --again                                (2 minutes of one core)
 
 Every target is decomposed in up to three ways: jointly, each block (a layer's two weights) alone, and each matrix
-alone. All with the target's recipe, which was found for joint runs. The large targets and their joint decompositions
+alone. All use the target's recipe, which was found for joint runs. The large targets and their joint decompositions
 are those of chapters 8 and 9.
 """
 
@@ -32,14 +32,14 @@ SIZES = {"20": (40, 400, (20,)), "10-10": (40, 400, (10, 10)), "50": (100, 1000,
 LARGE = ("50", "25-25")
 SEEDS = {"20": range(60, 65), "10-10": range(60, 65), "50": range(1), "25-25": range(1)}
 STEPS = {"20": 1500, "10-10": 1500, "50": 4000, "25-25": 4000}
-STORED = "10-10"  # the target of which the components are kept
-COST_STEPS = 40  # of the runs whose time is taken
+STORED = "10-10"  # the target whose components are stored
+COST_STEPS = 40  # of the runs that are timed
 Job = tuple[str, int, str]  # target, seed, way
 
 
 @cache
 def target_of(name: str, seed: int) -> ResidualMLP:
-    """The trained target of a seed; the large ones are stored."""
+    """Train the target of a seed; the large ones are loaded."""
     n_features, d_resid, neurons = SIZES[name]
     target = ResidualMLP(n_features, d_resid, neurons, seed=seed)
     if name not in LARGE:
@@ -52,24 +52,24 @@ def target_of(name: str, seed: int) -> ResidualMLP:
 
 
 def ways_of(name: str) -> list[str]:
-    """With one layer, its block is everything."""
+    """List the ways in which a target is decomposed; with one layer, its block is the whole network."""
     return ["joint"] + (["blocks"] if "-" in name else []) + ["matrices"]
 
 
 def settings_of(name: str) -> dict[str, Any]:
-    """Arguments of `decompose`, without the inputs, the weights and the attributions."""
+    """Return the arguments of `decompose`, without the inputs, the weights and the attributions."""
     recipe = ResidualMLP(*SIZES[name]).recipe
     return {k: v for k, v in recipe.items() if k not in ("batches", "weights", "attribution")} | {"steps": STEPS[name]}
 
 
 def stored_settings(job: Job) -> Row:
-    """The settings as they are stored, by which a run is known."""
+    """Return the settings as stored; they identify a run."""
     name, seed, way = job
     return numbers(settings_of(name), seed=seed, groups=groups_of(len(SIZES[name][2]), way))
 
 
 def joint_of_chapters(name: str, seed: int) -> tuple[apd.Components, float]:
-    """The stored joint decomposition of a large target, and its seconds."""
+    """Load the stored joint decomposition of a large target, and its seconds."""
     tensors, start = load_file(DATA / "residual.safetensors"), f"{name}/{seed}/"
     factors = [
         {p: tensors[f"{start}{p}.{f}"].float() for p in groups_of(len(SIZES[name][2]), "joint")["all"]} for f in "AB"
@@ -80,7 +80,7 @@ def joint_of_chapters(name: str, seed: int) -> tuple[apd.Components, float]:
 
 
 def run(job: Job) -> tuple[list[Row], Tensors]:
-    """Take one target apart in one way, and measure."""
+    """Decompose one target in one way, and measure."""
     name, seed, way = job
     target = target_of(name, seed)
     seconds: dict[str, float] = {}
@@ -106,19 +106,19 @@ def run(job: Job) -> tuple[list[Row], Tensors]:
 
 
 def all_jobs() -> list[Job]:
-    """Every run, one seed of all targets before the next."""
+    """List every run, one seed of all targets before the next."""
     jobs = [(name, seed, way) for name in SIZES for seed in SEEDS[name] for way in ways_of(name)]
     return sorted(jobs, key=lambda job: job[1])
 
 
 def status(field: str) -> float:
-    """Memory of this process in megabytes: VmRSS now, VmHWM at its peak so far."""
+    """Read the memory of this process in megabytes: VmRSS now, VmHWM at its peak so far."""
     (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field + ":")]
     return int(line.split()[1]) / 1024
 
 
 def cost_of(job: tuple[str, str, str]) -> dict[str, float]:
-    """What one group's run costs, in a fresh process: processor time and operations of a step, and peak memory.
+    """Measure one group's run in a fresh process: CPU time and operations of a step, and peak memory.
 
     Args:
         job: target, way, group.
@@ -131,40 +131,35 @@ def cost_of(job: tuple[str, str, str]) -> dict[str, float]:
     flops: list[int] = []
     peak: list[float] = []  # of the steps, without the scoring at the end
 
-    def note(
-        step: int, losses: dict[str, list[float]], components: apd.Components
-    ) -> None:  # at every step of a run as short as this
+    def record(step: int, losses: dict[str, list[float]], components: apd.Components) -> None:  # at every step
         seconds.append(time.process_time())
         flops.append(counter.get_total_flops())
         peak.append(status("VmHWM"))
 
-    tiny = ResidualMLP(4, 8, (2,))  # so that what torch loads at the first step is not counted
+    tiny = ResidualMLP(4, 8, (2,))  # warm-up: what torch loads at the first step is not counted
     apd.decompose(tiny, progress=False, **{**tiny.recipe, "steps": 2})
     before = status("VmRSS")
-    settings |= {"steps": COST_STEPS, "callback": note}
+    settings |= {"steps": COST_STEPS, "callback": record}
     counter = FlopCounterMode(display=False)
     apd.decompose(target, target.recipe["batches"], weights, **settings)
-    cost = {
-        "seconds": float(np.median(np.diff(seconds))),
-        "peak_mb": peak[-1] - before,
-    }  # without the scoring at the end
+    cost = {"seconds": float(np.median(np.diff(seconds))), "peak_mb": peak[-1] - before}
     with counter:
         apd.decompose(target, target.recipe["batches"], weights, **{**settings, "steps": 3})
     return {**cost, "flops": flops[-1] - flops[-2]}
 
 
 def costs() -> dict[str, Any]:
-    """Processor time, operations and memory of every way, on the large targets."""
-    found: dict[str, Any] = {}
+    """Measure CPU time, operations and memory of every way, on the large targets."""
+    results: dict[str, Any] = {}
     for name in LARGE:
-        found[name] = {}
+        results[name] = {}
         for way in ways_of(name):
-            found[name][way] = {}
+            results[name][way] = {}
             for group in groups_of(len(SIZES[name][2]), way):
                 with multiprocessing.get_context("spawn").Pool(1) as fresh:
-                    found[name][way][group] = fresh.apply(cost_of, ((name, way, group),))
-            print(name, way, found[name][way], flush=True)
-    return found
+                    results[name][way][group] = fresh.apply(cost_of, ((name, way, group),))
+            print(name, way, results[name][way], flush=True)
+    return results
 
 
 RUNS = Rows(("target", "seed", "way"), lambda rows: all_jobs(), run, stored_settings)

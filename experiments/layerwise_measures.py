@@ -1,4 +1,4 @@
-"""What chapter 21 reports about a residual MLP that was taken apart, jointly or in groups of weights."""
+"""Measurements of chapter 21 on a residual MLP that was decomposed jointly or in groups of weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SERVED, USES = 0.9, 0.1  # shares of squared errors, see `service`
 
 
 def groups_of(n_layers: int, way: str) -> dict[str, list[str]]:
-    """The groups of weights that a way takes apart alone."""
+    """List the groups of weights that a way decomposes separately."""
     layers = range(n_layers)
     if way == "matrices":
         return {f"{part} {i + 1}": [f"{part}.{i}.weight"] for i in layers for part in ("read", "write")}
@@ -32,7 +32,7 @@ def groups_of(n_layers: int, way: str) -> dict[str, list[str]]:
 
 
 def one_at_a_time(target: ResidualMLP) -> Tensor:
-    """Inputs with one feature on, the same positive values for each: [n_features * VALUES, n_features]."""
+    """Build inputs with one feature on, the same positive values for each: [n_features * VALUES, n_features]."""
     each = torch.arange(target.n_features)
     x = torch.zeros(target.n_features, VALUES, target.n_features)
     x[each, :, each] = torch.rand(VALUES, generator=torch.Generator().manual_seed(5))
@@ -41,7 +41,7 @@ def one_at_a_time(target: ResidualMLP) -> Tensor:
 
 @dataclass(frozen=True)
 class Service:
-    """Who serves which function, function by function [J]; see `service`."""
+    """Which component serves each function, all fields [J]; see `service`."""
 
     part: Tensor
     share: Tensor
@@ -51,15 +51,15 @@ class Service:
 
 @torch.no_grad()
 def service(target: ResidualMLP, components: apd.Components, paths: list[str] | None = None) -> Service:
-    """Which component does a function's work in some weights alone, all other weights being the target's.
+    """Find the component that computes each function in some weights alone, the other weights being the target's.
 
-    With one feature on, the most attributed component runs, and no other in these weights. A function is served if this
-    takes away at least SERVED of the squared output error that there is without any component, and if no other function
-    has the same component. A function uses the weights if without them the error is at least USES of that without all.
+    With one feature on, only the most attributed component runs in these weights. A function is served if this removes
+    at least SERVED of the squared output error without any component, and if no other function has the same component.
+    A function uses the weights if without them the error is at least USES of the error without all weights.
 
     Args:
         target: the network.
-        components: of all weights or some; their attributions choose.
+        components: of all weights or some; their attributions select the component.
         paths: the weights in which they are run; None for all that they have.
     """
     x = one_at_a_time(target)
@@ -68,10 +68,10 @@ def service(target: ResidualMLP, components: apd.Components, paths: list[str] | 
     best = scores.view(target.n_features, VALUES, -1).square().mean(1).argmax(1)  # one component for all values
     part = on_paths(components, paths or components.paths)
     network = apd.Network(target, part.paths)
-    wanted, one = network(x), torch.nn.functional.one_hot(best, components.n_components).bool()
+    target_outputs, one = network(x), torch.nn.functional.one_hot(best, components.n_components).bool()
 
     def error(out: Tensor) -> Tensor:
-        return (out - wanted).square().view(target.n_features, -1).mean(1)
+        return (out - target_outputs).square().view(target.n_features, -1).mean(1)
 
     alone = error(network(x, part, one.repeat_interleave(VALUES, dim=0)))
     off = torch.zeros(len(x), components.n_components, dtype=torch.bool)
@@ -84,12 +84,12 @@ def service(target: ResidualMLP, components: apd.Components, paths: list[str] | 
 
 
 def on_paths(components: apd.Components, paths: list[str]) -> apd.Components:
-    """The components' parts in some weights."""
+    """Restrict components to some weights."""
     return apd.Components({p: components.A[p] for p in paths}, {p: components.B[p] for p in paths})
 
 
 def service_facts(serving: Service) -> dict[str, Any]:
-    """In numbers: functions that use the weights and that are served there, and the mean share of the work."""
+    """Count the functions that use the weights and those served there, and average the share of the work."""
     return {
         "uses": int(serving.uses.sum()),
         "served": int(serving.served.sum()),
@@ -98,7 +98,7 @@ def service_facts(serving: Service) -> dict[str, Any]:
 
 
 def look(target: ResidualMLP, components: apd.Components, mask: Tensor) -> dict[str, Any]:
-    """How many components are in use; of those of one matrix, the mean share that is in its largest input.
+    """Count the components in use; for a single matrix, measure the share that lies in a component's largest input.
 
     The inputs are the features for a matrix that reads the stream, and the neurons for one that writes to it.
     """
@@ -113,7 +113,7 @@ def look(target: ResidualMLP, components: apd.Components, mask: Tensor) -> dict[
 
 
 def whole_facts(target: ResidualMLP, components: apd.Components, x: Tensor) -> dict[str, Any]:
-    """Ownership over all weights, and errors."""
+    """Measure ownership over all weights, and errors."""
     serving = service(target, components)
     k = TOP_K * target.n_features
     errors = apd.metrics.scrubbing(target, components, x, k, attribution=target.attributions)
@@ -127,7 +127,7 @@ def whole_facts(target: ResidualMLP, components: apd.Components, x: Tensor) -> d
 
 
 def joins(clusters: list[list[Member]], owners: Mapping[str, dict[int, int]]) -> dict[str, int]:
-    """How the clusters treat the owners: owners is, by group, component -> function."""
+    """Compare clusters with owners (by group, component -> function): pairs to join, joined, joined rightly."""
     where = {member: i for i, members in enumerate(clusters) for member in members}
     function = {(name, c): f for name, own in owners.items() for c, f in own.items()}
     pairs = [(a, b) for a, b in combinations(function, 2) if function[a] == function[b]]
@@ -137,7 +137,7 @@ def joins(clusters: list[list[Member]], owners: Mapping[str, dict[int, int]]) ->
 
 
 def measure(target: ResidualMLP, parts: dict[str, apd.Components], x: Tensor) -> dict[str, Any]:
-    """Everything that is reported about one way of taking a target apart."""
+    """Measure everything that is reported about one way of decomposing a target."""
     k = TOP_K * target.n_features
     facts: dict[str, Any] = {}
     by_group: dict[str, Any] = {}
@@ -187,7 +187,7 @@ def measure(target: ResidualMLP, parts: dict[str, apd.Components], x: Tensor) ->
 def seen_by_group(
     target: ResidualMLP, components: apd.Components, groups: dict[str, list[str]], x: Tensor
 ) -> dict[str, Any]:
-    """A joint decomposition through the eyes of the groups: ownership there, error with the other weights intact."""
+    """Measure a joint decomposition group by group: ownership there, error with the other weights intact."""
     everything = apd.Network(target, target.weights)
     mask = apd.selection.batch_top_k(target.attributions(everything, components, x), TOP_K * target.n_features).bool()
     facts = {}

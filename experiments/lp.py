@@ -1,10 +1,10 @@
-"""Makes data/lp.json: TMS taken apart with the L_p form of APD, which has no top-k (chapter 17).
+"""Create data/lp.json: TMS decomposed with the L_p form of APD, which has no top-k (chapter 17).
 
 python -m experiments.lp [--only grid | runs | large] [--processes N]     (a few minutes of one core)
 
 All targets and restarts of a setting are one batch of tensors. The settings were chosen on target seeds 100, 102 and
 103 (101 does not represent one of its features), for TMS 40-10 on seed 100. They are reported on the targets of
-data/tms.safetensors: seeds 10 to 19, and 20 to 29 for TMS 40-10, one start each.
+data/tms.safetensors: seeds 10 to 19, and 20 to 29 for TMS 40-10, one restart each.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 import apd_minimal as apd
@@ -27,13 +28,13 @@ TRIED_ON, REPORTED, REPORTED_LARGE = (100, 102, 103), range(10, 20), range(20, 3
 RESTARTS = 4
 USUAL: dict[str, Any] = {
     "attribution_p": 0.9,
-    "attribution_p_start": None,  # the power to start from, if it falls to attribution_p by mid-run
+    "attribution_p_start": None,  # initial power, if it decreases to attribution_p by mid-run
     "rank_p": 0.9,
     "faithfulness": 1.0,
     "minimality": 0.3,
     "simplicity": 0.1,
-    "minimality_to_the_end": False,  # else the last stage has faithfulness alone
-    "divide_by": None,  # each sample's attributions: by "target", that of the whole target, or "length", their own
+    "minimality_to_the_end": False,  # otherwise the last stage has only faithfulness
+    "divide_by": None,  # each sample's attributions: by the whole target's ("target") or by their own length ("length")
     "sparse": 0.0,
     "threshold": 0.3,
     "n_components": 8,
@@ -83,44 +84,44 @@ GRIDS: dict[str, tuple[dict[str, Any], Pairs, Pairs]] = {
 
 
 def signed(P: Tensor, W: Tensor, b: Tensor, x: Tensor) -> Tensor:
-    """Signed attributions [T, R, B, C, n] of P [T, R, C, n, d] at targets W [T, n, d], b [T, n], for x [B, n]."""
-    n_components, n, d = P.shape[2:]
+    """Compute signed attributions [T, R, B, C, n] of P [T, R, C, n, d] at W [T, n, d], b [T, n], for x [B, n]."""
+    n_components, n = P.shape[2:4]
     hidden = x @ W
     on = (hidden @ W.mT + b[:, None] > 0).to(x)  # [T, B, n]
-    meets = torch.cat([x.expand(len(W), -1, -1), hidden], dim=2)
-    moves = torch.cat([P @ W.mT[:, None, None], P.mT], dim=3)  # [T, R, C, n + d, n]
-    flat = moves.permute(0, 1, 3, 2, 4).reshape(*P.shape[:2], n + d, -1)
-    return (meets[:, None] @ flat).unflatten(-1, (n_components, n)) * on[:, None, :, None]
+    rows = torch.cat([x.expand(len(W), -1, -1), hidden], dim=2)
+    effects = torch.cat([P @ W.mT[:, None, None], P.mT], dim=3)  # [T, R, C, n + d, n]
+    flat = rearrange(effects, "t r c i o -> t r i (c o)")
+    return (rows[:, None] @ flat).unflatten(-1, (n_components, n)) * on[:, None, :, None]
 
 
 def sparse_outputs(P: Tensor, b: Tensor, x: Tensor, mask: Tensor) -> Tensor:
-    """Outputs [T, R, B, n] of the components in the mask [T, R, B, C] alone."""
+    """Compute outputs [T, R, B, n] of the components in the mask [T, R, B, C] alone."""
     n_components, n, d = P.shape[2:]
-    every = (x @ P.transpose(2, 3).flatten(3)).unflatten(-1, (n_components, d))  # [T, R, B, C, d]
-    hidden = (every * mask[..., None]).sum(3)
-    back = hidden @ P.permute(0, 1, 4, 2, 3).flatten(3)
+    by_component = (x @ rearrange(P, "t r c n d -> t r n (c d)")).unflatten(-1, (n_components, d))  # [T, R, B, C, d]
+    hidden = (by_component * mask[..., None]).sum(3)
+    back = hidden @ rearrange(P, "t r c n d -> t r d (c n)")
     out = (back.unflatten(-1, (n_components, n)) * mask[..., None]).sum(3)
     return torch.relu(out + b[:, None, None])
 
 
 def start(W: Tensor, s: dict[str, Any], restarts: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Factors [T, R, C, n, d] and [T, R, C, d, d]: random, or the truth and small spare components."""
+    """Draw factors [T, R, C, n, d] and [T, R, C, d, d]: random, or the truth and small spare components."""
     (n_targets, n, d), C = W.shape, s["n_components"]
     A = s["std"] * torch.randn(n_targets, restarts, C, n, d, generator=generator)
     B = s["std"] * torch.randn(n_targets, restarts, C, d, d, generator=generator)
     if s["start"] == "truth":
         truth = torch.diag_embed(torch.ones(n))[:, :, None] * W[:, None]  # [T, n, n, d]
         own = apd.Components.from_matrices({PATH: truth.flatten(0, 1)})
-        for factor, given in ((A, own.A[PATH]), (B, own.B[PATH])):
+        for factor, truth_factor in ((A, own.A[PATH]), (B, own.B[PATH])):
             factor[:, :, :n] *= 0.1
-            factor[:, :, :n] += given.unflatten(0, (n_targets, n))[:, None]
+            factor[:, :, :n] += truth_factor.unflatten(0, (n_targets, n))[:, None]
     return A.requires_grad_(), B.requires_grad_()
 
 
 def train(W: Tensor, b: Tensor, s: dict[str, Any], minimality: Tensor, simplicity: Tensor, seed: int = 0) -> Tensor:
-    """Components [T, R, C, n, d], all trained at once; the weights of two losses [R] may differ between restarts.
+    """Train components [T, R, C, n, d] all at once; the weights of two losses [R] may differ between restarts.
 
-    The last 30% of the steps are without simplicity, as in chapter 6, and without minimality unless it is to stay.
+    The last 30% of the steps are without simplicity, as in chapter 6, and without minimality unless `s` keeps it.
     """
     generator = torch.Generator().manual_seed(seed)
     A, B = start(W, s, len(minimality), generator)
@@ -149,8 +150,8 @@ def train(W: Tensor, b: Tensor, s: dict[str, Any], minimality: Tensor, simplicit
             loss = loss + (simplicity * (powers.mean(2) * price).sum(-1)).sum() / n_entries
         if s["sparse"]:
             mask = (squares >= s["threshold"] ** 2 * squares.amax(-1, keepdim=True)).to(x)
-            wanted = torch.relu(x @ W @ W.mT + b[:, None])
-            errors = (sparse_outputs(P, b, x, mask) - wanted[:, None]).square()
+            target_outputs = torch.relu(x @ W @ W.mT + b[:, None])
+            errors = (sparse_outputs(P, b, x, mask) - target_outputs[:, None]).square()
             loss = loss + s["sparse"] * errors.mean((-1, -2)).sum()
         optimiser.zero_grad()
         loss.backward()
@@ -159,13 +160,13 @@ def train(W: Tensor, b: Tensor, s: dict[str, Any], minimality: Tensor, simplicit
 
 
 def stacked(targets: list[apd.targets.TMS]) -> tuple[Tensor, Tensor]:
-    """Their matrices [T, n, d] and biases [T, n]."""
+    """Stack the targets' matrices [T, n, d] and biases [T, n]."""
     return torch.stack([t.encode.weight.detach().T for t in targets]), torch.stack([t.bias.detach() for t in targets])
 
 
 @torch.no_grad()
 def measure(target: apd.targets.TMS, P: Tensor, k: float) -> dict[str, Any]:
-    """Ownership of P [C, n, d], and its errors with the k most attributed components per sample that is not empty."""
+    """Measure ownership of P [C, n, d], and its errors with the k most attributed components per nonempty sample."""
     components = apd.Components({PATH: P}, {PATH: torch.eye(P.shape[-1]).expand(len(P), -1, -1)})
     own = apd.metrics.ownership(components, target.mechanisms())
     W, b = stacked([target])
@@ -173,9 +174,9 @@ def measure(target: apd.targets.TMS, P: Tensor, k: float) -> dict[str, Any]:
     scores = signed(P[None, None], W, b, x).square().mean(-1)
     mask = batch_top_k(scores[0, 0], k)[None, None]
     coin = (torch.rand(mask.shape, generator=torch.Generator().manual_seed(2)) < 0.5).to(x)
-    wanted = target(x)
+    target_outputs = target(x)
     errors = [
-        float((sparse_outputs(P[None, None], b, x, m)[0, 0] - wanted).square().mean())
+        float((sparse_outputs(P[None, None], b, x, m)[0, 0] - target_outputs).square().mean())
         for m in (mask, torch.maximum(mask, coin))
     ]
     norms = components.norms()
@@ -192,58 +193,58 @@ def measure(target: apd.targets.TMS, P: Tensor, k: float) -> dict[str, Any]:
 
 
 def k_of() -> float:
-    """The paper's k, per sample that is not empty."""
+    """Return the paper's k, per nonempty sample."""
     return 0.211 / apd.targets.TMS(5, 2).data(nonempty=True).share_nonempty
 
 
 @cache
 def tried_on(seed: int) -> apd.targets.TMS:
-    """A target that nothing is reported on."""
+    """Train a target that is used for the search only, not reported."""
     return apd.targets.TMS(5, 2).fit(seed=seed)
 
 
 def tune(job: tuple[str, tuple[float, float]]) -> tuple[list[Row], Tensors]:
-    """Two powers of a grid, with all weights, on the targets that nothing is reported on."""
+    """Try two powers of a grid, with all weights, on the search targets."""
     kind, (first, second) = job
     extra, _, weights = GRIDS[kind]
     targets = list(map(tried_on, TRIED_ON))
     minimality, simplicity = (torch.tensor(w) for w in zip(*weights, strict=True))
     s = USUAL | extra | {"attribution_p": first, "rank_p": second}
-    found = train(*stacked(targets), s, minimality, simplicity)
+    trained = train(*stacked(targets), s, minimality, simplicity)
     grid = [
         {"weights": weight, "seed": seed, **measure(target, own, k_of())}
-        for target, seed, every in zip(targets, TRIED_ON, found, strict=True)
+        for target, seed, every in zip(targets, TRIED_ON, trained, strict=True)
         for weight, own in zip(weights, every, strict=True)
     ]
     return grid, {}
 
 
 def report(job: tuple[str]) -> tuple[list[Row], Tensors]:
-    """A setting on the ten targets of TMS 5-2."""
+    """Run a setting on the ten targets of TMS 5-2."""
     targets = [stored_target("tms-5-2", seed) for seed in REPORTED]
-    s, begun = settings_of(job), time.process_time()
+    s, start_time = settings_of(job), time.process_time()
     every = torch.ones(RESTARTS)
-    found = train(*stacked(targets), s, s["minimality"] * every, s["simplicity"] * every, seed=1)
-    seconds = round((time.process_time() - begun) / len(targets), 2)
+    trained = train(*stacked(targets), s, s["minimality"] * every, s["simplicity"] * every, seed=1)
+    seconds = round((time.process_time() - start_time) / len(targets), 2)
     rows = [
         {"seed": seed, "seconds": seconds, "restarts": [measure(target, own, k_of()) for own in P]}
-        for target, seed, P in zip(targets, REPORTED, found, strict=True)
+        for target, seed, P in zip(targets, REPORTED, trained, strict=True)
     ]
     return rows, {}
 
 
 def report_large(job: tuple[str, int]) -> tuple[list[Row], Tensors]:
-    """The relative form on a target of TMS 40-10."""
+    """Run the relative form on a target of TMS 40-10."""
     target, s = stored_target("tms-40-10", job[1]), USUAL | LARGE_TARGET
-    begun, one = time.process_time(), torch.ones(1)
-    found = train(*stacked([target]), s, s["minimality"] * one, s["simplicity"] * one, seed=1)
-    seconds = round(time.process_time() - begun, 1)
-    row = measure(target, found[0, 0], apd.targets.TMS(40, 10).data(nonempty=True).mean_active)
+    start_time, one = time.process_time(), torch.ones(1)
+    trained = train(*stacked([target]), s, s["minimality"] * one, s["simplicity"] * one, seed=1)
+    seconds = round(time.process_time() - start_time, 1)
+    row = measure(target, trained[0, 0], apd.targets.TMS(40, 10).data(nonempty=True).mean_active)
     return [{"seconds": seconds, "restarts": [row]}], {}
 
 
 def settings_of(job: tuple[str]) -> Row:
-    """The settings of a setting by name."""
+    """Look up a setting by name."""
     return USUAL | REPORTED_SETTINGS[job[0]]
 
 

@@ -1,14 +1,13 @@
-"""Makes data/merging.*: runs that start with four times too many components, merged or not (chapter 20).
+"""Create data/merging.*: runs that start with four times too many components, merged or not (chapter 20).
 
 python -m experiments.merging [--only tms-5-2 | tms-40-10] [--processes N]     (about 25 minutes on one core)
 
-Each target is taken apart by its recipe with C four times its number of features: merging by description length, by
-cosine as in the recipe, or not at all; and TMS 5-2 on three seeds, with two starts, with other alphas, with merging
-from the first moments on, and with two features that always come together. Afterwards, each result is shortened by
-description length with each alpha. The alpha that counts, 4, was fixed before any run: log2 of the 20 components to
-start with is 4.3, so that a unit of rank costs about as much as a name. TMS 40-10 has batches of 128, one start, and
-merging by bits from 40% of a run on (on seed 100 that was better than from the first moments, which is shown too); it
-is also run with the largest alpha.
+Each target is decomposed by its recipe with C four times its number of features: merging by description length, by
+cosine as in the recipe, or not at all; and TMS 5-2 on three seeds, with two restarts, with other alphas, with merging
+from the start, and with two features that are always on together. Afterwards, each result is shortened by description
+length with each alpha. The main alpha, 4, was fixed before any run: log2 of the initial 20 components is 4.3, so that a
+rank costs about as much as an index. TMS 40-10 has batches of 128, one restart, and merging by bits from 40% of a run
+on (on seed 100 this was better than from the start, which is shown too); it is also run with the largest alpha.
 """
 
 from __future__ import annotations
@@ -32,13 +31,13 @@ SEEDS = {"tms-5-2": range(60, 70), "tms-40-10": range(60, 62)}
 FEW = range(60, 63)
 ALPHA, ALPHAS = 4.0, (0.5, 1.0, 2.0, 4.0, 8.0)
 MAIN = {"bits": ALPHA, "cosine": None, "none": None}
-TIMES = 4  # as many components as features
+TIMES = 4  # components per feature
 Job = tuple[str, str, float | None, int]  # target, rule, alpha in training, seed
 
 
 @dataclass(frozen=True)
 class Paired:
-    """Batches [B, 5] that are never empty, in which features 0 and 1 always come together, with values of their own."""
+    """Batches [B, 5] of nonempty samples, in which features 0 and 1 are always on together, with independent values."""
 
     batch_size: int
 
@@ -49,7 +48,7 @@ class Paired:
 
 
 def jobs(name: str) -> list[Job]:
-    """The runs on one target."""
+    """List the runs on one target."""
     every: list[Job] = [(name, rule, alpha, seed) for rule, alpha in MAIN.items() for seed in SEEDS[name]]
     if name == "tms-40-10":
         every += [(name, "bits", ALPHAS[-1], seed) for seed in SEEDS[name]]
@@ -65,12 +64,12 @@ def jobs(name: str) -> list[Job]:
 
 @cache
 def target_of(name: str, seed: int) -> TMS:
-    """The trained target of a seed."""
+    """Train the target of a seed."""
     return TMS(*SIZES[name]).fit(seed=seed)
 
 
 def settings_of(job: Job) -> dict[str, Any]:
-    """The arguments of `decompose` for a run."""
+    """Return the arguments of `decompose` for a run."""
     name, rule, alpha, seed = job
     target = TMS(*SIZES[name])
     settings = target.recipe | {"n_components": TIMES * target.n_features, "seed": 1000 + seed, "alpha": alpha}
@@ -78,7 +77,7 @@ def settings_of(job: Job) -> dict[str, Any]:
         settings |= {"restarts": 2}
     if name == "tms-40-10":
         settings |= {"batches": replace(settings["batches"], batch_size=128), "restarts": 1}
-        if rule == "bits":  # as for the smaller size: components have found their directions by then
+        if rule == "bits":  # as for the smaller size: by then, components have found their directions
             settings |= {"tidy_from": 0.4, "reseed_until": 0.65}
     if rule == "none":
         settings |= {"tidy_every": 0.0}
@@ -90,24 +89,24 @@ def settings_of(job: Job) -> dict[str, Any]:
 
 
 def stored_settings(job: Job) -> Row:
-    """The settings as they are stored, by which a run is known."""
+    """Return the settings as stored; they identify a run."""
     settings = settings_of(job)
     return numbers(settings, batch=settings["batches"].batch_size)
 
 
 def n_left(components: apd.Components) -> Any:
-    """How many components are not zero, a number or one for each restart."""
+    """Count the nonzero components: a number, or one for each restart."""
     return (components.norms() > 0).sum(-1).tolist()
 
 
 def facts_of(target: TMS, components: apd.Components, x: Tensor, k: float) -> dict[str, Any]:
-    """What there is to say of some components: how many, whose, how wrong, how long to describe."""
+    """Measure components: number, ownership, errors, description length."""
     own = apd.metrics.ownership(components, target.mechanisms())
     network = apd.Network(target, target.weights)
     k = min(k, components.n_components)
     errors = apd.metrics.scrubbing(target, components, x, k)
-    there = components.subset((components.norms() > 0).nonzero().flatten().tolist())  # zeros have no name
-    mask = apd.selection.batch_top_k(apd.attributions.gradient(network, there, x), min(k, there.n_components))
+    nonzero = components.subset((components.norms() > 0).nonzero().flatten().tolist())  # zeros have no name
+    mask = apd.selection.batch_top_k(apd.attributions.gradient(network, nonzero, x), min(k, nonzero.n_components))
     return {
         "left": n_left(components),
         "owned": int(own.owned.sum()),
@@ -115,15 +114,15 @@ def facts_of(target: TMS, components: apd.Components, x: Tensor, k: float) -> di
         "relative_faithfulness": apd.metrics.relative_faithfulness(components, network.weights).item(),
         "top_k": errors.top_k.mean().item(),
         "scrubbed": errors.scrubbed.mean().item(),
-        "bits": apd.metrics.description_length(there, mask, ALPHA).item(),
+        "bits": apd.metrics.description_length(nonzero, mask, ALPHA).item(),
         "factor_bytes": sum(t.numel() * t.element_size() for t in components.parameters()),
     }
 
 
 def peak_bytes(job: Job, n_components: int) -> int:
-    """Most memory that tensors take up in one step of a run with so many components: gradients, not what stays.
+    """Measure the peak memory of tensors in one step of a run with so many components: gradients and temporaries only.
 
-    What stays between steps are factors and Adam's two moments, three times the bytes of the factors.
+    Between steps, factors and Adam's two moments are kept: three times the bytes of the factors.
     """
     settings = settings_of(job)
     k = settings["top_k"][0][1]
@@ -135,15 +134,15 @@ def peak_bytes(job: Job, n_components: int) -> int:
         run.advance()
     assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = most = 0
+    current = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return most
+        current += event.nbytes()
+        peak = max(peak, current)
+    return peak
 
 
 def run(job: Job) -> tuple[list[Row], Tensors]:
-    """Take one target apart; what there is to say, and the tensors."""
+    """Decompose one target; return measurements and tensors."""
     name, _, _, seed = job
     target, settings = target_of(name, seed), settings_of(job)
     left: list[Any] = []

@@ -1,9 +1,8 @@
-"""Makes data/parallel.json, runs on several processes (chapter 22): the same result, seconds, memory, messages.
+"""Create data/parallel.json, runs on several processes (chapter 22): equal results, seconds, memory, messages.
 
 python -m experiments.parallel [--only runs | times] [--again]     (about 6 minutes of both cores)
 
-Leave the machine alone meanwhile. The same script is what torchrun starts on every rank: --rank says which part of the
-work it does.
+Run nothing else meanwhile. torchrun starts the same script on every rank: --rank selects the part of the work.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from apd_minimal.scale import processes
 from apd_minimal.targets import TMS
 from experiments.experiment import DATA, Row, Study
 
-MESHES = ((1, 1), (2, 1), (1, 2), (2, 2))  # ranks along data, along components
+MESHES = ((1, 1), (2, 1), (1, 2), (2, 2))  # ranks along data, ranks along components
 TIMED = ((1, 1), (2, 1), (1, 2))  # no more processes than cores
 SEEDS = (0, 1)
 WIDTHS = (256, 1024, 1024, 32)
@@ -41,7 +40,7 @@ BATCH, WARM_UP, STEPS = 256, 3, 10
 
 
 def perceptron() -> nn.Sequential:
-    """1.3 million weights, drawn: what a step costs does not depend on what they are."""
+    """Draw a network of 1.3 million weights: what a step costs does not depend on their values."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         layers = [nn.Linear(d, e) for d, e in pairwise(WIDTHS)]
@@ -49,16 +48,16 @@ def perceptron() -> nn.Sequential:
 
 
 def inputs(step: int, generator: torch.Generator) -> Tensor:
-    """Dense inputs."""
+    """Draw dense inputs."""
     return torch.randn(BATCH, WIDTHS[0], generator=generator)
 
 
 class Enough(BaseException):
-    """Ends a run whose steps were timed."""
+    """Ends a run after the timed steps."""
 
 
 def decomposer(n_ranks: int, components: int) -> Callable[..., apd.Decomposition]:
-    """`decompose`, on these ranks or alone."""
+    """Return `decompose`, on these ranks or alone."""
     if n_ranks == 1:
         return apd.decompose
     mesh = processes.mesh(components)
@@ -66,35 +65,38 @@ def decomposer(n_ranks: int, components: int) -> Callable[..., apd.Decomposition
 
 
 def same(n_ranks: int, components: int, seed: int, folder: Path) -> dict[str, Any]:
-    """A whole run on TMS 5-2, whose components are compared with those of one process as it goes on."""
+    """Run on TMS 5-2, and compare the components with those of one process along the run."""
     target = TMS().fit(seed=seed)
     ranks = processes.Ranks(None if n_ranks == 1 else processes.mesh(components)["components"])
-    seen: dict[str, Tensor] = {}
+    snapshots: dict[str, Tensor] = {}
 
-    def watch(step: int, losses: dict[str, list[float]], own: apd.Components) -> None:
+    def record(step: int, losses: dict[str, list[float]], own: apd.Components) -> None:
         for i, t in enumerate(own.parameters()):
             columns = [len(part) for part in torch.arange(target.recipe["n_components"]).tensor_split(ranks.size)]
-            seen[f"{step}.{i}"] = ranks.join(t, 1, columns).clone()
+            snapshots[f"{step}.{i}"] = ranks.join(t, 1, columns).clone()
 
     start = time.perf_counter()
-    settings = {**target.recipe, "seed": seed, "progress": False, "callback": watch}
+    settings = {**target.recipe, "seed": seed, "progress": False, "callback": record}
     result = decomposer(n_ranks, components)(target, **settings)
     seconds = time.perf_counter() - start
     file = folder / f"seed-{seed}"
     if n_ranks == 1:
-        store.write_tensors(file, "seen", seen, {})
+        store.write_tensors(file, "seen", snapshots, {})
     expected = store.read_tensors(file, "seen")[0]
-    steps = sorted({int(name.split(".")[0]) for name in seen})
-    away = [max(float((seen[f"{s}.{i}"] - expected[f"{s}.{i}"]).abs().max()) for i in range(2)) for s in steps]
+    steps = sorted({int(name.split(".")[0]) for name in snapshots})
+    differences = [
+        max(float((snapshots[f"{s}.{i}"] - expected[f"{s}.{i}"]).abs().max()) for i in range(2)) for s in steps
+    ]
     own = apd.metrics.ownership(result.components, target.mechanisms())
     return {
-        "seed": seed, "steps": steps, "difference": away, "largest": max(float(t.abs().max()) for t in seen.values()),
+        "seed": seed, "steps": steps, "difference": differences,
+        "largest": max(float(t.abs().max()) for t in snapshots.values()),
         "owned": int(own.owned.sum()), "score": min(result.scores), "chosen": result.chosen, "seconds": seconds,
     }  # fmt: skip
 
 
 class Talk(TorchDispatchMode):
-    """Counts the collectives, and the bytes that this rank gives to each kind of them."""
+    """Count collectives, and the bytes that this rank sends, for each kind of them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,7 +104,7 @@ class Talk(TorchDispatchMode):
         self.bytes: Counter[str] = Counter()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Every operation passes here."""
+        """Count an operation if it is a collective, and run it."""
         if function.namespace == "_c10d_functional" and function.__name__.startswith("all_"):
             name = function.__name__.split(".")[0]
             self.messages[name] += 1
@@ -111,12 +113,12 @@ class Talk(TorchDispatchMode):
 
 
 def steps(n_ranks: int, components: int, n: int) -> list[float]:
-    """When each of n steps began, and the last one ended."""
+    """Time n steps: when each began, and when the last one ended."""
     times: list[float] = []
 
     def source(step: int, generator: torch.Generator) -> Tensor:
         times.append(time.perf_counter())
-        if len(times) == n + 2:  # it is asked once more before the first, when the network is checked
+        if len(times) == n + 2:  # one more batch is drawn before the first step, to check the network
             raise Enough
         return inputs(step, generator)
 
@@ -130,7 +132,7 @@ def steps(n_ranks: int, components: int, n: int) -> list[float]:
 
 
 def timed(n_ranks: int, components: int) -> dict[str, Any]:
-    """Seconds of a step, peak memory of a rank, and what its ranks tell each other in a step."""
+    """Measure seconds of a step, peak memory of a rank, and the messages of a step."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     seconds = sorted(b - a for a, b in pairwise(steps(n_ranks, components, WARM_UP + STEPS)[WARM_UP:]))
     megabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
@@ -150,39 +152,39 @@ def timed(n_ranks: int, components: int) -> dict[str, Any]:
 
 
 def rank(what: str, components: int, folder: Path) -> None:
-    """What one of the ranks does; the first one writes."""
+    """Do the work of one rank; the first one writes the results."""
     torch.set_num_threads(1)
     n_ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if n_ranks > 1:
         processes.mesh(components)
     jobs = [same(n_ranks, components, seed, folder) for seed in SEEDS] if what == "same" else []
-    found = jobs or timed(n_ranks, components)
+    results = jobs or timed(n_ranks, components)
     if n_ranks == 1 or dist.get_rank() == 0:
-        (folder / "found.json").write_text(json.dumps(found))
+        (folder / "found.json").write_text(json.dumps(results))
     if n_ranks > 1:
         dist.barrier()
         dist.destroy_process_group()
 
 
 def start(what: str, n_data: int, components: int, folder: Path) -> Any:
-    """Start the ranks, wait, read what the first one wrote."""
+    """Start the ranks, wait, and read the results of the first one."""
     n = n_data * components
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)] if n > 1 else []
     command = [sys.executable, *launcher, "-m", "experiments.parallel", "--rank", what, str(components), str(folder)]
     subprocess.run(command, check=True, cwd=DATA.parent, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    found = json.loads((folder / "found.json").read_text())
-    print(what, n_data, components, json.dumps(found)[:300], flush=True)
-    return found
+    results = json.loads((folder / "found.json").read_text())
+    print(what, n_data, components, json.dumps(results)[:300], flush=True)
+    return results
 
 
 def times() -> list[Row]:
-    """What a step costs on each mesh."""
+    """Measure what a step costs on each mesh."""
     with tempfile.TemporaryDirectory() as folder:
         return [{"data": d, "components": c, **start("timed", d, c, Path(folder))} for d, c in TIMED]
 
 
 def runs() -> list[Row]:
-    """Whole runs on each mesh; one process is first, with which the others are compared."""
+    """Do whole runs on each mesh; the first is one process, with which the others are compared."""
     with tempfile.TemporaryDirectory() as folder:
         return [{"data": d, "components": c, **r} for d, c in MESHES for r in start("same", d, c, Path(folder))]
 

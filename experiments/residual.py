@@ -1,4 +1,4 @@
-"""Makes data/residual.*: residual MLPs, compressed computation (chapter 8), two and three layers (chapter 9).
+"""Create data/residual.*: residual MLPs, compressed computation (chapter 8), two and three layers (chapter 9).
 
 python -m experiments.residual [--only 50 | 25-25 | 17-17-16 | noise]     (about 5 minutes of one core for each run)
 
@@ -35,7 +35,7 @@ SINGLE_FAILS = 2e-4
 
 
 def single_errors(target: ResidualMLP, components: apd.Components, n_values: int = 200) -> torch.Tensor:
-    """Mean squared error with one feature on and the most attributed component alone: [n_features]."""
+    """Compute mean squared errors with one feature on and its most attributed component alone: [n_features]."""
     values = 2 * torch.rand(n_values, generator=torch.Generator().manual_seed(5)) - 1
     x = torch.zeros(target.n_features, n_values, target.n_features)
     x[torch.arange(target.n_features), :, torch.arange(target.n_features)] = values
@@ -47,7 +47,7 @@ def single_errors(target: ResidualMLP, components: apd.Components, n_values: int
 
 
 def measure(target: ResidualMLP, components: apd.Components) -> dict[str, Any]:
-    """Everything that is reported, on inputs that no run has seen."""
+    """Measure everything that is reported, on inputs that no run has seen."""
     own = target.ownership(components)
     strict = target.ownership(components, 0.99, (0.9, 1.1), 0.98)
     x = target.data(4096)(0, torch.Generator().manual_seed(12_345))
@@ -66,7 +66,7 @@ def measure(target: ResidualMLP, components: apd.Components) -> dict[str, Any]:
 
 
 def run(job: tuple[str, int]) -> tuple[list[Row], Tensors]:
-    """Train one target, take it apart, measure."""
+    """Train one target, decompose it, measure."""
     name, seed = job
     start = time.process_time()
     target = ResidualMLP(neurons=SIZES[name], seed=seed).fit(seed=seed)
@@ -84,9 +84,9 @@ def run(job: tuple[str, int]) -> tuple[list[Row], Tensors]:
 
 
 def noisy(noise: float, seed: int) -> ResidualMLP:
-    """A residual MLP whose embedding has W_E W_E^T = 1 + noise (W_E' W_E'^T - 1), W_E' that of the usual target.
+    """Create a residual MLP with W_E W_E^T = 1 + noise (W_E' W_E'^T - 1), where W_E' is the usual target's embedding.
 
-    At 1 it computes what the usual target can; at 0 the features are orthogonal.
+    At noise 1 the inner products are those of the usual target; at 0 the features are orthogonal.
     """
     usual = ResidualMLP(seed=seed).embedding
     eye = torch.eye(len(usual))
@@ -96,7 +96,7 @@ def noisy(noise: float, seed: int) -> ResidualMLP:
 
 
 def noise_run(job: tuple[float, int]) -> tuple[list[Row], Tensors]:
-    """Train a target with more or less noise in its stream; compare it with solutions that do not superpose."""
+    """Train a target with more or less noise in its stream; compare it with solutions without superposition."""
     noise, seed = job
     target = noisy(noise, seed).fit(seed=seed)
     x = target.data(200_000)(0, torch.Generator().manual_seed(99))
@@ -110,7 +110,7 @@ def noise_run(job: tuple[float, int]) -> tuple[list[Row], Tensors]:
 
 
 def by_seed(job: tuple[float, int]) -> tuple[int, float]:
-    """One seed after the other."""
+    """Sort by seed first."""
     return job[1], job[0]
 
 

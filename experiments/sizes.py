@@ -1,7 +1,7 @@
-"""Remake data/sizes.json: which settings own every feature of a TMS, from 3-2 to 60-15 (`TMS.recipe`, chapter 7).
+"""Create data/sizes.json: which settings own every feature of a TMS, from 3-2 to 60-15 (`TMS.recipe`, chapter 7).
 
-Settings were tried on target seeds from 7100 up; what is reported was run once, on seeds from 7200 up. Every run is
-kept, also those that failed; those on a GPU were entered by hand. One thread; a run takes 5 s (3-2) to some minutes
+Settings were tried on target seeds from 7100 up; the reported runs were done once, on seeds from 7200 up. Every run is
+kept, including those that failed; runs on a GPU were entered by hand. One thread; a run takes 5 s (3-2) to some minutes
 (60-15). For example
 `python -m experiments.sizes --sizes 7-3 20-6 --seeds 7100 7101 --settings gentle "in proportion to 5-2"`.
 """
@@ -23,14 +23,14 @@ FILE = Path(__file__).resolve().parent.parent / "data" / "sizes.json"
 
 
 def large(n: int, **other: Any) -> dict[str, Any]:
-    """The recipe of 40-10 for n features, with k and C in proportion, and what is to differ from it."""
+    """Scale the recipe of 40-10 to n features, k and C in proportion, and apply changes."""
     top_k = ((0.0, 0.045 * n), (0.7, 0.045 * n), (0.701, 0.1 * n))
     own = {"n_components": 3 * n // 2, "top_k": top_k, "rank": 4, "faithfulness": 1.0, "steps": 1500, "restarts": 2}
     return own | other
 
 
 def small(n: int, **other: Any) -> dict[str, Any]:
-    """The recipe of 5-2 for n features, with k and C in proportion, and what is to differ from it."""
+    """Scale the recipe of 5-2 to n features, k and C in proportion, and apply changes."""
     model = apd.targets.TMS(5, 2)
     own = {k: v for k, v in model.recipe.items() if k not in ("batches", "weights")}
     before, after = (apd.targets.TMS(m, 2).data(1).share_nonempty for m in (5, n))
@@ -43,7 +43,7 @@ def small(n: int, **other: Any) -> dict[str, Any]:
 
 
 def sparse(n: int, share_of_mean: float) -> dict[str, Any]:
-    """As `small`, with k for most of the run this share of the mean number of active features (5-2 has 0.84)."""
+    """Change `small`: k for most of the run is this share of the mean number of active features (5-2 has 0.84)."""
     own = small(n)
     mean = apd.targets.TMS(n, 2).data(1, nonempty=True).mean_active
     top_k = ((0.0, share_of_mean * mean), (0.7, share_of_mean * mean), own["top_k"][-1])
@@ -51,12 +51,12 @@ def sparse(n: int, share_of_mean: float) -> dict[str, Any]:
 
 
 def gentle(n: int, **other: Any) -> dict[str, Any]:
-    """As `large`, with a weaker simplicity loss and more components."""
+    """Change `large`: a weaker simplicity loss and more components."""
     return large(n, **({"n_components": 3 * n, "simplicity": ((0.0, 20.0), (0.7, 0.0))} | other))
 
 
 def less(n: int, share: float) -> tuple[tuple[float, float], ...]:
-    """k in proportion, and less of it for most of the run."""
+    """Build a schedule of k: this share of n for most of the run, then 0.1 n."""
     return ((0.0, share * n), (0.7, share * n), (0.701, 0.1 * n))
 
 
@@ -77,17 +77,17 @@ SETTINGS: dict[str, Any] = {
 
 
 def run(size: str, seed: int, name: str) -> dict[str, Any]:
-    """Train one target, take it apart, measure."""
+    """Train one target, decompose it, measure."""
     n, d = map(int, size.split("-"))
     target = apd.targets.TMS(n, d).fit(seed=seed)
     nonempty = "5-2" in name
-    given = {} if name == "recipe" else SETTINGS[name](n)
+    changes = {} if name == "recipe" else SETTINGS[name](n)
     batches = target.data(128 if nonempty else 512, nonempty=nonempty)
-    settings = target.recipe if name == "recipe" else {"batches": batches, "weights": target.weights} | given
+    settings = target.recipe if name == "recipe" else {"batches": batches, "weights": target.weights} | changes
     start = time.perf_counter()
     result = apd.decompose(target, **settings, attribution=target.attributions, progress=False)
     seconds = time.perf_counter() - start
-    every = [target.ownership(result.restarts.restart(i)) for i in range(len(result.scores))]  # type: ignore[union-attr]
+    by_restart = [target.ownership(result.restarts.restart(i)) for i in range(len(result.scores))]  # type: ignore[union-attr]
     W = torch.nn.functional.normalize(target.encode.weight.detach().T, dim=1)
     cosines = (W @ W.T).fill_diagonal_(0)
     return {
@@ -96,9 +96,9 @@ def run(size: str, seed: int, name: str) -> dict[str, Any]:
         "settings": name,
         "config": {k: v for k, v in asdict(result.config).items() if v != getattr(apd.Config(1, 1), k)},
         "batch": settings["batches"].batch_size,
-        "owned": int(every[result.chosen].owned.sum()),
-        "least cosine": round(every[result.chosen].cosine.amin().item(), 4),
-        "owned by restart": [int(e.owned.sum()) for e in every],
+        "owned": int(by_restart[result.chosen].owned.sum()),
+        "least cosine": round(by_restart[result.chosen].cosine.amin().item(), 4),
+        "owned by restart": [int(e.owned.sum()) for e in by_restart],
         "scores": [float(f"{s:.3g}") for s in result.scores],
         "relative faithfulness": float(
             f"{apd.metrics.relative_faithfulness(result.components, apd.Network(target, target.weights).weights):.2g}"
@@ -109,7 +109,7 @@ def run(size: str, seed: int, name: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Make the runs that are asked for and not there yet, and add them to the file."""
+    """Do the requested runs that are missing, and add them to the file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", nargs="+", required=True)
     parser.add_argument("--seeds", nargs="+", type=int, required=True)

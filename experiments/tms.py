@@ -1,4 +1,4 @@
-"""Makes data/tms.*: TMS of both sizes taken apart over ten target seeds (chapter 7).
+"""Create data/tms.*: TMS of both sizes decomposed, on ten target seeds (chapter 7).
 
 python -m experiments.tms [--only tms-5-2 | tms-40-10] [--processes N]     (about an hour on two cores)
 
@@ -18,14 +18,14 @@ from apd_minimal.config import at_progress
 from experiments.experiment import Row, Rows, Study, Tensors, factors, numbers, scaled, scrubbing_means, taken_apart
 
 SIZES = {"tms-5-2": (5, 2), "tms-40-10": (40, 10)}
-# Not used while the recipe was made. For 40-10, 10 to 19 were, in the end: one start each left one target
-# incomplete, which is why there are two starts now.
+# Not used to find the recipe. For 40-10, 10 to 19 were used in the end: one restart each left one target
+# incomplete, which is why there are two restarts now.
 SEEDS = {"tms-5-2": range(10, 20), "tms-40-10": range(20, 30)}
 Job = tuple[str, bool, bool, str, int]  # target, with an identity layer, rotated, recipe, seed
 
 
 def plain_recipe(target: apd.targets.TMS) -> dict[str, Any]:
-    """The paper's settings (braun2025, appendix). 5-2 at full length; 40-10 cut to 3,000 steps of 512 samples."""
+    """Return the paper's settings (braun2025, appendix); 40-10 is cut to 3,000 steps of 512 samples."""
     own: dict[str, Any]
     if target.n_features == 5:
         data = target.data(463, nonempty=True)  # the non-empty samples of a batch of 2,048
@@ -56,9 +56,9 @@ def plain_recipe(target: apd.targets.TMS) -> dict[str, Any]:
 
 
 def variants(target: apd.targets.TMS) -> dict[str, dict[str, Any]]:
-    """What chapters 6 and 7 try besides the recipe: names, and the settings that differ from it."""
+    """Name the variants that chapters 6 and 7 try besides the recipe, and the settings that differ from it."""
     small, recipe = target.n_features == 5, target.recipe
-    constant = 0.7 * recipe["minimality"] if small else 20.0  # the paper's weights
+    constant = 0.7 * recipe["minimality"] if small else 20.0  # the paper's loss weights
     departures: dict[str, dict[str, Any]] = {
         "without spare components": {"n_components": target.n_features},
         "without merging": {"min_cosine": 1.1},
@@ -88,24 +88,24 @@ def variants(target: apd.targets.TMS) -> dict[str, dict[str, Any]]:
 
 
 def recipe_of(target: apd.targets.TMS, recipe: str) -> dict[str, Any]:
-    """The arguments of `decompose` for "ours", "plain" or a variant."""
+    """Return the arguments of `decompose` for "ours", "plain" or a variant."""
     if recipe == "plain":
         return plain_recipe(target)
     return target.recipe if recipe == "ours" else {**target.recipe, **variants(target)[recipe]}
 
 
 def kind_of(job: Job) -> str:
-    """Target, with or without identity layer and rotation, as it stands in the tensors' names."""
+    """Name the target, with or without identity layer and rotation, as in the tensors' names."""
     return job[0] + ("-identity" if job[1] else "") + ("-rotated" if job[2] else "")
 
 
 def prefix(job: Job) -> str:
-    """What the names of a job's tensors start with."""
+    """Build the prefix of the names of a job's tensors."""
     return f"{kind_of(job)}/{job[3]}/{job[4]}/"
 
 
 def run(job: Job) -> tuple[list[Row], Tensors]:
-    """Train one target, take it apart, measure."""
+    """Train one target, decompose it, measure."""
     name, identity, rotated, recipe, seed = job
     target = apd.targets.TMS(*SIZES[name], identity=identity).fit(seed=seed)
     represented = int((target.encode.weight.norm(dim=0) > 0.5).sum())
@@ -117,7 +117,7 @@ def run(job: Job) -> tuple[list[Row], Tensors]:
     assert every is not None
     own = apd.metrics.ownership(components, truth)
     weights = apd.Network(target, target.weights).weights
-    # Measured on ordinary samples, empty ones too: k is given for the samples that a run trains on.
+    # Measured on all samples, including empty ones, while k is per sample of the training batches.
     k = at_progress(result.config.top_k, 1.0)
     if settings["batches"].nonempty:
         k *= settings["batches"].share_nonempty
@@ -148,14 +148,14 @@ def run(job: Job) -> tuple[list[Row], Tensors]:
 
 
 def settings_of(job: Job) -> Row:
-    """A run's settings; they do not depend on what the target has learnt."""
+    """Return a run's settings; they do not depend on what the target has learnt."""
     name, identity, _, recipe, seed = job
     return numbers(recipe_of(apd.targets.TMS(*SIZES[name], identity=identity), recipe), seed=seed)
 
 
 @cache
 def stored_target(name: str, seed: int) -> apd.targets.TMS:
-    """One of the targets that are stored, for other studies."""
+    """Load one of the stored targets, for other studies."""
     target, start = apd.targets.TMS(*SIZES[name]), prefix((name, False, False, "ours", seed)) + "target."
     state = {n.removeprefix(start): t for n, t in load_file(STUDY.arrays).items() if n.startswith(start)}
     target.load_state_dict(state, strict=False)  # the decoder is tied
@@ -163,7 +163,7 @@ def stored_target(name: str, seed: int) -> apd.targets.TMS:
 
 
 def jobs() -> list[Job]:
-    """Every run."""
+    """List every run."""
     small, large = SIZES
     all_jobs: list[Job] = [(name, False, False, "ours", seed) for name in SIZES for seed in SEEDS[name]]
     all_jobs += [(name, False, True, "ours", seed) for name in SIZES for seed in SEEDS[name]]

@@ -1,12 +1,11 @@
-"""Makes data/tricks.json: every trick that makes a step cheaper, on and off (chapter 19).
+"""Create data/tricks.json: every trick that makes a step cheaper, on and off (chapter 19).
 
 python -m experiments.tricks [--only runs | steps] [--processes N] [--again]     (20 minutes, 5 of them the timings)
 
-`runs`: whole decompositions with a trick on, for who owns what, on two small targets and five seeds each. The recipes
-are those of chapter 16 (TMS 5-2 with its own k, the residual MLP with the k that its search chose); a trick changes one
-thing and nothing is tuned for it. `steps`: time and memory of a step (benchmarks/trick_steps.py), on one thread of a
-quiet machine. The 8-bit optimiser needs torchao 0.18, which the project does not: without it these runs stay as they
-are.
+`runs`: ownership in whole decompositions with a trick on, on two small targets and five seeds each. The recipes are
+those of chapter 16 (TMS 5-2 with its own k, the residual MLP with the k that its search chose); a trick changes one
+setting and nothing is tuned for it. `steps`: time and memory of a step (benchmarks/trick_steps.py), on one thread of an
+idle machine. The 8-bit optimiser needs torchao 0.18, which is no requirement: without it, its stored runs are kept.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from experiments.experiment import Row, Rows, Study, Tensors
 
 SEEDS = range(5)
 FACTOR = 0.8  # of the residual MLP's k, chosen in chapter 16 on seed 100
-SETTINGS: dict[str, dict[str, Any]] = {  # what a trick changes
+SETTINGS: dict[str, dict[str, Any]] = {  # the setting that a trick changes
     "off": {},
     "rank full": {"rank": None},
     "rank 2": {"rank": 2},
@@ -44,7 +43,7 @@ SETTINGS: dict[str, dict[str, Any]] = {  # what a trick changes
     "both moments in bfloat16": {"optimiser": "both"},
     "8-bit moments": {"optimiser": "8-bit"},
 }
-TRICKS = {  # "off" is full rank for TMS 5-2 and rank 1 for the residual MLP, so that these two are not run again
+TRICKS = {  # "off" is full rank for TMS 5-2 and rank 1 for the residual MLP, so that these two need not be run again
     "residual-20-10": ("off", "rank full", "rank 2", "4 probes", "1 probe", "bfloat16", "both moments in bfloat16",
                        "8-bit moments"),
     "tms-5-2": ("off", "rank 1", "1 probe", "bfloat16", "both moments in bfloat16"),
@@ -53,7 +52,7 @@ Job = tuple[str, str, int]  # target, trick, seed
 
 
 def recipe_of(name: str, seed: int) -> dict[str, Any]:
-    """The arguments of `decompose` with every trick off."""
+    """Return the arguments of `decompose` with every trick off."""
     recipe = attributions.recipe_of(name) | {"seed": seed}
     if name == "residual-20-10":
         recipe |= {"top_k": but_last(recipe["top_k"], FACTOR)}
@@ -61,7 +60,7 @@ def recipe_of(name: str, seed: int) -> dict[str, Any]:
 
 
 def decompose(target: TMS | ResidualMLP, recipe: dict[str, Any], trick: dict[str, Any], seed: int) -> apd.Decomposition:
-    """A run with a trick on; without one it is that of `apd.decompose`."""
+    """Run with a trick on; without one, this is `apd.decompose`."""
     recipe = dict(recipe)
     batches, weights = recipe.pop("batches"), recipe.pop("weights")
     network = apd.Network(target, weights, None, recipe.pop("hidden_modules", ()))
@@ -82,7 +81,7 @@ def decompose(target: TMS | ResidualMLP, recipe: dict[str, Any], trick: dict[str
 
 
 def set_lr(run: Run) -> None:
-    """torchao takes a learning rate that changes as a tensor, else it compiles anew for every value."""
+    """Pass the learning rate to torchao as a tensor; it would compile anew for every other value."""
     optimiser, plain = run.optimiser, run.optimiser.step
 
     def step() -> None:
@@ -94,7 +93,7 @@ def set_lr(run: Run) -> None:
 
 
 def shared(components: apd.Components, target: TMS | ResidualMLP) -> int:
-    """How many mechanisms have their largest part in a component that has another's largest part too."""
+    """Count the mechanisms whose largest part lies in a component that holds another's largest part too."""
     if isinstance(target, ResidualMLP):
         rows, n = target.contributions(), target.n_features
         truth = torch.zeros(n, *rows.shape)
@@ -108,7 +107,7 @@ def shared(components: apd.Components, target: TMS | ResidualMLP) -> int:
 
 
 def stored_settings(job: Job) -> Row:
-    """The settings as they are stored, by which a run is known."""
+    """Return the settings as stored; they identify a run."""
     name, trick, seed = job
     recipe = recipe_of(name, seed)
     numbers = {k: v for k, v in recipe.items() if k not in ("weights", "hidden_modules", "batches")}
@@ -116,7 +115,7 @@ def stored_settings(job: Job) -> Row:
 
 
 def run(job: Job) -> tuple[list[Row], Tensors]:
-    """Take one target apart with one trick."""
+    """Decompose one target with one trick."""
     name, trick, seed = job
     target = target_of(name, seed)
     start = time.process_time()
@@ -138,14 +137,14 @@ def run(job: Job) -> tuple[list[Row], Tensors]:
 
 
 def jobs(rows: list[Row]) -> Sequence[Job]:
-    """Every run that can be made here or that is there."""
+    """List every run that can be made here or is stored already."""
     every = [(name, trick, seed) for seed in SEEDS for name, tricks in TRICKS.items() for trick in tricks]
-    there = set(map(RUNS.job_of, rows))
-    return [job for job in every if job[1] != "8-bit moments" or has_torchao() or job in there]
+    stored = set(map(RUNS.job_of, rows))
+    return [job for job in every if job[1] != "8-bit moments" or has_torchao() or job in stored]
 
 
 def steps() -> dict[str, Any]:
-    """Time and memory of a step with each trick."""
+    """Measure time and memory of a step with each trick."""
     return trick_steps.steps(STUDY.stored())
 
 

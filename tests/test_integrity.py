@@ -109,7 +109,7 @@ def test_edited_decompositions_are_refused(made: Path, tmp_path: Path, edit: str
 def test_deep_nesting_and_later_formats_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "x"
     for header, message in (
-        ({"format": store.FORMAT, "kind": "k", "facts": "[" * 100_000}, "does not hold what a k must"),
+        ({"format": store.FORMAT, "kind": "k", "facts": "[" * 100_000}, "is not a valid k"),
         (
             {"format": "apd_minimal/2", "kind": "k", "facts": "{}"},
             "read it with the version of apd_minimal that wrote it",

@@ -267,8 +267,8 @@ def test_unknown_hidden_module() -> None:
     [
         (nn.Linear(2, 3), "bias", "cannot decompose bias: of Linear, only `weight`"),
         (nn.LayerNorm(3), "weight", "LayerNorm has no rule"),
-        (nn.LSTM(2, 3), "weight_ih_l0", "LSTM is one fused kernel.*write its step with nn.Linear layers"),
-        (nn.GRUCell(2, 3), "weight_hh", "GRUCell is one fused kernel"),
+        (nn.LSTM(2, 3), "weight_ih_l0", "LSTM is a fused kernel.*write its step with nn.Linear layers"),
+        (nn.GRUCell(2, 3), "weight_hh", "GRUCell is a fused kernel"),
         (nn.MultiheadAttention(4, 2, add_bias_kv=True), "in_proj_weight", "without add_bias_kv"),
         (nn.MultiheadAttention(4, 2), "in_proj_bias", "only `in_proj_weight` can be decomposed"),
         (nn.ConvTranspose2d(2, 2, 2, groups=2), "weight", "ConvTranspose2d is supported with groups=1.*groups=2"),
@@ -380,7 +380,7 @@ class Noise(nn.Module):
         (Functional("decode"), "encode.weight", r"encode.weight: the network uses this weight in a way"),
         (Functional("sum"), "encode.weight", r"encode.weight: the network uses this weight in a way"),
         (Doubles(4, 3), "weight", r"weight: the network uses this weight in a way"),
-        (Noise(), "layer.weight", "other outputs when run again"),
+        (Noise(), "layer.weight", "not deterministic: its outputs change"),
     ],
 )
 def test_the_check_catches_what_hooks_do_not_see(target: nn.Module, path: str, message: str) -> None:

@@ -59,7 +59,7 @@ REFUSED: dict[str, tuple[Forward, tuple[int, ...], str]] = {
     "positions first": (
         lambda net, x: net.b(torch.tanh(net.a(x.transpose(0, 1))).transpose(0, 1)),
         (6, 3, 4),
-        r"a.weight: the first axis of what module 'a' gets must be the 6 samples .*got rows of shape \[3, 6, 4\]",
+        r"a.weight: the first axis of the input of module 'a' must be the 6 samples .*got rows of shape \[3, 6, 4\]",
     ),
     "positions first, as many as samples": (
         lambda net, x: net.b(torch.tanh(net.a(x.transpose(0, 1))).transpose(0, 1)),
@@ -77,21 +77,21 @@ REFUSED: dict[str, tuple[Forward, tuple[int, ...], str]] = {
         "a.weight: the network uses this weight in a way .*samples in their order",
     ),
     "samples in another order": (sorted_by_sum, (5, 4), "a.weight: the network uses this weight in a way"),
-    "experts": (experts, (5, 4), "a.weight: the first axis of what module 'a' gets must be the 5 samples .*experts"),
+    "experts": (experts, (5, 4), "a.weight: the first axis of the input of module 'a' must be the 5 samples .*experts"),
     "positions without a batch axis": (
         lambda net, x: net.b(torch.tanh(net.a(torch.eye(4).to(x)[:3])) + x),
         (5, 3, 4),
-        "a.weight: the first axis of what module 'a' gets",
+        "a.weight: the first axis of the input of module 'a' must",
     ),
     "the mean of the samples": (
         lambda net, x: net.b((h := net.a(x)) - h.mean(0)),
         (5, 4),
-        r"samples mix.* seen first in what module 'b' gives \(Linear\)",
+        r"samples mix.* first seen in the output of module 'b' \(Linear\)",
     ),
     "the largest of the samples, at the end": (
         lambda net, x: net.b(net.a(x)) / x.abs().max(),
         (5, 4),
-        r"samples mix.* seen first in what module '' gives \(Net\)",
+        r"samples mix.* first seen in the output of module '' \(Net\)",
     ),
     "a weight that is squared": (
         lambda net, x: net.b(2 * F.linear(x, net.a.weight.square()) + net.a(x)),
@@ -101,18 +101,18 @@ REFUSED: dict[str, tuple[Forward, tuple[int, ...], str]] = {
     "a gradient on the side": (
         lambda net, x: net.b(net.a(x) + (side := F.linear(x, net.a.weight).tanh()) - side.detach()),
         (5, 4),
-        r"a.weight: the gradients at module 'a' are not those of the weight: of .* is missed",
+        r"a.weight: the gradients at module 'a' are not those of the weight: they differ by .*, of a norm of",
     ),
     "no gradient": (detached, (5, 4), "a.weight: no gradient reaches module 'a'.*torch.no_grad"),
     "checkpointing": (
         lambda net, x: net.b(checkpoint(lambda h: torch.tanh(net.a(h)), net.b(x), use_reentrant=False)),
         (5, 4),
-        "gradients cannot go through the target .*run again on the way back.*activation checkpointing",
+        "gradients cannot pass through the target .*run again during the backward pass.*activation checkpointing",
     ),
     "checkpointing, the old way": (
         lambda net, x: net.b(checkpoint(lambda h: torch.tanh(net.a(h)), net.b(x), use_reentrant=True)),
         (5, 4),
-        "gradients cannot go through the target .*activation checkpointing",
+        "gradients cannot pass through the target .*activation checkpointing",
     ),
     "overwritten inputs": (lambda net, x: net.b(x.add_(net.a(x))), (5, 4), "the target overwrites its inputs"),
     "chosen outputs": (lambda net, x: net.b(net.a(x)).argmax(-1), (5, 4), "the outputs must be real numbers.*int64"),
@@ -142,7 +142,7 @@ def test_a_batch_norm_without_statistics_is_named(alone: bool) -> None:
     norm = nn.BatchNorm1d(4, track_running_stats=False)
     run: Forward = lambda net, x: net.b(net.norm(net.a(x).flatten(1) if alone else net.a(x).mT).reshape(x.shape))  # noqa: E731
     x = torch.randn(5, *(() if alone else (3,)), 4, generator=torch.Generator().manual_seed(0))
-    message = "samples mix: the target fails on one sample alone" if alone else r"module 'norm' gives \(BatchNorm1d\)"
+    message = "samples mix: the target fails on one sample alone" if alone else r"module 'norm' \(BatchNorm1d\)"
     with pytest.raises(ValueError, match=message):
         apd.Network(Net(run, norm=norm), ["a.weight"]).check(x)
     kept = nn.BatchNorm1d(4)

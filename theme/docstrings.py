@@ -1,6 +1,6 @@
-"""Sphinx extension: docstrings are plain text with `code` in backticks and indented examples, as people read them.
+"""Sphinx extension: docstrings are plain text with `code` in backticks and indented examples.
 
-reStructuredText would take ``|x|``, ``*x`` and ``x_`` for markup of its own, and a single backtick for emphasis.
+reStructuredText would interpret ``|x|``, ``*x`` and ``x_`` as markup, and a single backtick as emphasis.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def _line(line: str) -> str:
 
 
 def as_restructured_text(lines: list[str]) -> list[str]:
-    """The same text with everything escaped that reStructuredText would misread.
+    """Escape everything that reStructuredText would misread.
 
     Args:
         lines: a docstring, its common indentation removed.
@@ -53,7 +53,7 @@ def _process(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: l
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
-    """Registers the extension.
+    """Register the extension.
 
     Args:
         app: the Sphinx application.

@@ -1,6 +1,6 @@
 """Sphinx extension: pages that load nothing from outside.
 
-MathJax comes from PyPI's sphinx-mathjax-offline, without the nine tenths of it that no page uses. Notebooks carry no
+MathJax comes from PyPI's sphinx-mathjax-offline, reduced to the tenth of it that the pages use. Notebooks carry no
 widget state (figures that move are pre-rendered frames), so require.js and the ipywidgets scripts are not needed.
 """
 
@@ -35,7 +35,7 @@ def _configure(app: Sphinx, config: Config) -> None:
 def _copy_mathjax(app: Sphinx, error: Exception | None) -> None:
     if error is not None or app.builder.format != "html":
         return
-    # The distribution's folder has hyphens, so it cannot be imported: ask where its files are.
+    # The distribution's folder has hyphens, so that it cannot be imported: locate its files.
     files = importlib.metadata.distribution("sphinx-mathjax-offline")
     source = Path(str(files.locate_file("sphinx-mathjax-offline/static/mathjax")))
     target = Path(app.outdir) / "_static" / "mathjax"
@@ -46,7 +46,7 @@ def _copy_mathjax(app: Sphinx, error: Exception | None) -> None:
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
-    """Registers the extension.
+    """Register the extension.
 
     Args:
         app: the Sphinx application.

@@ -1,7 +1,7 @@
-"""Sphinx extension: the pages made from results stored in the notebooks.
+"""Sphinx extension: pages generated from results stored in the notebooks.
 
-``{claims}`` is the ledger: every claim of claims.yml with the verdict that a chapter's cell gave, and a link to it.
-``{runtimes}`` lists what each chapter took when it was last executed; the role ``{runtime}`` says it for one chapter.
+``{claims}`` is the ledger: every claim of claims.yml with the verdict of a chapter's cell, and a link to it.
+``{runtimes}`` lists the time of each chapter's last execution; the role ``{runtime}`` gives it for one chapter.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 from sphinx.util.docutils import SphinxDirective, SphinxRole
 
-CLAIM = "apd_claim"  # where apd_minimal.book.glue.claim puts it in an output's metadata
+CLAIM = "apd_claim"  # key under which apd_minimal.book.glue.claim stores it in an output's metadata
 
 
 def stored_claims(notebook: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
-    """The claims that a notebook settles.
+    """Iterate over the claims that a notebook settles.
 
     Args:
         notebook: parsed ``.ipynb``.
@@ -43,7 +43,7 @@ def stored_claims(notebook: dict[str, Any]) -> Iterator[tuple[dict[str, Any], st
 
 
 def spoken(seconds: float) -> str:
-    """A run time in words, with no more digits than it deserves.
+    """Put a run time into words, with no more digits than are meaningful.
 
     Args:
         seconds: at least 0.
@@ -60,17 +60,17 @@ def spoken(seconds: float) -> str:
 
 
 def _literal(text: str) -> str:
-    """Plain text as MyST that shows it as it is, in a table too: a norm has bars."""
+    """Escape plain text so that MyST shows it literally, in a table too: a norm has bars."""
     return re.sub(r"([\\|*_`$<\[])", r"\\\1", text)
 
 
 def _slug(heading: str) -> str:
-    """The anchor that MyST gives a heading."""
+    """Compute the anchor that MyST gives a heading."""
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
 def _chapters(env: BuildEnvironment) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The notebooks of the book in the order of its table of contents."""
+    """Iterate over the notebooks of the book in the order of its table of contents."""
     found = [Path(env.doc2path(name)) for name in sorted(env.found_docs)]
     for path in (p for p in found if p.suffix == ".ipynb"):
         env.note_dependency(str(path))
@@ -83,7 +83,7 @@ def _title(notebook: dict[str, Any]) -> str:
 
 
 class _FromMarkdown(SphinxDirective):
-    """A directive whose content is MyST text made from the notebooks."""
+    """A directive whose content is MyST text generated from the notebooks."""
 
     def text(self) -> str:
         raise NotImplementedError
@@ -147,7 +147,7 @@ class Runtime(SphinxRole):
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
-    """Registers the directives and the role.
+    """Register the directives and the role.
 
     Args:
         app: the Sphinx application.

@@ -1,7 +1,7 @@
-"""Sphinx extension: lets autodoc import the module where torch and the like are not installed.
+"""Sphinx extension: autodoc can import the module where torch and other libraries are not installed.
 
-Unlike autodoc's own mocks, what comes out of a stand-in module is a class, so that the module may subclass it and
-register functions for it (functools.singledispatch).
+Unlike autodoc's own mocks, the attributes of a stand-in module are classes, so that they can be subclassed and
+registered with functools.singledispatch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ NAMES = ("torch", "einops", "safetensors", "tqdm", "scipy", "numpy", "matplotlib
 
 
 class _Anything(type):
-    """A class of which every attribute is such a class again."""
+    """A class whose attributes are all such classes."""
 
     def __getattr__(cls, name: str) -> Any:
         if name.startswith("__"):
@@ -36,7 +36,7 @@ class _Base:
         pass
 
     def __call__(self, function: Any = None, *args: Any, **kwargs: Any) -> Any:
-        return function  # a decorator leaves what it decorates
+        return function  # a decorator returns the function unchanged
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -76,7 +76,7 @@ class _Finder(MetaPathFinder, Loader):
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
-    """Registers stand-ins for those of ``NAMES`` that are not installed.
+    """Register stand-ins for those of ``NAMES`` that are not installed.
 
     Args:
         app: the Sphinx application.

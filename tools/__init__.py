@@ -1,1 +1,1 @@
-"""Tools of the book, each with one job; run them as `python -m tools.NAME`."""
+"""Tools of the book, one task each; run them as `python -m tools.NAME`."""

@@ -1,4 +1,4 @@
-"""Builds the pages with warnings as errors, and checks what was built.
+"""Build the pages with warnings as errors, and check the result.
 
 By hand: python -m tools.build [output folder]
 """
@@ -19,7 +19,7 @@ IMAGES = ("image/png", "image/svg+xml", "image/jpeg", "image/webp")
 
 
 class _Page(HTMLParser):
-    """What a built page holds: its pictures, and its text outside code."""
+    """Contents of a built page: its pictures, and its text outside code."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,12 +30,12 @@ class _Page(HTMLParser):
         self._skipped: list[str] = []
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        found = {name: value or "" for name, value in attributes}
-        classes = found.get("class", "").split()
+        values = {name: value or "" for name, value in attributes}
+        classes = values.get("class", "").split()
         self.outputs += "cell_output" in classes
         self._in_article |= tag == "article"
         if tag == "img" and self._in_article:
-            self.pictures.append(found)
+            self.pictures.append(values)
         if tag in ("pre", "code", "script", "style") or "math" in classes:
             self._skipped.append(tag)
 
@@ -50,7 +50,7 @@ class _Page(HTMLParser):
 
 
 def _expected(notebook: dict[str, Any]) -> tuple[int, int]:
-    """How many pictures, and how many cells with visible outputs, a page made from this notebook shows."""
+    """Count the pictures and the cells with visible outputs that a page made from this notebook shows."""
     pictures = outputs = 0
     for cell in notebook["cells"]:
         tags = set(cell["metadata"].get("tags", []))
@@ -65,16 +65,16 @@ def _expected(notebook: dict[str, Any]) -> tuple[int, int]:
 
 
 def problems(site: Path, chapters: list[Path]) -> list[str]:
-    """What is wrong with the built pages.
+    """List what is wrong with the built pages.
 
     Args:
         site: folder of the built HTML.
         chapters: the notebooks.
 
     Returns:
-        list[str]: one line for each thing that is wrong; empty if nothing is.
+        list[str]: one line for each problem; empty if there is none.
     """
-    found = []
+    lines = []
     pages = {path: _Page() for path in [*site.glob("*.html"), *(site / "chapters").glob("*.html")]}
     for path, page in pages.items():
         html = path.read_text()
@@ -82,34 +82,34 @@ def problems(site: Path, chapters: list[Path]) -> list[str]:
         name = path.relative_to(site)
         for picture in page.pictures:
             if not picture.get("alt", "").strip() or picture["alt"].startswith(("../_images", "_images")):
-                found.append(f"{name}: a figure without alt text ({picture.get('src', '')[:60]})")
+                lines.append(f"{name}: a figure without alt text ({picture.get('src', '')[:60]})")
             source = picture.get("src", "")
             if not source.startswith("data:") and not (path.parent / source).exists():
-                found.append(f"{name}: the figure {source} is missing")
+                lines.append(f"{name}: the figure {source} is missing")
         for mark in ("Traceback (most recent call last)", "ModuleNotFoundError"):
             if mark in html:
-                found.append(f"{name}: holds a traceback")
+                lines.append(f"{name}: holds a traceback")
         for leftover in LEFTOVER.findall(page.text):
-            found.append(f"{name}: {leftover} was not rendered")
+            lines.append(f"{name}: {leftover} was not rendered")
     for chapter in chapters:
         built = site / "chapters" / f"{chapter.stem}.html"
         if built not in pages:
-            found.append(f"{chapter.name}: has no page (is it in _toc.yml?)")
+            lines.append(f"{chapter.name}: has no page (is it in _toc.yml?)")
             continue
         pictures, outputs = _expected(json.loads(chapter.read_text()))
         page = pages[built]
         if len(page.pictures) != pictures:
-            found.append(f"{chapter.name}: {pictures} figures in the notebook, {len(page.pictures)} on its page")
+            lines.append(f"{chapter.name}: {pictures} figures in the notebook, {len(page.pictures)} on its page")
         if page.outputs != outputs or outputs == 0:
-            found.append(f"{chapter.name}: {outputs} cells with output, {page.outputs} on its page")
-    return found
+            lines.append(f"{chapter.name}: {outputs} cells with output, {page.outputs} on its page")
+    return lines
 
 
 def build(target: Path) -> Path:
-    """Builds the book.
+    """Build the book.
 
     Args:
-        target: folder for the build; the pages come to lie in its ``_build/html``.
+        target: folder for the build; the pages are in its ``_build/html``.
 
     Returns:
         Path: the first page.
@@ -130,23 +130,25 @@ def build(target: Path) -> Path:
 
 
 def main() -> int:
-    """Builds, checks, and says where to look.
+    """Build, check, and print where to look.
 
     Returns:
-        int: 0 if all is well.
+        int: 0 if there is no problem.
     """
     target = Path(sys.argv[1]).resolve() if len(sys.argv) > 1 else ROOT
     try:
         first = build(target)
     except subprocess.CalledProcessError:
-        print("The book was not built: mend the warnings above.")
+        print("The book was not built: fix the warnings above.")
         return 1
     chapters = sorted((ROOT / "chapters").glob("*.ipynb"))
     if found := problems(first.parent, chapters):
         print("\n".join(found))
         return 1
     pages = len(list(first.parent.glob("**/*.html")))
-    print(f"{len(chapters)} chapters, {pages} pages: every figure is there and has words; nothing is left unrendered.")
+    print(
+        f"{len(chapters)} chapters, {pages} pages: all figures are there and have alt text; nothing is left unrendered."
+    )
     print(f"Read the book:              {first.as_uri()}")
     print("Run the algorithm itself:   pip install -e . && python -m apd_minimal")
     return 0

@@ -1,10 +1,10 @@
-"""Executes chapters from top to bottom and stores their outputs in one normal form.
+"""Execute chapters from top to bottom and store their outputs in normal form.
 
     python -m tools.execute                             # all chapters, two at a time
     python -m tools.execute chapters/03_x.ipynb         # one
     python -m tools.execute --normalise chapters/03_x.ipynb   # only its text has changed: keep the outputs
 
-A second run gives the same bytes, so that a diff shows only what really changed.
+A second run gives the same bytes, so that a diff shows only real changes.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from nbclient.exceptions import CellExecutionError
 from tools import setup_cell
 
 ROOT = Path(__file__).parent.parent
-THREADS = os.environ.get("APD_THREADS", "1")  # another number only to see that nothing depends on it (portable.py)
-# What stored outputs may not depend on: thread count, progress bars, live widgets, hash order.
+THREADS = os.environ.get("APD_THREADS", "1")  # another number only to test that nothing depends on it (portable.py)
+# Fixes what stored outputs must not depend on: thread count, progress bars, live widgets, hash order.
 ENVIRONMENT = {
     "OMP_NUM_THREADS": THREADS,
     "MKL_NUM_THREADS": THREADS,
@@ -38,7 +38,7 @@ ENVIRONMENT = {
     "PYTHONHASHSEED": "0",
 }
 KEPT_METADATA = ("tags", "mystnb")
-CELL_SECONDS = 1800  # the longest cell takes a tenth of it
+CELL_SECONDS = 1800  # ten times what the longest cell takes
 
 
 def _processor() -> str:
@@ -48,7 +48,7 @@ def _processor() -> str:
 
 
 def _measured(seconds: float, before: dict) -> dict:
-    """The run time as stored in the notebook; an old one stays if the new one is within a quarter of it."""
+    """Return the run time to store; the old one is kept if the new one is within a quarter of it."""
     now = {
         "seconds": max(1, round(seconds)),
         "cores": os.cpu_count(),
@@ -61,7 +61,7 @@ def _measured(seconds: float, before: dict) -> dict:
 
 
 def normalise(notebook: nbformat.NotebookNode, seconds: float) -> None:
-    """Removes what differs between two runs of the same notebook, and stores how long the run took.
+    """Remove what differs between two runs of the same notebook, and store how long the run took.
 
     Args:
         notebook: executed; changed in place.
@@ -90,7 +90,7 @@ def normalise(notebook: nbformat.NotebookNode, seconds: float) -> None:
 
 
 def _merged_streams(outputs: list) -> list:
-    """Printed text arrives in pieces that depend on timing: consecutive pieces become one output."""
+    """Merge consecutive pieces of printed text into one output: the pieces depend on timing."""
     merged: list = []
     for output in outputs:
         if output.output_type == "stream" and merged and merged[-1].get("name") == output.name:
@@ -101,7 +101,7 @@ def _merged_streams(outputs: list) -> list:
 
 
 def execute(path: Path) -> float:
-    """Executes one notebook and stores it. One that fails is left as it was.
+    """Execute one notebook and store it. One that fails is left unchanged.
 
     Args:
         path: the notebook.
@@ -136,7 +136,7 @@ def execute(path: Path) -> float:
 
 
 def renormalise(path: Path) -> float:
-    """Stores a notebook in normal form as it is, for a change of its text alone.
+    """Store a notebook in normal form without executing it, for a change of its text alone.
 
     Args:
         path: the notebook, executed.
@@ -154,7 +154,7 @@ def renormalise(path: Path) -> float:
 
 
 def main() -> int:
-    """Executes what the command line names.
+    """Execute what the command line names.
 
     Returns:
         int: how many notebooks failed.

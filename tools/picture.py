@@ -1,4 +1,4 @@
-"""Copies the picture of the README and the front page out of chapter 7: python -m tools.picture."""
+"""Copy the picture of the README and the front page out of chapter 7: python -m tools.picture."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PICTURE = ROOT / "theme" / "static" / "decomposition.svg"
 
 
 def stored() -> str:
-    """The figure as it stands in the chapter's outputs.
+    """Read the figure from the chapter's stored outputs.
 
     Returns:
         str: SVG.

@@ -1,9 +1,9 @@
-"""Runs the module's tests and all chapters under other kernels: several machines in one.
+"""Run the module's tests and all chapters under other kernels, to emulate several machines.
 
     python -m tools.portable            # all environments
     python -m tools.portable threads    # those with this in their name
 
-What passes under all of them does not depend on how a kernel rounds, so that it should pass on another processor.
+What passes under all of them does not depend on a kernel's rounding, and should pass on another processor.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import time
 from tools.execute import ENVIRONMENT
 from tools.test_all import ROOT, counted, parts
 
-# MKL's three answers to who multiplies matrices (on a processor that is not Intel's, the last two are one); torch's
-# own loops and random numbers without vector instructions; sums in two halves.
+# MKL's three code paths for matrix products (on a processor that is not Intel's, the last two are one); torch's own
+# loops and random numbers without vector instructions; sums in two halves.
 KERNELS = {
     "MKL_CBWR=COMPATIBLE": {"MKL_CBWR": "COMPATIBLE"},
     "MKL_CBWR=AVX2": {"MKL_CBWR": "AVX2"},
@@ -28,7 +28,7 @@ KERNELS = {
         "OMP_NUM_THREADS": "2",
         "MKL_NUM_THREADS": "2",
         "OPENBLAS_NUM_THREADS": "2",
-        "OMP_WAIT_POLICY": "passive",  # two processes share the cores: one that waits should not spin
+        "OMP_WAIT_POLICY": "passive",  # two processes share the cores: waiting threads should not spin
     },
 }
 # Every kind of kernel that the book uses; the sum is long enough for two threads.
@@ -43,19 +43,19 @@ print(hashlib.sha1(b"".join(t.numpy().tobytes() for t in found)).hexdigest()[:8]
 
 
 def environment(name: str) -> dict[str, str]:
-    """The variables of one environment, the rest of this process's among them.
+    """Build the variables of one environment, on top of this process's own.
 
     Args:
         name: one of `KERNELS`.
 
     Returns:
-        dict[str, str]: what a process is started with.
+        dict[str, str]: environment variables for a process.
     """
     return {**os.environ, **ENVIRONMENT, **KERNELS[name]}
 
 
 def fingerprint(name: str) -> str:
-    """What the kernels of an environment give on this machine: equal for two that are the same here.
+    """Hash the results of an environment's kernels on this machine: equal hashes mean the same kernels.
 
     Args:
         name: one of `KERNELS`.
@@ -67,7 +67,7 @@ def fingerprint(name: str) -> str:
 
 
 def main() -> int:
-    """Runs what the command line names, all of it even if something fails; prints one line for each environment.
+    """Run what the command line names, all of it even if something fails; print one line for each environment.
 
     Returns:
         int: 0 if nothing failed.

@@ -1,7 +1,7 @@
-"""What a chapter printed on one processor, compared with what it prints on another.
+"""Comparison of what a chapter printed on one processor with what it prints on another.
 
-The text must be the same. Its numbers are compared in pairs: whole ones count things and must be equal; others may
-differ by what the last bits of a sum can move.
+The text must be equal. Numbers are compared in pairs: whole numbers are counts and must be equal; others may differ by
+rounding errors.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from decimal import Decimal
 
 RELATIVE = Decimal("0.01")  # of the larger number
 FLOOR = Decimal("1e-12")  # below it, rounding decides
-# No part of a name (float64), a version (2.10.1) or a range (5-7). The spaces before it go with its width.
+# Not part of a name (float64), a version (2.10.1) or a range (5-7). Includes the spaces before it, as padding.
 NUMBER = re.compile(r"[ \t]*(?<![\w.])((?:(?<![\w)\].])[-+−])?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)(?![\w]|\.\d)")
 
 
@@ -20,19 +20,19 @@ def _number(text: str) -> Decimal:
 
 
 def _close(stored: str, new: str) -> bool:
-    """Whether two printed numbers agree: equal if both are whole, else within a digit, a per cent or the floor."""
+    """Tell whether two printed numbers agree: equal if both are whole, else within a digit, 1 % or the floor."""
     a, b = _number(stored), _number(new)
     if stored.lstrip("-+−").isdigit() and new.lstrip("-+−").isdigit():
         return a == b
-    # The finer of the two: what prints as 0.1 and as 0.099 differs by 0.001.
+    # One unit of the last digit, by the more precise of the two: 0.1 and 0.099 differ by 0.001.
     digit = Decimal(1).scaleb(min(int(a.as_tuple().exponent), int(b.as_tuple().exponent)))
     if "e" in (stored + new).lower() and not (a and b):
-        digit = FLOOR  # what has an exponent keeps its digits and does not round to 0
+        digit = FLOOR  # a number with an exponent keeps its digits and does not round to 0
     return abs(a - b) <= max(digit, RELATIVE * max(abs(a), abs(b)), FLOOR)
 
 
 def agree(stored: str, new: str) -> bool:
-    """Says whether two outputs are the same but for rounding.
+    """Tell whether two outputs are equal up to rounding.
 
     Args:
         stored: the output in the notebook.
@@ -53,11 +53,11 @@ class Printed(str):
     """An output that equals another one if they `agree`: nbval compares with ``!=``."""
 
     def __eq__(self, other: object) -> bool:
-        """Says whether the two agree; what is no text is never equal."""
+        """Tell whether the two agree; what is no text is never equal."""
         return isinstance(other, str) and agree(str(self), str(other))
 
     def __ne__(self, other: object) -> bool:
-        """Says whether the two do not agree."""
+        """Tell whether the two do not agree."""
         return not self == other
 
     __hash__ = str.__hash__

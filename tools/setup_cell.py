@@ -1,4 +1,4 @@
-"""Writes the hidden first code cell of every chapter, from the one public address in _config.yml.
+"""Write the hidden first code cell of every chapter, from the one public address in _config.yml.
 
 After the address has changed: python -m tools.setup_cell
 """
@@ -33,13 +33,13 @@ notebook.setup()
 
 
 def source(repository: str, branch: str, requirement: str | None = None, data: str | None = None) -> str:
-    """The cell's text.
+    """Build the cell's text.
 
     Args:
         repository: the public address, empty while there is none.
         branch: the branch that readers get.
-        requirement: what pip installs, if not the repository itself.
-        data: the address of the data folder, if not the one that belongs to the repository.
+        requirement: the requirement that pip installs, if not the repository itself.
+        data: the address of the data folder, if not that of the repository.
 
     Returns:
         str: Python source.
@@ -54,7 +54,7 @@ def source(repository: str, branch: str, requirement: str | None = None, data: s
 
 
 def configured() -> str:
-    """The cell's text for the address in _config.yml.
+    """Build the cell's text for the address in _config.yml.
 
     Returns:
         str: Python source.
@@ -64,7 +64,7 @@ def configured() -> str:
 
 
 def write(notebook: nbformat.NotebookNode) -> None:
-    """Puts the cell into a notebook, after its opening text cell, in place of the one that is there.
+    """Put the cell into a notebook, after its opening text cell, in place of an existing one.
 
     Args:
         notebook: changed in place.

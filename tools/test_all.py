@@ -1,4 +1,4 @@
-"""Runs every check, says how long each part took, and ends with one line that counts them all."""
+"""Run every check, print how long each part took, and end with one line that counts them all."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NBVAL = ["--nbval", "--nbval-current-env", "--nbval-sanitize-with", "tests/nbval
 
 
 def parts() -> dict[str, list[str]]:
-    """The parts in the order in which they run.
+    """List the parts in the order in which they run.
 
     Returns:
         dict[str, list[str]]: name to command.
@@ -38,7 +38,7 @@ def parts() -> dict[str, list[str]]:
 
 
 def counted(output: str, ok: bool) -> tuple[int, int, int]:
-    """Passed, failed and skipped, from pytest's closing line; a tool without one counts as one check.
+    """Count passed, failed and skipped in pytest's closing line; a tool without one counts as one check.
 
     Args:
         output: what the part printed.
@@ -56,7 +56,7 @@ def counted(output: str, ok: bool) -> tuple[int, int, int]:
 
 
 def main() -> int:
-    """Runs the parts one after the other, all of them even if one fails.
+    """Run the parts one after the other, all of them even if one fails.
 
     Returns:
         int: 0 if nothing failed.

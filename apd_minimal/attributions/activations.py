@@ -23,7 +23,7 @@ def activation(
     remainder: bool = True,
     internal_batch_size: int | None = None,
 ) -> Tensor:
-    """The length of what every component adds to the layers' outputs: the root of sum_l (x_l P_{c,l})^2.
+    """Measure the length of what every component adds to the layers' outputs: the root of sum_l (x_l P_{c,l})^2.
 
     The sum goes over all uses of the decomposed weights, over all positions and over the layer's outputs (braun2025
     has the square of it). The network's own outputs are not in it: a component whose effect is lost on the way counts

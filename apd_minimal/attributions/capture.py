@@ -44,7 +44,7 @@ class Captured:
         return self.deltas.stride(1) == 0
 
     def part(self, samples: slice) -> Captured:
-        """The same for some of the samples."""
+        """Select some of the samples."""
         return Captured(self.site, self.rows[:, samples], self.deltas[:, samples])
 
 
@@ -155,7 +155,7 @@ class _Deltas:
 def capture_pairs(
     network: Network, base: Components | None, x: Tensor, samples: Tensor, outputs: Tensor
 ) -> list[Captured]:
-    """Of some pairs of a sample and an output, each output's gradients on its sample: a single pass backward.
+    """Find each output's gradients on its sample, for some pairs of both, in a single backward pass.
 
     Args:
         network: the target, wrapped.
@@ -180,7 +180,7 @@ def capture_pairs(
 
 
 def live(network: Network, base: Components | None, x: Tensor) -> Tensor:
-    """Which outputs have a gradient at all, on which samples: [B, n_out].
+    """Find which outputs have a gradient at all, on which samples: [B, n_out].
 
     All layers' outputs are shifted at once in a random direction. An output that does not move has no gradient there:
     that a gradient other than 0 is at right angles to the direction does not happen.
@@ -207,7 +207,7 @@ def plain_attention() -> AbstractContextManager[None]:
 
 @dataclass(frozen=True)
 class Pairs:
-    """What was captured of the pairs of a sample and an output that have a gradient.
+    """Keep of what was captured the pairs of a sample and an output that have a gradient.
 
     Attributes:
         captured: each pair as a sample that has one output.
@@ -225,7 +225,7 @@ class Pairs:
 
     @property
     def share(self) -> float:
-        """Of all pairs, those that have a gradient."""
+        """Divide the pairs that have a gradient by all pairs."""
         return len(self.samples) / (self.n_samples * self.n_outputs)
 
 

@@ -54,7 +54,7 @@ class _Shapes:
 
 
 def shapes_of(network: Network, x: Tensor) -> _Shapes:
-    """What one sample has; looked up once for inputs of one shape."""
+    """Count what one sample has; looked up once for inputs of one shape."""
     known = _shapes.setdefault(network, {})
     key = (x.shape[1:], x.dtype, x.device)
     if key not in known:
@@ -69,7 +69,7 @@ def shapes_of(network: Network, x: Tensor) -> _Shapes:
 
 
 def at_once(network: Network, components: Components, base: Components | None, x: Tensor, mode: str) -> int:
-    """How many samples to work on at a time where nothing is said: pieces of one size."""
+    """Choose how many samples to work on at a time where nothing is said: pieces of one size."""
     shapes = shapes_of(network, x)
     restarts, n_components = components.A[components.paths[0]].shape[:2]
     if mode == "forward":
@@ -93,7 +93,7 @@ def _shared(network: Network, base: Components | None, x: Tensor, shapes: _Shape
 
 
 def cheapest(network: Network, components: Components, base: Components | None, x: Tensor) -> str:
-    """The mode that takes least time by the count.
+    """Choose the mode that takes least time by the count.
 
     Args:
         network: the target, wrapped.
@@ -136,14 +136,14 @@ class _Count:
         self.ranks = [components.A[path].shape[-1] for path, _, _, _ in self.shapes.uses]
 
     def forward(self) -> float:
-        """Tangents."""
+        """Time the tangents."""
         shapes = self.shapes
         inner = sum(T * m * (d + e) for m, (_, T, d, e) in zip(self.ranks, shapes.uses, strict=True))
         one = (shapes.through + inner) * MULTIPLIED + shapes.outputs * TANGENT
         return FORWARD * len(shapes.uses) + self.batch * self.tangents * one
 
     def backward(self, shared: Sequence[int]) -> float:
-        """A pass for each output; at the uses given, all samples share its gradients."""
+        """Time a pass for each output; at the uses given, all samples share its gradients."""
         passes = sum(
             T * (d * e * MULTIPLIED + e * MOVED) for i, (_, T, d, e) in enumerate(self.shapes.uses) if i not in shared
         )
@@ -151,7 +151,7 @@ class _Count:
         return every + self.met(shared)
 
     def met(self, shared: Sequence[int]) -> float:
-        """What meeting the components takes after that."""
+        """Time the products with the components after that."""
         n, total = self.n_out, 0.0
         for i, (m, (_, T, d, e)) in enumerate(zip(self.ranks, self.shapes.uses, strict=True)):
             last = n if i in shared else e
@@ -166,6 +166,6 @@ class _Count:
         return found + self.met_in_pairs(n_pairs)
 
     def met_in_pairs(self, n_pairs: float) -> float:
-        """What meeting the components takes after that: half of it, since some gradients are shared most often."""
+        """Time the products with the components after that: half of it, since some gradients are shared most often."""
         one = self.entries * (self.tangents * MULTIPLIED + self.copies * MOVED) / 2
         return n_pairs * (one + 2 * self.tangents * MET)

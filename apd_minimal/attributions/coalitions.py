@@ -52,11 +52,11 @@ class Game:
         self.mode: str | None = None  # of derivatives, chosen when the first are taken
 
     def rows(self, numbers: int) -> int:
-        """How many samples to run at a time, if each takes so many numbers."""
+        """Choose how many samples to run at a time, if each takes so many numbers."""
         return self.size or min(ROWS, max(1, NUMBERS // numbers))
 
     def weights(self, gates: Tensor) -> Components:
-        """The weights at gates [K, C]: components that are one matrix each, on an axis of R * K restarts."""
+        """Build the weights at gates [K, C]: components that are one matrix each, on an axis of R * K restarts."""
         gates = gates.to(self.flat)
         moved = (gates - 1 if self.remainder else gates) @ self.flat  # [R, K, N]
         shapes = [self.network.shapes[path] for path in self.components.paths]
@@ -72,7 +72,7 @@ class Game:
 
     @torch.no_grad()
     def values(self, x: Tensor, gates: Tensor) -> Tensor:
-        """The outputs of samples x [B, ...] at gates [K, C]: [R, K, B, n_out]."""
+        """Compute the outputs of samples x [B, ...] at gates [K, C]: [R, K, B, n_out]."""
         pieces = []
         for some in gates.split(max(1, (self.size or ROWS) // len(x))):
             out = self.network(x, self.weights(some))  # [R k, B, ...]
@@ -80,7 +80,7 @@ class Game:
         return torch.cat(pieces, dim=1)
 
     def slopes(self, x: Tensor, gates: Tensor, shares: Tensor) -> Tensor:
-        """Derivatives of the outputs of x [B, ...] by every gate, at gates [K, C], summed with shares [K].
+        """Compute derivatives of the outputs of x [B, ...] by every gate, at gates [K, C], summed with shares [K].
 
         Each is a gradient with respect to the weights that meets a component, so the gradients are summed first.
 

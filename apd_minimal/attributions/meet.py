@@ -20,12 +20,12 @@ LARGEST = 2**24  # numbers that a product formed in advance may have
 
 
 def finished(signed: Tensor, per_output: bool) -> Tensor:
-    """The signed derivatives themselves, or their root mean square over outputs, the last axis."""
+    """Give the signed derivatives themselves, or their root mean square over outputs, the last axis."""
     return signed if per_output else signed.square().mean(-1).sqrt()
 
 
 def component_outputs(site: Site, rows: Tensor, components: Components) -> Tensor:
-    """What every component adds to a layer's output: rows [R or 1, B, T, d] to [R, B, C, T, d']."""
+    """Compute what every component adds to a layer's output: rows [R or 1, B, T, d] to [R, B, C, T, d']."""
     first, second = site.factors(components)
     _, batch, n_positions, _ = rows.shape
     n_restarts, n_components, d_in, m = first.shape
@@ -119,7 +119,7 @@ def _unfolded(found: Tensor, n_restarts: int, n_components: int, axis: int) -> T
 
 
 def _narrowed(use: Captured, first: Tensor, n_inputs: int | None) -> tuple[Captured, Tensor]:
-    """The same with rows and first factors [R, C, d, m] in few directions, where that is less work."""
+    """Rewrite rows and first factors [R, C, d, m] in few directions, where that is less work."""
     _, batch, T, d = use.rows.shape
     width = first[:, :, 0].numel()
     if n_inputs is None or len(use.rows) > 1:

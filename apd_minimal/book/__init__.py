@@ -1,1 +1,1 @@
-"""What only the book needs: numbers in its text, figures that move, notebooks, stored artefacts."""
+"""What only the book needs: numbers in its text, interactive figures, notebooks, stored artefacts."""

@@ -1,4 +1,4 @@
-"""Stored artefacts (small trained networks, results of long runs): from the repository, or fetched and checked."""
+"""Stored artefacts (small trained networks, results of long runs): from the repository, or downloaded and checked."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ADDRESS = "APD_DATA_URL"  # environment variable: the address of the book's data
 
 
 def manifest() -> dict[str, str]:
-    """The stored artefacts and their hashes.
+    """Read the names and hashes of the stored artefacts.
 
     Returns:
         dict[str, str]: file name to SHA-256 in hexadecimal.
@@ -23,24 +23,24 @@ def manifest() -> dict[str, str]:
 
 
 def path(name: str) -> Path:
-    """The file of a stored artefact: in ``data/`` where the repository is at hand, else downloaded once and checked.
+    """Find the file of a stored artefact: in ``data/`` of the repository, else downloaded once and checked.
 
     Args:
         name: the file's name in ``data/``.
 
     Returns:
-        Path: a local file with the contents that the manifest names.
+        Path: a local file whose hash is that of the manifest.
 
     Raises:
         KeyError: if the manifest has no such artefact.
-        FileNotFoundError: if it is not at hand and no address to fetch it from is set.
-        ValueError: if what was fetched is not what the manifest names.
+        FileNotFoundError: if it is not in the repository, and no download address is set.
+        ValueError: if the downloaded file has another hash than the manifest.
     """
     checks.kind("name", name, str, "text")
     known = manifest()
     if name not in known:
-        there = ", ".join(sorted(known)) or "none"
-        raise KeyError(f"name must be that of an artefact, got {name!r}; there are: {there}")
+        names = ", ".join(sorted(known)) or "none"
+        raise KeyError(f"name must be that of an artefact, got {name!r}; known: {names}")
     if (local := REPOSITORY_DATA / name).exists():
         return local
     address = os.environ.get(ADDRESS, "")
@@ -57,7 +57,7 @@ def path(name: str) -> Path:
         pooch.retrieve(
             address.rstrip("/") + "/" + name,
             known_hash="sha256:" + known[name],
-            fname=f"{known[name][:8]}-{Path(name).name}",  # a changed artefact is another file
+            fname=f"{known[name][:8]}-{Path(name).name}",  # a changed artefact gets a different file
             path=pooch.os_cache("apd_minimal"),
         )
     )

@@ -1,4 +1,4 @@
-"""Figures that a reader moves: pre-rendered frames where there is no kernel, live widgets where there is one."""
+"""Interactive figures: pre-rendered frames without a kernel, live widgets with one."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from matplotlib.figure import Figure
 
 from .. import checks
 
-STATIC = "APD_STATIC"  # set in the environment while the book's outputs are made: they must not hold live widgets
+STATIC = "APD_STATIC"  # set in the environment while the book is executed: its outputs must not contain live widgets
 
-# The handlers stand in the elements themselves: no ids that could clash, nothing to load, and they work wherever
-# the output's HTML is shown, in a page from a file too.
+# The handlers are inline: no ids that could clash, nothing to load, and they work wherever the output's HTML is
+# shown, including pages opened from a file.
 SHOW = """\
 const box = this.closest('.apd-frames');
 box.querySelectorAll('img').forEach((img, i) => img.style.display = i == this.value ? '' : 'none');
@@ -39,7 +39,7 @@ box.timer = setInterval(() => {
 
 
 def _data_uri(figure: Figure, kind: str) -> str:
-    """The figure as a data URI, the same bytes each time; the figure is closed."""
+    """Encode the figure as a data URI, the same bytes each time, and close it."""
     file = io.BytesIO()
     if kind == "svg":
         figure.savefig(file, format="svg", metadata={"Date": None})
@@ -68,7 +68,7 @@ def static(
     start: int = 0,
     kind: str = "svg",
 ) -> HTML:
-    """Renders one frame for each value, and a slider with a play button to move through them. Needs no kernel.
+    """Render one frame for each value, and a slider with a play button to move through them. Needs no kernel.
 
     Args:
         draw: makes the figure for one value. All frames should have one size, so that nothing jumps.
@@ -116,7 +116,7 @@ def static(
 
 
 def live(draw: Callable[[Any], Figure], values: Sequence[Any], *, label: str, start: int = 0) -> Any:
-    """The same figure with an ipywidgets slider: every move calls ``draw`` again. Needs a running kernel.
+    """Show the same figure with an ipywidgets slider: every move calls ``draw`` again. Needs a running kernel.
 
     Args:
         draw: makes the figure for one value.
@@ -156,7 +156,7 @@ def slider(
     start: int = 0,
     kind: str = "svg",
 ) -> Any:
-    """The figure to move in a chapter: :func:`live` in JupyterLab or Colab, :func:`static` in the stored outputs.
+    """Show an interactive figure: :func:`live` in JupyterLab or Colab, :func:`static` in the stored outputs.
 
     Args:
         draw: makes the figure for one value.

@@ -1,7 +1,7 @@
-"""Measured numbers for the prose, and verdicts on claims, as outputs that the built book reads.
+"""Measured numbers for the prose, and verdicts on claims, stored as notebook outputs.
 
-The book's pages take both from the outputs stored in the notebooks. Nothing here needs the book's tools, so a
-notebook runs the same in Colab.
+The book's pages read both from these outputs. Nothing here needs the book's tools, so that a notebook runs unchanged
+in Colab.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from IPython.display import display
 
 from .. import checks
 
-GLUE_PREFIX = "application/papermill.record/"  # what myst-nb's glue looks for, and what no notebook shows
+GLUE_PREFIX = "application/papermill.record/"  # the prefix that myst-nb's glue looks for; notebooks do not display it
 CLAIM = "apd_claim"  # key in an output's metadata
 VERDICTS = ("holds", "holds within limits", "does not hold", "cannot be tested here")
 
 
 def _plain(value: Any, digits: int) -> Any:
-    """A Python value for a number, with floats rounded to significant digits: repr(np.float64(1)) is no number."""
+    """Convert a number to a Python value, floats rounded to significant digits: repr(np.float64(1)) is no number."""
     # A numpy scalar, or a tensor or array with one entry.
     if hasattr(value, "item") and math.prod(getattr(value, "shape", (2,))) == 1:
         value = value.item()
@@ -27,12 +27,12 @@ def _plain(value: Any, digits: int) -> Any:
 
 
 def glue(name: str, value: Any, digits: int = 4) -> None:
-    """Stores a value under a name, for ``{glue:text}`` in the prose. Shows nothing in the notebook.
+    """Store a value under a name, for ``{glue:text}`` in the prose. Shows nothing in the notebook.
 
     Args:
         name: unique within its notebook.
         value: number, bool or text; a tensor or array with one entry counts as a number.
-        digits: significant digits kept of a float. Digits that differ between machines make stored outputs differ.
+        digits: significant digits of a float. Digits that depend on the machine would make stored outputs differ.
 
     Raises:
         TypeError: if the value is none of these.
@@ -49,12 +49,12 @@ def glue(name: str, value: Any, digits: int = 4) -> None:
 
 
 def floored(value: Any, digits: int = 1, floor: float = 1e-12) -> str:
-    """Words for a number that may be nothing but rounding: another processor would show other digits.
+    """Format a number that may be at rounding level: another processor would show other digits.
 
     Args:
         value: number; a tensor or array with one entry counts as one.
         digits: significant digits.
-        floor: what rounding alone can reach, with a margin.
+        floor: upper bound on rounding errors, with a margin.
 
     Returns:
         str: ``below 1e-12`` if the number is smaller than that in size, else the number, such as ``3.2e-07``.
@@ -67,7 +67,7 @@ def floored(value: Any, digits: int = 1, floor: float = 1e-12) -> str:
 
 
 def claim(number: int, verdict: str, finding: str, **numbers: float | int | str | bool) -> None:
-    """Settles a claim of the ledger: shows the verdict in the notebook, and stores it for the ledger page.
+    """Settle a claim of the ledger: show the verdict in the notebook, and store it for the ledger page.
 
     Args:
         number: the claim's number in the ledger.

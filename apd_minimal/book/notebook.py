@@ -1,4 +1,4 @@
-"""How a notebook of the book shows things: figures that read in both themes, one thread, the same bytes each time."""
+"""Notebook setup: figures readable in both themes, one thread, identical bytes in every run."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ STYLE = Path(__file__).parent.with_name("figures.mplstyle")
 
 
 def setup(threads: int = 1) -> None:
-    """Prepares a notebook: the book's figure style, figures as SVG without a date, a fixed number of threads.
+    """Prepare a notebook: the book's figure style, figures as SVG without a date, a fixed number of threads.
 
-    The number of threads changes the last digits of sums, and training amplifies them: results are stored with one.
+    The number of threads changes the last digits of sums, which training amplifies: results are stored with one thread.
 
     Args:
         threads: CPU threads for torch, at least 1.
@@ -27,7 +27,7 @@ def setup(threads: int = 1) -> None:
         raise ValueError(f"threads is {threads}; expected at least 1")
     torch.set_num_threads(threads)
     plt.style.use(STYLE)
-    # Chapters cut runs short on purpose, and say themselves how faithful a result is.
+    # Chapters shorten runs on purpose, and report themselves how faithful a result is.
     warnings.filterwarnings("ignore", message="the components do not sum to the weights")
     try:
         from IPython import get_ipython

@@ -1,7 +1,7 @@
-"""Only the active pairs: a sparse forward pass whose cost does not grow with the number of components.
+"""Sparse forward pass over the active (sample, component) pairs; its cost does not grow with the number of components.
 
-With a mask of k active components a sample, most of the [B, C] pairs are off. Each component's samples are gathered,
-as a mixture of experts does it, so that a layer costs about k of its components' products for each sample, not C.
+With k active components per sample, most of the [B, C] pairs are off. Each component's samples are gathered, as in a
+mixture of experts, so that a layer costs about k component products per sample instead of C.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-MOVING = 22  # to gather and scatter a number takes as long as so many multiplications in a large product (measured)
+MOVING = 22  # cost of gathering and scattering a number, in multiplications of a large product (measured)
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Groups:
 
     Attributes:
         samples: [R, C, L], indices into the R * N rows of samples.
-        on: [R, C, L], 1 where the entry counts and 0 where it pads.
+        on: [R, C, L], True for a sample and False for padding.
     """
 
     samples: Tensor
@@ -35,7 +35,7 @@ def group(mask: Tensor, rank: int) -> Groups | None:
         rank: m, of the components.
 
     Returns:
-        Groups: or None if the longest list is over half of all samples, or over m / (m + MOVING) of them.
+        Groups | None: None if the longest list is over half of all samples, or over m / (m + MOVING) of them.
     """
     n_restarts, n_samples, n_components = mask.shape
     by_component = mask.transpose(1, 2).reshape(-1, n_samples)  # [R C, N]
@@ -58,7 +58,7 @@ def apply(groups: Groups, rows: Tensor, first: Tensor, second: Tensor) -> Tensor
 
     Args:
         groups: the active pairs of R * N samples.
-        rows: what goes in, [R, N, T, d]; T positions share a gate.
+        rows: inputs [R, N, T, d]; T positions share a gate.
         first: [R, C, d, m].
         second: [R, C, m, d'].
 
@@ -66,9 +66,9 @@ def apply(groups: Groups, rows: Tensor, first: Tensor, second: Tensor) -> Tensor
         Tensor: [R, N, T, d'].
     """
     n_positions, longest = rows.shape[2], groups.on.shape[2]
-    every = rows.flatten(0, 1)
-    mine = every.index_select(0, groups.samples.flatten()).view(*groups.on.shape, n_positions, -1)  # [R, C, L, T, d]
-    u = mine.flatten(2, 3) @ first * groups.on.to(rows).repeat_interleave(n_positions, 2)[..., None]
+    flat = rows.flatten(0, 1)
+    gathered = flat.index_select(0, groups.samples.flatten()).view(*groups.on.shape, n_positions, -1)  # [R, C, L, T, d]
+    u = gathered.flatten(2, 3) @ first * groups.on.to(rows).repeat_interleave(n_positions, 2)[..., None]
     y = (u @ second).unflatten(2, (longest, n_positions)).flatten(0, 2)  # [R C L, T, d']
-    sums = y.new_zeros(every.shape[0], *y.shape[1:]).index_add(0, groups.samples.flatten(), y)
+    sums = y.new_zeros(flat.shape[0], *y.shape[1:]).index_add(0, groups.samples.flatten(), y)
     return sums.view(*rows.shape[:-1], -1)

@@ -1,8 +1,8 @@
-"""Rows that lie in few directions, written in these: products with them then take fewer operations.
+"""Low-rank factorisation of a layer's input rows, so that products with them take fewer operations.
 
-What an embedding puts into a wide layer has as many directions as the network has inputs, however wide the layer is.
-The directions are found by a random sketch (Halko, Martinsson and Tropp, arXiv:0909.4061), and are taken only if they
-give the rows back.
+The rows that an embedding writes into a wide layer span at most as many directions as the network has inputs. The
+directions are found by a random sketch (Halko, Martinsson and Tropp, arXiv:0909.4061), and are used only if they
+reproduce the rows.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-SPARE = 8  # directions more than are needed, so that the sketch misses none
-ROUNDINGS = 32  # that a row may be off, relative to its length
+SPARE = 8  # oversampling of the sketch, so that it misses no direction
+ROUNDINGS = 32  # largest error of a row, in rounding errors relative to its norm
 
 
 def narrow(rows: Tensor, n_directions: int) -> tuple[Tensor, Tensor] | None:
-    """Write rows in few directions, if they have no more.
+    """Write rows in a basis of few directions, if they span no more.
 
     Args:
         rows: [N, d].
-        n_directions: how many they may have.
+        n_directions: expected upper bound on their number.
 
     Returns:
         tuple[Tensor, Tensor]: coordinates [N, k] and orthonormal directions [k, d], whose product is `rows` up to
@@ -30,13 +30,13 @@ def narrow(rows: Tensor, n_directions: int) -> tuple[Tensor, Tensor] | None:
     if 4 * k > min(n, d):
         return None
     lengths = rows.norm(dim=1, keepdim=True)
-    draws = torch.randn(n, k, generator=torch.Generator().manual_seed(0)).to(rows)
-    sketch = (rows / lengths.clamp_min(torch.finfo(rows.dtype).tiny)).T @ draws
-    directions, left = torch.linalg.qr(sketch)  # [d, k], [k, k]
-    if left[-1, -1].abs() > 1e-3 * left[0, 0].abs():  # the last direction is needed as much as the first
+    sketching = torch.randn(n, k, generator=torch.Generator().manual_seed(0)).to(rows)
+    sketch = (rows / lengths.clamp_min(torch.finfo(rows.dtype).tiny)).T @ sketching
+    directions, R = torch.linalg.qr(sketch)  # [d, k], [k, k]
+    if R[-1, -1].abs() > 1e-3 * R[0, 0].abs():  # the last spare direction is still needed: the rank is higher
         return None
     coordinates = rows @ directions
-    off = torch.addmm(rows, coordinates, directions.T, beta=-1).norm(dim=1, keepdim=True)
-    if not bool((off <= ROUNDINGS * torch.finfo(rows.dtype).eps * lengths).all()):
+    errors = torch.addmm(rows, coordinates, directions.T, beta=-1).norm(dim=1, keepdim=True)
+    if not bool((errors <= ROUNDINGS * torch.finfo(rows.dtype).eps * lengths).all()):
         return None
     return coordinates, directions.T

@@ -1,7 +1,7 @@
-"""Backward passes over rows that all samples share, each multiplied once.
+"""Backward passes in which a row that all samples share is multiplied only once.
 
-Behind the last nonlinearity the gradients of an output are the same for all samples: a row that is repeated with a
-stride of 0. Torch would multiply every copy of it by the weights; under `SharedRows` it multiplies the row.
+After the last nonlinearity, the gradients of an output are the same for all samples: one row, expanded with stride 0.
+Torch would multiply every copy by the weights; under `SharedRows` the row is multiplied once.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def repeated(t: Tensor, axis: int = 0) -> bool:
-    """Does a tensor hold one entry of this axis only, however long the axis is?"""
+    """Tell whether a tensor is expanded along an axis: all entries share one in memory (stride 0)."""
     return t.ndim > axis and t.shape[axis] > 1 and t.stride(axis) == 0
 
 
 class SharedRows(TorchDispatchMode):
-    """Products and sums of repeated rows are worked out for one of them, and are repeated rows again."""
+    """Dispatch mode in which products and sums of expanded rows are computed for one row, and expanded again."""
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run one operation; all but these two are left alone."""
+        """Run one operation; all except these two run unchanged."""
         if func is torch.ops.aten.mm.default and repeated(args[0]):
             return (args[0][:1] @ args[1]).expand(len(args[0]), -1)
         if func is torch.ops.aten.add.Tensor and not kwargs:

@@ -35,7 +35,7 @@ class RankLost(RuntimeError):
 
 
 def mesh(components: int = 1, device: str = "cpu") -> DeviceMesh:
-    """The ranks that torchrun started, as a mesh with the dimensions "data" and "components".
+    """Arrange the ranks that torchrun started as a mesh with the dimensions "data" and "components".
 
     Args:
         components: over how many ranks the components are spread; the rest of the ranks' number is for the data.
@@ -68,7 +68,7 @@ class Ranks:
         self.index = 0 if self.mesh is None else self.mesh.get_local_rank()
 
     def spread(self, whole: Tensor) -> Tensor:
-        """The same tensor on every rank; its gradient is the sum of what the ranks say."""
+        """Use the same tensor on every rank; its gradient is the sum over the ranks."""
         if self.mesh is None:
             return whole
         return DTensor.from_local(whole, self.mesh, [Replicate()], run_check=False).to_local(
@@ -76,24 +76,24 @@ class Ranks:
         )
 
     def sum(self, part: Tensor) -> Tensor:
-        """The sum over the ranks, on every rank; each part's gradient is that of the sum."""
+        """Sum over the ranks, on every rank; each part's gradient is that of the sum."""
         if self.mesh is None:
             return part
         total = DTensor.from_local(part.contiguous(), self.mesh, [Partial()], run_check=False)
         return total.redistribute(self.mesh, [Replicate()]).to_local(grad_placements=[Replicate()])
 
     def gather(self, part: Tensor, dim: int) -> Tensor:
-        """What the ranks have, one after the other along `dim`: of one size on all ranks."""
+        """Concatenate the ranks' parts along `dim`: of one size on all ranks."""
         if self.mesh is None:
             return part
         return DTensor.from_local(part.contiguous(), self.mesh, [Shard(dim)], run_check=False).full_tensor()
 
     def share(self, whole: Tensor, dim: int) -> Tensor:
-        """What this rank has of it: parts along `dim` whose sizes differ by one at most."""
+        """Take this rank's part along `dim`; the parts' sizes differ by one at most."""
         return whole.tensor_split(self.size, dim)[self.index]
 
     def join(self, part: Tensor, dim: int, sizes: list[int]) -> Tensor:
-        """What the ranks have, one after the other along `dim`, of these sizes."""
+        """Concatenate the ranks' parts along `dim`, of these sizes."""
         if self.mesh is None:
             return part
         missing = list(part.shape)
@@ -108,11 +108,11 @@ class SharedNetwork(Network):
     ranks: Ranks
 
     def enter(self, rows: Tensor) -> Tensor:
-        """A layer's input rows."""
+        """Use the input rows on every rank."""
         return self.ranks.spread(rows)
 
     def leave(self, outputs: Tensor) -> Tensor:
-        """The sum over all components."""
+        """Sum over the components of all ranks."""
         return self.ranks.sum(outputs)
 
 
@@ -158,7 +158,7 @@ class Shared(Local):
         self.idle = False  # no component does anything on this rank's samples, but on those of others
 
     def begin(self, run: Run) -> None:
-        """Also say who has which components."""
+        """Check that all ranks were given the same, and share out the components."""
         n, size = run.config.n_components, self.ranks.size
         if n < size:
             raise ValueError(f"{n} components cannot be spread over {size} ranks")
@@ -181,7 +181,7 @@ class Shared(Local):
 
     @contextmanager
     def answering(self) -> Iterator[None]:
-        """Inside, what the backend says of a rank that is gone becomes a `RankLost`."""
+        """Turn the backend's error about a lost rank into a `RankLost`."""
         try:
             yield
         except RuntimeError as error:
@@ -195,23 +195,23 @@ class Shared(Local):
             raise RankLost(f"rank {dist.get_rank()} lost another rank of {self.mesh.size()}; {left}") from error
 
     def network(self, network: Network) -> Network:
-        """One that sums the outputs of all ranks' components at every layer."""
+        """Sum the outputs of all ranks' components at every layer."""
         shared = SharedNetwork(network.target, list(network.weights), network.output, network.hidden, network.recompute)
         shared.ranks = self.ranks
         return shared
 
     def mode(self, at: str) -> str | None:
-        """At the component model every pass sums over ranks, which forward mode cannot."""
+        """Exclude forward mode at the component model, where every pass sums over ranks."""
         return "backward" if at == "components" and self.ranks.size > 1 else None
 
     def samples(self, x: Tensor) -> Tensor:
-        """Parts whose sizes differ by one at most."""
+        """Take one of as many parts as there are ranks; their sizes differ by one at most."""
         if len(x) < self.data.size:
             raise ValueError(f"a batch of {len(x)} cannot be spread over {self.data.size} ranks")
         return self.data.share(x, 0)
 
     def own(self, whole: Tensor) -> Tensor:
-        """A copy with the layout of the factors, since the fused optimiser takes all layouts to be the same.
+        """Copy this rank's part in the factors' layout, since the fused optimiser takes all layouts to be one.
 
         What is about no component, such as Adam's count of steps, stays.
         """
@@ -220,66 +220,66 @@ class Shared(Local):
         return self.ranks.share(whole, 1).clone(memory_format=torch.contiguous_format)
 
     def whole(self, own: Tensor) -> Tensor:
-        """Those of the ranks one after the other."""
+        """Concatenate the ranks' parts."""
         return self.ranks.join(own, 1, self.columns) if own.ndim > 1 else own
 
     def count(self, n_active: int, n: int) -> float:
-        """A rank without active samples works on those that it has, and nobody counts them."""
+        """Count over all ranks; one without active samples works on those that it has, which do not count."""
         active, everything = self._counts(n_active, n)
         self.idle = any(active) and not n_active
         self.rows = active if any(active) else everything
         return sum(self.rows) / sum(everything)
 
     def _counts(self, *own: int) -> list[list[int]]:
-        """Each of these numbers on all ranks along "data"."""
+        """Gather these numbers from all ranks along "data"."""
         everyones = self.data.gather(torch.tensor([own], device=self.mesh.device_type), 0)
         return [column.tolist() for column in everyones.unbind(1)]
 
     def all_scores(self, own: Tensor) -> Tensor:
-        """Those of the ranks one after the other."""
+        """Concatenate the ranks' parts."""
         counted = own[:, : self.rows[self.data.index]]
         return self.data.join(self.ranks.join(counted, -1, self.columns), 1, self.rows)
 
     def all_gates(self, own: torch.Size) -> list[int]:
-        """As the scores."""
+        """Give the shape over all ranks."""
         return [own[0], sum(self.rows), *own[2:-1], sum(self.columns)]
 
     def own_gates(self, whole: Tensor, n: int) -> Tensor:
-        """Zeros for samples that nobody counts: no gate makes a difference there."""
+        """Take this rank's part; zeros for samples that do not count, where no gate makes a difference."""
         own = self.ranks.share(whole.split(self.rows, 1)[self.data.index], -1).clone()
         return own.new_zeros(len(own), n, *own.shape[2:]) if self.idle else own
 
     def weight(self, n: int) -> float:
-        """How many samples this rank has, over the mean of all ranks."""
+        """Divide the samples of this rank by the mean over ranks."""
         return n * self.data.size / sum(self._counts(n)[0])
 
     def mean(self, values: Tensor) -> Tensor:
-        """Over the ranks along "data"."""
+        """Average over the ranks along "data"."""
         return self.data.sum(values) / self.data.size
 
     def losses(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Each rank's simplicity is that of its components, and all else that of its samples."""
+        """Sum simplicity over components, and average everything over samples."""
         if "simplicity" in losses:
             losses["simplicity"] = self.ranks.sum(losses["simplicity"])
         return dict(zip(losses, self.mean(torch.stack(list(losses.values()))), strict=True))
 
     def reduce(self, parameters: list[Tensor]) -> None:
-        """Every rank has the gradient through its own gates."""
+        """Sum the gradients that each rank has through its own gates."""
         for p in parameters:
             own = torch.zeros_like(p) if p.grad is None else p.grad
             p.grad = self.mean(self.ranks.sum(own.contiguous()))
 
     def totals(self, components: Components) -> Totals:
-        """Of the factors of all ranks."""
+        """Sum the factors over all ranks."""
         return SharedTotals(components, self.data, self.ranks)
 
     def agree(self, tensors: list[Tensor]) -> None:
-        """Rank 0 says."""
+        """Broadcast from rank 0."""
         for t in tensors:
             said = t.to(torch.uint8) if t.dtype == torch.bool else t
             dist.broadcast(said, src=0)
             t.copy_(said)
 
     def wait(self) -> None:
-        """So that no rank goes on from a file that is not there yet."""
+        """Wait, so that no rank goes on from a file that is not there yet."""
         dist.barrier()

@@ -1,7 +1,7 @@
-"""Do two decompositions of one target find the same components? Two seeds, two restarts, two settings.
+"""Matching the components of two decompositions of one target: two seeds, restarts or settings.
 
-A match is one to one and has the largest sum of similarities (Hungarian algorithm), by weights or by use. How high
-it would be by chance is measured, not assumed: the second decomposition is scrambled and matched again.
+The match is one to one and maximises the sum of similarities (Hungarian algorithm), by weights or by use. The chance
+baseline is measured: the second decomposition is scrambled and matched again.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
@@ -22,11 +23,11 @@ class Matching:
     """Pairs of components, one of each decomposition; see `match_weights` and `match_use`.
 
     Attributes:
-        first: indices in the first decomposition [M], rising; M is the smaller number of components in use.
-        second: of the partner of each in the second one [M].
+        first: indices in the first decomposition [M], ascending; M is the smaller number of components in use.
+        second: indices of their partners in the second decomposition [M].
         similarity: of each pair [M], at most 1.
         chance: similarities of the pairs after scrambling the second decomposition [n_draws, M].
-        unmatched: how many components in use are left over, all of them in one of the two.
+        unmatched: number of unmatched components in use, all in the decomposition that has more of them.
     """
 
     first: Tensor
@@ -42,7 +43,7 @@ class Matching:
 
     @property
     def above_chance(self) -> Tensor:
-        """Which pairs are more alike than 95% of all pairs by chance [M]."""
+        """Which pairs are more similar than 95% of all pairs by chance [M]."""
         return self.similarity > torch.quantile(self.chance, 0.95)
 
     def __str__(self) -> str:
@@ -59,9 +60,9 @@ class Matching:
 
 @torch.no_grad()
 def cosines(first: Components, second: Components) -> Tensor:
-    """Cosine of every whole component with every one of another decomposition, all weights together.
+    """Compute the cosine of every component of one decomposition with every one of another, all weights together.
 
-    It is computed from the factors, one component of the first at a time, so that no component is ever formed.
+    Computed from the factors, one component of the first at a time, so that no component's matrix is formed.
 
     Args:
         first: C components, without restarts.
@@ -84,15 +85,15 @@ def match_weights(
 ) -> Matching:
     """Match two decompositions by the cosine between whole components.
 
-    The chance baseline permutes, in each component of the second by itself, the inputs and the outputs of every
-    weight: ranks, lengths and the values of the factors stay, but what a component connects is left to chance.
+    The chance baseline permutes the inputs and the outputs of every weight, independently in each component of the
+    second: ranks, lengths and the factors' entries are kept, but which inputs and outputs are connected is random.
 
     Args:
         first: C components, without restarts.
         second: C' components of the same weights.
-        n_draws: of the chance baseline, at least 1.
+        n_draws: number of draws of the chance baseline, at least 1.
         seed: of these draws.
-        empty: components not longer than this share of the longest are left out.
+        empty: components are left out if their norm is at most this share of the largest.
 
     Returns:
         Matching: with cosines as similarities.
@@ -103,39 +104,39 @@ def match_weights(
     _check(first, second)
     n_draws, seed = checks.number("n_draws", n_draws, 1, whole=True), checks.number("seed", seed, 0, whole=True)
     empty = checks.number("empty", empty, 0)
-    alive = [components.norms() for components in (first, second)]
-    rows, columns = ((length > empty * length.max()).nonzero().flatten() for length in alive)
+    norms = [components.norms() for components in (first, second)]
+    rows, columns = ((norm > empty * norm.max()).nonzero().flatten() for norm in norms)
     _check_in_use(rows, columns)
     generator = torch.Generator().manual_seed(seed)
-    mine, theirs = (c.map(Tensor.detach).subset(i) for c, i in ((first, rows), (second, columns)))
+    used_first, used_second = (c.map(Tensor.detach).subset(i) for c, i in ((first, rows), (second, columns)))
 
     def scrambled() -> Tensor:
-        A = {path: _permuted(a, generator) for path, a in theirs.A.items()}
-        B = {path: _permuted(b.mT, generator).mT for path, b in theirs.B.items()}
-        return cosines(mine, Components(A, B))
+        A = {path: _permuted(a, generator) for path, a in used_second.A.items()}
+        B = {path: _permuted(b.mT, generator).mT for path, b in used_second.B.items()}
+        return cosines(used_first, Components(A, B))
 
-    return _match(cosines(mine, theirs), rows, columns, scrambled, n_draws)
+    return _match(cosines(used_first, used_second), rows, columns, scrambled, n_draws)
 
 
 def match_use(first: Tensor, second: Tensor, by: str = "correlation", n_draws: int = 20, seed: int = 0) -> Matching:
-    """Match two decompositions by what they are used for, on the same samples.
+    """Match two decompositions by the samples on which their components are used.
 
-    The chance baseline permutes the samples of each component of the second by itself: how often and how strongly
-    it is used stays, but on which samples is left to chance.
+    The chance baseline permutes the samples, independently for each component of the second: how often and how
+    strongly it is used is kept, but on which samples is random.
 
     Args:
         first: attributions or masks [B, C], for example of `attributions.gradient` or `selection.batch_top_k`.
-        second: of the other decomposition on the same samples [B, C'].
+        second: those of the other decomposition on the same samples [B, C'].
         by: "correlation" (Pearson's, over samples), or "overlap" of masks (samples shared by a pair over samples of
-            either); with "overlap" whatever is above 0 counts as active.
-        n_draws: of the chance baseline, at least 1.
+            either); with "overlap", values above 0 count as active.
+        n_draws: number of draws of the chance baseline, at least 1.
         seed: of these draws.
 
     Returns:
-        Matching: components that are the same on all samples (correlation) or never active (overlap) are left out.
+        Matching: without components that are constant over samples (correlation) or never active (overlap).
 
     Raises:
-        ValueError: other shapes, values that are not finite, an unknown `by`, no component in use, n_draws below 1.
+        ValueError: wrong shapes, values that are not finite, an unknown `by`, no component in use, n_draws below 1.
     """
     checks.tensor("first", first, "B", "C")
     checks.tensor("second", second, len(first), "C'")
@@ -170,22 +171,21 @@ def _check_in_use(rows: Tensor, columns: Tensor) -> None:
 
 
 def _products(first: Components, second: Components, path: str) -> Tensor:
-    """Inner products of one weight's matrices [C, C']: tr(B_c^T A_c^T A_c' B_c')."""
-    others, m = second.A[path].shape[0], second.A[path].shape[2]
-    left = second.A[path].transpose(0, 1).flatten(1)  # [d_in, C' m']
-    right = second.B[path].flatten(0, 1).T  # [d_out, C' m']
+    """Compute inner products of one weight's matrices [C, C']: tr(B_c^T A_c^T A_c' B_c')."""
+    left = rearrange(second.A[path], "c i m -> i (c m)")
+    right = rearrange(second.B[path], "c m o -> (c m) o").T
     rows = [((a.T @ left) * (b @ right)).sum(0) for a, b in zip(first.A[path], first.B[path], strict=True)]
-    return torch.stack(rows).unflatten(1, (others, m)).sum(2)
+    return rearrange(torch.stack(rows), "c (k m) -> c k m", m=second.A[path].shape[2]).sum(2)
 
 
 def _permuted(t: Tensor, generator: torch.Generator) -> Tensor:
-    """The second axis of [C, n, ...] in a random order, another one for each element of the first."""
+    """Permute the second axis of [C, n, ...] at random, independently for each element of the first."""
     order = torch.rand(t.shape[:2], generator=generator).argsort(1).to(t.device)
     return t[torch.arange(len(t), device=t.device)[:, None], order]
 
 
 def _standard(scores: Tensor) -> Tensor:
-    """Columns with mean 0 and length 1; zeros where a column is constant."""
+    """Standardise columns to mean 0 and length 1; constant columns become zero."""
     centred = scores - scores.mean(0)
     length = centred.norm(dim=0)
     constant = length <= 1e-9 * scores.norm(dim=0)
@@ -195,7 +195,7 @@ def _standard(scores: Tensor) -> Tensor:
 def _match(
     similarity: Tensor, rows: Tensor, columns: Tensor, scrambled: Callable[[], Tensor], n_draws: int
 ) -> Matching:
-    """The best match of what is in use, by its indices, and as many by chance."""
+    """Find the best match of the components in use, by their indices, and as many by chance."""
     if n_draws < 1:
         raise ValueError(f"n_draws must be at least 1, got {n_draws}")
 
@@ -206,6 +206,6 @@ def _match(
         )
         return i, j, table[i, j]
 
-    i, j, found = best(similarity)
+    i, j, matched = best(similarity)
     chance = torch.stack([best(scrambled())[2] for _ in range(n_draws)])
-    return Matching(rows[i], columns[j], found, chance, abs(len(rows) - len(columns)))
+    return Matching(rows[i], columns[j], matched, chance, abs(len(rows) - len(columns)))

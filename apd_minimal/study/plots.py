@@ -1,6 +1,6 @@
 """Figures of components and runs, all in the style of `figures.mplstyle`.
 
-Each function draws on given axes or makes its own figure, and gives the figure back.
+Each function draws on given axes or creates a figure, and returns the figure.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _figure(ax: Axes) -> Figure:
 
 
 def matrices(components: Components, path: str | None = None, order: Sequence[int] | None = None) -> Figure:
-    """Every component's matrix for one weight as a small picture, one colour scale for all.
+    """Draw every component's matrix for one weight as a small picture, with one colour scale for all.
 
     Args:
         components: C components, without restarts.
@@ -64,7 +64,7 @@ def matrices(components: Components, path: str | None = None, order: Sequence[in
 
 
 def columns(vectors: Mapping[str, Tensor], ax: Axes | None = None) -> Figure:
-    """Vectors in the plane as arrows, one colour for each name: the columns of TMS's matrix, for example.
+    """Draw vectors in the plane as arrows, one colour for each name: the columns of TMS's matrix, for example.
 
     Args:
         vectors: name to arrows [n, 2].
@@ -94,7 +94,7 @@ def columns(vectors: Mapping[str, Tensor], ax: Axes | None = None) -> Figure:
 
 
 def components(decomposed: Decomposition | Components, truth: Truth | None = None, path: str | None = None) -> Figure:
-    """Where every component's length lies among the inputs of a weight: one row for each component.
+    """Draw where every component's length lies among the inputs of a weight: one row for each component.
 
     With a truth, the components are put in the order of the mechanisms that they own, so that a perfect
     decomposition shows a diagonal, and the inputs are the mechanisms' own (whatever the basis).
@@ -129,7 +129,7 @@ def components(decomposed: Decomposition | Components, truth: Truth | None = Non
 
 
 def history(result: Decomposition, ax: Axes | None = None) -> Figure:
-    """The losses along a run, the chosen restart in full colour, the others pale.
+    """Draw the losses along a run, the chosen restart in full colour, the others pale.
 
     Args:
         result: a decomposition.
@@ -162,7 +162,7 @@ def history(result: Decomposition, ax: Axes | None = None) -> Figure:
 
 
 def masks(mask: Tensor, ax: Axes | None = None) -> Figure:
-    """Which components (columns) are active on which samples (rows).
+    """Draw which components (columns) are active on which samples (rows).
 
     Args:
         mask: zeros and ones [B, C].

@@ -1,4 +1,4 @@
-"""The networks that the book takes apart, with what is known of their mechanisms (chapter 2)."""
+"""The networks that the book decomposes, with their known mechanisms (chapter 2)."""
 
 from .gated import GatedFunctions, GatedInputs
 from .residual_mlp import ResidualMLP

@@ -1,4 +1,4 @@
-"""Hand-coded gated functions: a network written down by hand, so that its mechanisms are known exactly (braun2025)."""
+"""Hand-coded gated functions: the weights are set by hand, so that the mechanisms are known exactly (braun2025)."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from ..network import Network
 from .training import numbers
 
 LARGEST_X = 5.0
-GATE = 10.0  # a neuron reads its control bit with this weight, and the bias takes it off again: twice the largest x
-SHOWN_Y = 3.0  # where the neurons are shown, y is one output among many, and counts for more by this factor
+GATE = 10.0  # weight of a neuron's control bit, which the bias subtracts again: twice the largest x
+SHOWN_Y = 3.0  # with `show_neurons`, y is one output of many, and is scaled by this factor
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class GatedInputs:
         n_functions: number of control bits.
         probability: chance that a bit is on, in (0, 1].
         batch_size: samples in a batch.
-        nonempty: leave out samples in which no bit is on, whose output is 0 whatever x is.
+        nonempty: leave out samples in which no bit is on: their output is 0 for every x.
 
     Raises:
         ValueError: a probability outside (0, 1], or sizes below 1.
@@ -43,7 +43,7 @@ class GatedInputs:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "n_functions", checks.number("n_functions", self.n_functions, 1, whole=True))
-        for name in ("probability", "batch_size", "nonempty"):  # as those of the bits, checked
+        for name in ("probability", "batch_size", "nonempty"):  # checked by the source of the bits
             object.__setattr__(self, name, getattr(self.bits, name))
 
     @property
@@ -52,7 +52,7 @@ class GatedInputs:
         return SparseFeatures(self.n_functions, self.probability, 1.0, 1.0, self.batch_size, self.nonempty)
 
     def __call__(self, step: int, generator: torch.Generator) -> Tensor:
-        """A batch [batch_size, 1 + n_functions]; `step` is not needed, the generator's state moves on."""
+        """Draw a batch [batch_size, 1 + n_functions]; `step` is ignored, the generator's state advances."""
         checks.kind("generator", generator, torch.Generator, "a torch.Generator")
         x = LARGEST_X * torch.rand(self.batch_size, 1, generator=generator)
         return torch.cat([x, self.bits(step, generator)], dim=1)
@@ -71,18 +71,18 @@ class GatedInputs:
 class GatedFunctions(nn.Module):
     """(x, control bits) [B, 1 + n] -> [B, 1]: the sum of F_i(x) over the bits i that are on.
 
-    F_i(x) = a cos(b x + c) + d sin(e x + f) + g, interpolated linearly between `knots`, points in [0, 5] at equal
-    distances h. The residual stream [B, n + 2] holds x, the bits, and y, to which two MLP layers write. Neuron k of
-    function i computes relu(x - (knot_k - h) + GATE (bit_i - 1)): off unless its bit is on, for every x in [0, 5]. It
-    writes the change of slope at its bend to y. The neurons are spread over the layers at random.
+    F_i(x) = a cos(b x + c) + d sin(e x + f) + g, interpolated linearly between `knots`, evenly spaced points in [0, 5]
+    at distance h. The residual stream [B, n + 2] holds x, the bits, and y, to which two MLP layers write. Neuron k of
+    function i computes relu(x - (knot_k - h) + GATE (bit_i - 1)): off unless its bit is on, for every x in [0, 5]. Its
+    weight to y is the change of slope at its kink. The neurons are assigned to the layers at random.
 
     Args:
         n_functions: number of functions, and of control bits.
-        neurons: neurons of each function, as many as there are knots.
+        neurons: neurons of each function, one for each knot.
         probability: chance that a bit is on, for `data`.
-        seed: of the functions and of the places of the neurons.
-        show_neurons: give what the neurons do as outputs too, after 3 y: [B, 1 + n * neurons]. The same network with
-            the same weights, but all of this counts in a decomposition.
+        seed: of the functions and of the assignment of the neurons to layers.
+        show_neurons: append the neurons' activations to the outputs, after 3 y: [B, 1 + n * neurons]. Same network and
+            weights, but a decomposition then has to reproduce the neurons too.
 
     Raises:
         ValueError: no function, fewer than two neurons each, or a probability outside (0, 1].
@@ -137,18 +137,18 @@ class GatedFunctions(nn.Module):
 
     @property
     def layers(self) -> list[tuple[nn.Linear, nn.Linear]]:
-        """What reads the stream and what writes to it, layer by layer."""
+        """The linear layers that read the stream and write to it, layer by layer."""
         return list(zip(self.read, self.write, strict=True))  # type: ignore[arg-type]
 
     def functions(self, x: Tensor) -> Tensor:
-        """The functions that it interpolates: x [...] to F [..., n_functions], without gates."""
+        """Evaluate the functions that the network interpolates: x [...] to F [..., n_functions], without gates."""
         checks.tensor("x", x, ..., finite=False)
         a, b, c, d, e, f, g = self.coefficients.unbind(1)
         x = x[..., None].to(a)
         return a * torch.cos(b * x + c) + d * torch.sin(e * x + f) + g
 
     def forward(self, x: Tensor) -> Tensor:
-        """Inputs [..., 1 + n_functions], x and then the bits, to y [..., 1], or to 3 y and the neurons."""
+        """Map inputs [..., 1 + n_functions], x and then the bits, to y [..., 1], or to 3 y and the neurons."""
         checks.tensor("x", x, ..., 1 + self.n_functions, finite=False)
         stream, active = F.pad(x, (0, 1)), []
         for read, write in self.layers:
@@ -158,17 +158,17 @@ class GatedFunctions(nn.Module):
         return torch.cat([SHOWN_Y * y, *active], dim=-1) if self.show_neurons else y
 
     def data(self, batch_size: int = 1024, nonempty: bool = False) -> GatedInputs:
-        """Its source of batches [batch_size, 1 + n_functions]."""
+        """Create the source of batches [batch_size, 1 + n_functions]."""
         return GatedInputs(self.n_functions, self.probability, batch_size, nonempty)
 
     @property
     def weights(self) -> list[str]:
-        """The parameter paths to decompose; biases are left as they are."""
+        """The parameter paths to decompose; biases are left unchanged."""
         return [f"{part}.{i}.weight" for i in range(2) for part in ("read", "write")]
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """Inputs and settings with which chapter 10 takes it apart, with `show_neurons`: found on seeds from 100 up.
+        """Inputs and settings of chapter 10's decomposition, with `show_neurons`; found on seeds from 100 up.
 
         Raises:
             ValueError: the neurons are not shown.
@@ -176,7 +176,7 @@ class GatedFunctions(nn.Module):
         if not self.show_neurons:
             raise ValueError("the recipe is for a target with show_neurons=True")
         data = self.data(64, nonempty=True)
-        share = data.share_nonempty  # the weights below are for batches with their empty samples
+        share = data.share_nonempty  # the loss weights below are for batches that include empty samples
         return {
             "batches": data,
             "weights": self.weights,
@@ -199,21 +199,21 @@ class GatedFunctions(nn.Module):
         }
 
     def mechanisms(self) -> dict[str, Tensor]:
-        """The true mechanisms, per parameter path [n_functions, d_in, d_out]: each function has its own neurons."""
+        """Return the true mechanisms, per path [n_functions, d_in, d_out]: each function has its own neurons."""
         truth = {}
         functions = torch.arange(self.n_functions, device=self.owner.device)
         owners = self.owner.split([read.out_features for read, _ in self.layers])
         for i, ((read, write), owner) in enumerate(zip(self.layers, owners, strict=True)):
-            mine = owner == functions[:, None]  # [n_functions, neurons of the layer]
-            truth[f"read.{i}.weight"] = mine[:, None, :] * read.weight.detach().T
-            truth[f"write.{i}.weight"] = mine[:, :, None] * write.weight.detach().T
+            owned = owner == functions[:, None]  # [n_functions, neurons of the layer]
+            truth[f"read.{i}.weight"] = owned[:, None, :] * read.weight.detach().T
+            truth[f"write.{i}.weight"] = owned[:, :, None] * write.weight.detach().T
         return truth
 
 
 def attribution_shares(network: Network, components: Components, x: Tensor) -> Tensor:
-    """Gradient attributions, divided on every sample by their sum over components: [..., B, C].
+    """Compute gradient attributions, divided on every sample by their sum over components: [..., B, C].
 
-    Batch top-k compares samples. Here a sample that moves the outputs little has as much to give as any other.
+    Batch top-k compares attributions across samples: with shares, samples with small outputs count as much as others.
     """
     scores = gradient(network, components, x)
     return scores / scores.sum(-1, keepdim=True).clamp_min(1e-12)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from .. import checks
@@ -19,16 +20,16 @@ CHUNK = 64  # samples at a time, so that [CHUNK, C, n_features] stays in the cac
 
 
 class ResidualMLP(nn.Module):
-    """x [B, n_features] -> W_E -> residual stream -> W_E^T, with MLP layers that are to add ReLU(x).
+    """x [B, n_features] -> W_E -> residual stream -> W_E^T, with MLP layers trained to add ReLU(x).
 
     Every layer reads the residual stream r [B, d_resid] and adds relu(r W_in) W_out. The embedding W_E
-    [n_features, d_resid] is fixed: random rows of length one. There are no biases.
+    [n_features, d_resid] is fixed: random unit rows. There are no biases.
 
     Args:
         n_features: number of features.
         d_resid: width of the residual stream.
         neurons: neurons of each layer, for example (50,) or (25, 25).
-        probability: chance that a feature is on, for the data that it trains on; values are uniform in [-1, 1].
+        probability: chance that a feature is on, in the training data; values are uniform in [-1, 1].
         seed: of the embedding.
 
     Raises:
@@ -54,7 +55,7 @@ class ResidualMLP(nn.Module):
         neurons = tuple(checks.number("neurons", n, 1, whole=True) for n in neurons)
         self.n_features, self.d_resid = n_features, d_resid
         self.probability = checks.number("probability", probability, **PROBABILITY)
-        # Another stream than that of decompose(seed=seed), whose rank-one components would start along these rows.
+        # Not the random numbers of decompose(seed=seed): its rank-one components would start along these rows.
         generator = torch.Generator().manual_seed(seed + 2_000_000_011)
         E = torch.randn(n_features, d_resid, generator=generator)
         self.register_buffer("embedding", E / E.norm(dim=1, keepdim=True))
@@ -64,11 +65,11 @@ class ResidualMLP(nn.Module):
 
     @property
     def layers(self) -> list[tuple[nn.Linear, nn.Linear]]:
-        """What reads the stream and what writes to it, layer by layer."""
+        """The linear layers that read the stream and write to it, layer by layer."""
         return list(zip(self.read, self.write, strict=True))  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Outputs [..., n_features]."""
+        """Map x [..., n_features] to outputs [..., n_features]."""
         checks.tensor("x", x, ..., self.n_features, finite=False)
         r = x @ self.embedding
         for read, relu, write in zip(self.read, self.neurons, self.write, strict=True):
@@ -76,23 +77,23 @@ class ResidualMLP(nn.Module):
         return r @ self.embedding.T
 
     def data(self, batch_size: int = 2048) -> SparseFeatures:
-        """Its source of batches [batch_size, n_features]."""
+        """Create the source of batches [batch_size, n_features]."""
         return SparseFeatures(self.n_features, self.probability, low=-1.0, high=1.0, batch_size=batch_size)
 
     @staticmethod
     def labels(x: Tensor) -> Tensor:
-        """What it is trained to give: x + ReLU(x)."""
+        """Compute the training labels x + ReLU(x)."""
         checks.tensor("x", x, ..., finite=False)
         return x + torch.relu(x)
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """Inputs and settings with which chapters 8 and 9 take it apart: `decompose(target, **target.recipe)`.
+        """Inputs and settings of the decompositions in chapters 8 and 9: `decompose(target, **target.recipe)`.
 
         They were found on target seeds from 100 up, with one layer of 50 neurons.
         """
         data = SparseFeatures(self.n_features, self.probability, -1.0, 1.0, batch_size=128, nonempty=True)
-        # Active components for each active feature: fewer than one at the end, so that each must do its work alone.
+        # Active components per active feature: fewer than one at the end, so that each must do its work alone.
         active = data.mean_active
         return {
             "batches": data,
@@ -133,7 +134,7 @@ class ResidualMLP(nn.Module):
             ResidualMLP: itself.
         """
         seed, steps, batch_size = numbers(seed, steps=(steps, 1), batch_size=(batch_size, 1))
-        # Another stream than the embedding's: with the same one, the first neurons would start as the first features.
+        # Not the embedding's random numbers: the first neurons would start as the first features.
         data, generator = self.data(batch_size), torch.Generator().manual_seed(seed + 1_000_000_007)
         parameters = [layer.weight for pair in self.layers for layer in pair]
         for weight in parameters:
@@ -149,14 +150,14 @@ class ResidualMLP(nn.Module):
         return self
 
     def composed(self, x: Tensor) -> Tensor:
-        """The same outputs without the residual stream: every product of weights is formed once, for all samples.
+        """Compute the same outputs without the residual stream: weights are multiplied once, for all samples.
 
-        A layer sees the features through W_E W_in and earlier layers through their W_out W_in; the outputs see the
+        A layer reads the features through W_E W_in and earlier layers through their W_out W_in; the outputs read the
         features through W_E W_E^T and the layers through W_out W_E^T.
         """
         checks.tensor("x", x, ..., self.n_features, finite=False)
         E, out = self.embedding, x @ (self.embedding @ self.embedding.T)
-        active: list[tuple[Tensor, Tensor]] = []  # a layer's neurons, and what they write
+        active: list[tuple[Tensor, Tensor]] = []  # a layer's activations, and the weights by which they write
         for read, write in self.layers:
             before = x @ (E @ read.weight.T)
             for h, W in active:
@@ -168,7 +169,7 @@ class ResidualMLP(nn.Module):
 
     @torch.no_grad()
     def contributions(self, components: Components | None = None) -> Tensor:
-        """How much every neuron does for every feature: [n_features, neurons of all layers].
+        """Compute how much every neuron contributes to every feature: [n_features, neurons of all layers].
 
         Entry (i, n) is how strongly neuron n reads feature i times how strongly it writes to output i.
 
@@ -177,7 +178,7 @@ class ResidualMLP(nn.Module):
         """
         E, parts = self.embedding, []
         if components is not None:
-            self._fits(usable(components, alone=True), every=True)
+            self._fits(usable(components, alone=True), all_weights=True)
         for i, (read, write) in enumerate(self.layers):
             if components is None:
                 reads, writes = E @ read.weight.T, write.weight.T @ E.T
@@ -188,10 +189,10 @@ class ResidualMLP(nn.Module):
             parts.append(reads * writes.mT)
         return torch.cat(parts, dim=-1)
 
-    def _fits(self, components: Components, every: bool) -> None:
-        """Components of all its weights, or of some of them, and of no others."""
+    def _fits(self, components: Components, all_weights: bool) -> None:
+        """Check that the components are of all its weights, or of some, and of no others."""
         own = {path: (..., self.get_parameter(path).shape[1], "m") for path in self.weights}
-        checks.matrices("components", components.A, {p: s for p, s in own.items() if every or p in components.A})
+        checks.matrices("components", components.A, {p: s for p, s in own.items() if all_weights or p in components.A})
 
     def ownership(
         self,
@@ -200,10 +201,10 @@ class ResidualMLP(nn.Module):
         length_range: tuple[float, float] = (0.5, 1.5),
         min_purity: float = 0.95,
     ) -> Ownership:
-        """Who owns which feature, by contributions: the mechanism of feature i is row i of the target's (chapter 8).
+        """Match components with features by contributions; feature i's mechanism is row i of the target's (chapter 8).
 
-        A contribution is a product of two weights, so that its cosine and purity are those of a weight squared, about;
-        an owner must hold more than half of the length, so that nobody else can.
+        A contribution is a product of two weights, so that its cosine and purity are about the squares of those of a
+        weight. An owner must have more than half of the length, so that it is unique.
 
         Args:
             components: C components, without restarts.
@@ -220,11 +221,11 @@ class ResidualMLP(nn.Module):
 
     @torch.no_grad()
     def attributions(self, network: Network, components: Components, x: Tensor) -> Tensor:
-        """Exact gradient attributions at the target, from what is special about it: the embedding is fixed.
+        """Compute exact gradient attributions at the target, using the fixed embedding and the lack of biases.
 
         The same values as `apd_minimal.attributions.gradient`, for decompose(attribution=target.attributions). Every
-        component is multiplied once by what can stand in the stream and by what reads it, so that no sample meets the
-        stream's d_resid numbers; samples in which no feature is on have attributions of 0 (there are no biases).
+        component is multiplied once by the weights that write to the stream and by those that read it, so that no
+        per-sample product has the size d_resid. Samples in which no feature is on have attributions of 0.
 
         Args:
             network: the target, wrapped; not needed, since this is a method of the target.
@@ -234,29 +235,29 @@ class ResidualMLP(nn.Module):
         Returns:
             Tensor: [B, C], or [restarts, B, C].
         """
-        self._fits(usable(components), every=False)
+        self._fits(usable(components), all_weights=False)
         checks.tensor("x", x, "B", self.n_features)
         stacked = components.stacked()
-        every = _compose(self, stacked.map(lambda t: t.flatten(0, 1)))
-        # Without biases, twice the input has twice the attributions. So what all samples need is their directions;
-        # two samples in which one feature alone is on share theirs, if the sign is the same.
+        layers = _compose(self, stacked.map(lambda t: t.flatten(0, 1)))
+        # Without biases, attributions are proportional to the length of the input, so that they are computed once per
+        # direction: all samples with the same single feature on, at the same sign, share one.
         length = x.abs().amax(1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
         directions, which = (x / length).unique(dim=0, return_inverse=True)
-        moved = torch.cat([self._tangents(every, part).norm(dim=-1) for part in directions.split(CHUNK)])
+        moved = torch.cat([self._tangents(layers, part).norm(dim=-1) for part in directions.split(CHUNK)])
         scores = moved[which] * (length * self.n_features**-0.5)  # the root mean square over outputs
-        scores = scores.unflatten(1, stacked.A[stacked.paths[0]].shape[:2]).transpose(0, 1)
+        scores = rearrange(scores, "b (r c) -> r b c", r=stacked.restarts)
         return scores if components.restarts is not None else scores[0]
 
-    def _tangents(self, every: list[_Composed], x: Tensor) -> Tensor:
-        """How each component moves the outputs at the target: [B, C, n_features], for samples x [B, n_features]."""
-        values = x  # what stands in the stream, [B, n_features + neurons so far]
-        moved: Tensor | None = None  # what moves in whatever reads the stream from here on, [B, C, ...]
-        for layer in every:
+    def _tangents(self, layers: list[_Composed], x: Tensor) -> Tensor:
+        """Compute how each component moves the target's outputs: [B, C, n_features], for x [B, n_features]."""
+        values = x  # features and activations in the stream, [B, n_features + neurons so far]
+        moved: Tensor | None = None  # tangents of everything that reads the stream later, [B, C, ...]
+        for layer in layers:
             n = layer.read.shape[1]
             before = values @ layer.read
             d_before: Tensor | None = None
             if layer.reads is not None:
-                # Few features are on: only their rows are added up.
+                # Few features are on: a sparse product adds up only their rows.
                 d_before = (values.to_sparse() @ layer.reads).unflatten(1, (-1, n))
             if moved is not None:
                 earlier, moved = moved[..., :n], moved[..., n:]
@@ -280,36 +281,36 @@ class ResidualMLP(nn.Module):
 
 @dataclass
 class _Composed:
-    """A layer and its C components, multiplied by the rest of the stream (S things stand in it, T read it later)."""
+    """A layer and its C components, multiplied by the stream's weights: S numbers are in it, T read it later."""
 
     read: Tensor  # [S, n]
-    reads: Tensor | None  # of every component, [S, C n]; None if the components leave this weight alone
+    reads: Tensor | None  # of every component, [S, C n]; None if this weight is not decomposed
     write: Tensor  # [n, T]
-    writes: Tensor | None  # of every component, [n, C T]; None where the factors are fewer numbers
-    write_A: Tensor | None  # [n, C m]; None if the components leave this weight alone
+    writes: Tensor | None  # of every component, [n, C T]; None where the factors are smaller
+    write_A: Tensor | None  # [n, C m]; None if this weight is not decomposed
     write_B: Tensor | None  # [C, m, T]
 
 
 def _compose(target: ResidualMLP, components: Components) -> list[_Composed]:
-    """Every product of fixed matrices and factors, formed once for all samples."""
+    """Form every product of fixed matrices and factors once, for all samples."""
     A, B, E = components.A, components.B, target.embedding
-    layers, stands = [], E
+    layers, writers = [], E
     for i, (read, write) in enumerate(target.layers):
         readers = torch.cat([*(later.weight.T for later, _ in target.layers[i + 1 :]), E.T], dim=1)
         r, w = f"read.{i}.weight", f"write.{i}.weight"
-        # In this order torch makes one product of all components where m is 1, which is many times faster.
-        reads = _flat((A[r].mT @ stands.T).mT @ B[r]) if r in A else None
+        # In this order torch computes one product for all components if m is 1, which is many times faster.
+        reads = _flat((A[r].mT @ writers.T).mT @ B[r]) if r in A else None
         writes = write_A = write_B = None
         if w in A:
             write_A, write_B = _flat(A[w]), B[w] @ readers
             _, m, T = write_B.shape
             n = len(write.weight.T)
             writes = _flat(A[w] @ write_B) if n * T < m * (n + T) else None
-        layers.append(_Composed(stands @ read.weight.T, reads, write.weight.T @ readers, writes, write_A, write_B))
-        stands = torch.cat([stands, write.weight.T])
+        layers.append(_Composed(writers @ read.weight.T, reads, write.weight.T @ readers, writes, write_A, write_B))
+        writers = torch.cat([writers, write.weight.T])
     return layers
 
 
 def _flat(each: Tensor) -> Tensor:
-    """Matrices [C, d, e] side by side: [d, C e]."""
-    return each.transpose(0, 1).flatten(1)
+    """Place matrices [C, d, e] side by side: [d, C e]."""
+    return rearrange(each, "c d e -> d (c e)")

@@ -6,6 +6,7 @@ import warnings
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from .. import checks
@@ -27,8 +28,8 @@ class TMS(nn.Module):
     Args:
         n_features: number of features.
         d_hidden: hidden dimensions.
-        identity: put a fixed identity layer in between.
-        probability: chance that a feature is on, for the data that it trains on.
+        identity: insert a fixed identity layer.
+        probability: chance that a feature is on, in the training data.
 
     Raises:
         TypeError, ValueError: sizes below 1, or a probability outside (0, 1].
@@ -66,42 +67,42 @@ class TMS(nn.Module):
         return torch.relu(out + self.bias)
 
     def data(self, batch_size: int = 1024, nonempty: bool = False) -> SparseFeatures:
-        """Its source of batches [batch_size, n_features]."""
+        """Create the source of batches [batch_size, n_features]."""
         return SparseFeatures(self.n_features, self.probability, batch_size=batch_size, nonempty=nonempty)
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """Inputs and settings with which chapters 1 and 7 take it apart: `decompose(target, **target.recipe)`.
+        """Inputs and settings of the decompositions in chapters 1 and 7: `decompose(target, **target.recipe)`.
 
-        They were found on target seeds from 100 up; the defaults of `decompose` are those of 40-10. Other sizes have
-        k and C in proportion; experiments/sizes.py says what was tried and how often every feature was owned.
+        They were found on target seeds from 100 up; the defaults of `decompose` are those of 40-10. At other sizes, k
+        and C are scaled; experiments/sizes.py lists what was tried and how often every feature was owned.
 
         Warns:
-            UserWarning: a size at which the recipe was not shown to own every feature; it says why.
+            UserWarning: a size at which the recipe was not shown to own every feature, with the reason.
         """
-        n, always = self.n_features, 0 if self.middle is None else 1  # the identity is active on every sample
+        n, n_identity = self.n_features, 0 if self.middle is None else 1  # the identity is active on every sample
         own_size = (n, self.d_hidden) in ((5, 2), (40, 10))
         if doubt := self._doubt(own_size):
             warnings.warn(f"TMS {n}-{self.d_hidden}: {doubt}", UserWarning, stacklevel=2)
         if n > 5:
-            late = ((0.0, 1.0), (0.7, 1.0), (0.75, 10.0))  # without this it stays just above 1e-5
+            late = ((0.0, 1.0), (0.7, 1.0), (0.75, 10.0))  # otherwise the faithfulness loss stays just above 1e-5
             recipe: dict[str, Any] = {
                 "batches": self.data(512),
                 "weights": self.weights,
-                "n_components": 3 * n // 2 + always,
-                "top_k": _then(0.045 * n + always, 0.1 * n + always),
-                "rank": None if always else 4,
-                "faithfulness": late if always else 1.0,
+                "n_components": 3 * n // 2 + n_identity,
+                "top_k": _then(0.045 * n + n_identity, 0.1 * n + n_identity),
+                "rank": None if n_identity else 4,
+                "faithfulness": late if n_identity else 1.0,
                 "steps": 1500,
-                "restarts": 2,  # one in ten ends with features that share a component; the held-out error tells
+                "restarts": 2,  # one in ten ends with features that share a component, which the held-out error shows
             }
             if own_size:
                 return recipe
-            # Strong simplicity puts opposite features into one component of rank one.
-            gentle = {"n_components": 3 * n + always, "simplicity": ((0.0, 20.0), (0.7, 0.0))}
+            # A strong simplicity loss merges opposite features into one component of rank one.
+            gentle = {"n_components": 3 * n + n_identity, "simplicity": ((0.0, 20.0), (0.7, 0.0))}
             return recipe | gentle | {"steps": 1500 if n <= 40 else 3000}
         data = self.data(128, nonempty=True)
-        share = data.share_nonempty  # the paper's weights are for batches with their empty samples
+        share = data.share_nonempty  # the paper's loss weights are for batches that include empty samples
         recipe = {
             "batches": data,
             "weights": self.weights,
@@ -120,14 +121,14 @@ class TMS(nn.Module):
             "min_cosine": 0.9,
             "restarts": 4,
         }
-        if not always and own_size:
+        if not n_identity and own_size:
             return recipe
-        if not always:
-            # At 3-2 two features are opposite; with k at 0.84 of the mean number of active ones, as at 5-2, they share
-            # a component on every target.
+        if not n_identity:
+            # At 3-2 two features are opposite; with k at 0.84 times the mean number of active features, as at 5-2,
+            # they share a component on every target.
             k = _then(0.65 * data.mean_active, 0.34 / 0.25 * data.mean_active)
             return recipe | {"n_components": -(-12 * n // 5), "top_k": k}
-        # Components that may span both weights mix features with the identity, and so do new starts.
+        # Components that span both weights mix features with the identity, and so do new starts.
         return recipe | {
             "n_components": 13,
             "per_weight": (12, 1),
@@ -140,7 +141,7 @@ class TMS(nn.Module):
         }
 
     def _doubt(self, own_size: bool) -> str:
-        """Why the recipe may not own every feature; empty where it was shown to."""
+        """Explain why the recipe may not own every feature; empty at sizes where it was shown to."""
         n, lines = self.n_features, self.same_line
         if own_size:
             return ""
@@ -164,8 +165,8 @@ class TMS(nn.Module):
     def same_line(self) -> list[tuple[int, int]]:
         """Pairs of features whose rows of W lie on one line, |cosine| at least 0.99: most often opposite ones.
 
-        One component of rank one can hold both without an error on inputs with one of them, so that only the
-        simplicity loss speaks for two components (chapter 12). A feature shorter than 1% of the longest is on none.
+        One component of rank one can represent both without an error on inputs with one of them, so that only the
+        simplicity loss favours two components (chapter 12). Features shorter than 1% of the longest are left out.
         """
         W = self.encode.weight.detach().T if self.rotation is None else self.rotation @ self.encode.weight.detach().T
         length = W.norm(dim=1, keepdim=True)
@@ -219,7 +220,7 @@ class TMS(nn.Module):
         return self
 
     def ownership(self, components: Components) -> Ownership:
-        """Who owns which feature, by weights and with the usual thresholds (`metrics.ownership`, chapter 7).
+        """Match components with features by weights, with the usual thresholds (`metrics.ownership`, chapter 7).
 
         Args:
             components: C components, without restarts.
@@ -227,13 +228,13 @@ class TMS(nn.Module):
         return ownership(components, self.mechanisms())
 
     def mechanisms(self) -> dict[str, Tensor]:
-        """The true mechanisms, per parameter path [J, d_in, d_out]: one for each feature, the identity last.
+        """Return the true mechanisms, per path [J, d_in, d_out]: one for each feature, the identity last.
 
         `same_line` lists the features that are hard to tell apart.
         """
         W = self.encode.weight.detach().T  # [n_features, d_hidden]
         directions = torch.eye(self.n_features).to(W) if self.rotation is None else self.rotation
-        # Feature j owns the part of W that its input direction meets.
+        # Feature j owns the part of W that multiplies its input direction.
         features = torch.einsum("ji,jk,kd->jid", directions, directions, W)
         if self.middle is None:
             return {"encode.weight": features}
@@ -245,10 +246,10 @@ class TMS(nn.Module):
 
     @torch.no_grad()
     def attributions(self, network: Network, components: Components, x: Tensor) -> Tensor:
-        """Exact gradient attributions at the target, from what is special about it: outputs are off or linear.
+        """Compute exact gradient attributions at the target, using that each output is either off or linear.
 
         The same values as `apd_minimal.attributions.gradient`, for decompose(attribution=target.attributions). An
-        output that is off has no gradient; for one that is on, all components meet its samples in one product.
+        output that is off has no gradient; for one that is on, one product has all its samples and components.
 
         Args:
             network: the target, wrapped; not needed, since this is a method of the target.
@@ -268,7 +269,7 @@ class TMS(nn.Module):
         W = self.encode.weight.T  # [n_features, d_hidden]
         P = components.stacked().matrices("encode.weight")  # [R, C, n_features, d_hidden]
         hidden = x @ W
-        later, parts, moves = W.T, [x, hidden], [P]  # what the components do to the hidden layer, and what meets it
+        later, parts, moves = W.T, [x, hidden], [P]  # the components' effects, and the rows that they multiply
         if self.middle is not None:
             M = self.middle.weight.T
             parts.append(hidden @ M)
@@ -276,16 +277,15 @@ class TMS(nn.Module):
         moves = [move @ later for move in moves] + [P.mT]
         if Q is not None:
             moves = [move @ Q.T for move in moves]
-        meets = torch.cat(parts, dim=1)
-        every = torch.cat(moves, dim=2).permute(3, 2, 0, 1).flatten(2)  # [outputs, what meets, R C]
+        effects = rearrange(torch.cat(moves, dim=2), "r c i o -> o i (r c)")
         samples = on.T.nonzero()[:, 1]  # output by output
-        rows = meets[samples].split(on.sum(0).tolist())
-        moved = torch.cat([mine @ own for mine, own in zip(rows, every, strict=True)])
+        rows = torch.cat(parts, dim=1)[samples].split(on.sum(0).tolist())
+        moved = torch.cat([row @ effect for row, effect in zip(rows, effects, strict=True)])
         squares = x.new_zeros(len(x), moved.shape[1]).index_add_(0, samples, moved.square_())
-        scores = (squares / self.n_features).sqrt().unflatten(1, P.shape[:2]).transpose(0, 1)
+        scores = rearrange((squares / self.n_features).sqrt(), "b (r c) -> r b c", r=len(P))
         return scores if components.restarts is not None else scores[0]
 
 
 def _then(k: float, last: float) -> tuple[tuple[float, float], ...]:
-    """k for most of a run, and a larger one in its last stage (chapter 6)."""
+    """Build a schedule: k for the first 70% of a run, then `last` (chapter 6)."""
     return ((0.0, k), (0.7, k), (0.701, last))

@@ -1,4 +1,4 @@
-"""The loop in which every target is trained."""
+"""The training loop of all targets."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .. import checks
 
 
 def numbers(seed: int, **least: tuple[Any, int]) -> list[int]:
-    """A seed, and whole numbers with the least that each may be, as Python numbers."""
+    """Check a seed, and whole numbers against their minimum; return them as Python numbers."""
     seed = checks.number("seed", seed, 0, 2**62, whole=True)
     return [seed, *(checks.number(name, value, low, whole=True) for name, (value, low) in least.items())]
 
@@ -30,13 +30,13 @@ def train(
     steps: int,
     loss: Callable[[int], Tensor],
 ) -> None:
-    """Descend on loss(step), and leave no gradients behind.
+    """Minimise loss(step) by gradient descent, and leave no gradients behind.
 
     Args:
         optimiser: of the parameters to train.
-        schedule: of its learning rate, one move a step.
-        steps: how many.
-        loss: a scalar for each step.
+        schedule: of its learning rate, advanced once per step.
+        steps: number of steps.
+        loss: maps the step to a scalar.
     """
     for step in range(steps):
         optimiser.zero_grad()

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from .. import checks
@@ -23,16 +24,16 @@ LETTERS = 8  # in a question
 class Questions:
     """A source of batches [batch_size, 9]: the token of a task, then eight letters 0 to n_letters - 1.
 
-    Seven letters are all different. The eighth repeats one of the second to the sixth, so that every question can be
-    asked of every row: nothing but the first token says which task it is.
+    The first seven letters are all different. The eighth repeats one of the second to the sixth, so that every task can
+    be asked of every row: only the first token determines the task.
 
     Args:
         n_letters: size of the alphabet, at least 7; the token of task i is n_letters + i.
         batch_size: rows in a batch.
-        tasks: indices of the tasks to draw from, all with the same chance.
+        tasks: indices of the tasks, drawn uniformly.
 
     Raises:
-        ValueError: too few letters, an empty batch, no task or one that does not exist.
+        ValueError: too few letters, an empty batch, no task or an unknown one.
     """
 
     n_letters: int = 24
@@ -49,7 +50,7 @@ class Questions:
         object.__setattr__(self, "tasks", tasks)
 
     def __call__(self, step: int, generator: torch.Generator) -> Tensor:
-        """A batch [batch_size, 9]; `step` is not needed, the generator's state moves on."""
+        """Draw a batch [batch_size, 9]; `step` is ignored, the generator's state advances."""
         checks.kind("generator", generator, torch.Generator, "a torch.Generator")
         n = self.batch_size
         letters = torch.rand(n, self.n_letters, generator=generator).argsort(1)[:, : LETTERS - 1]
@@ -68,17 +69,17 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(d, neurons, bias=False), nn.Linear(neurons, d, bias=False)
 
     def forward(self, stream: Tensor) -> Tensor:
-        """The stream after this block, [B, T, d]."""
+        """Map the stream [B, T, d] to the stream after this block [B, T, d]."""
         q, k, v = (
-            layer(stream).unflatten(-1, (self.n_heads, -1)).transpose(-3, -2) for layer in (self.q, self.k, self.v)
+            rearrange(layer(stream), "... t (h e) -> ... h t e", h=self.n_heads) for layer in (self.q, self.k, self.v)
         )
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # [B, heads, T, d / heads]
-        stream = stream + self.o(mixed.transpose(-3, -2).flatten(-2))
+        stream = stream + self.o(rearrange(mixed, "... h t e -> ... t (h e)"))
         return stream + self.down(torch.relu(self.up(stream)))
 
 
 class Transformer(nn.Module):
-    """Tokens [B, 9] -> logits [B, 9, n_letters + 6]; the answer counts, at the last position.
+    """Tokens [B, 9] -> logits [B, 9, n_letters + 6]; only the answer at the last position is trained.
 
     The task, then eight letters a_1 to a_8. The tasks: the first letter; the last but one, a_7; the letter *after*
     the earlier place of a_8 (induction); a memorised *fact* about a_8, or an *other fact*; the *largest* letter.
@@ -92,7 +93,7 @@ class Transformer(nn.Module):
         seed: of the facts.
 
     Raises:
-        ValueError: sizes that do not fit.
+        ValueError: sizes that are too small, or d is not a multiple of n_heads.
     """
 
     facts: Tensor
@@ -117,7 +118,7 @@ class Transformer(nn.Module):
         self.unembed = nn.Linear(d, n_tokens, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits of every position [B, 9, n_letters + 6], for tokens [B, 9]."""
+        """Map tokens [B, 9] to the logits of every position [B, 9, n_letters + 6]."""
         self._tokens(x)
         stream = self.embed(x) + self.position
         for block in self.blocks:
@@ -132,7 +133,7 @@ class Transformer(nn.Module):
             )
 
     def answers(self, x: Tensor) -> Tensor:
-        """The right answers [B] to questions [B, 9]."""
+        """Compute the right answers [B] to questions [B, 9]."""
         self._tokens(x)
         n = self.n_letters
         if not ((x[:, 0] >= n) & (x[:, 0] < n + len(TASKS)) & (x[:, 1:] < n).all(1) & (x[:, 1:] >= 0).all(1)).all():
@@ -142,7 +143,7 @@ class Transformer(nn.Module):
         task, letters = x[:, :1] - self.n_letters, x[:, 1:]
         last = letters[:, -1:]
         place = (letters[:, :-1] == last).long().argmax(1, keepdim=True)  # the earlier place of the last letter
-        every = [
+        by_task = [
             letters[:, :1],
             letters[:, -2:-1],
             letters.gather(1, place + 1),
@@ -150,18 +151,18 @@ class Transformer(nn.Module):
             self.facts[1][last],
             letters.amax(1, keepdim=True),
         ]
-        return torch.cat(every, dim=1).gather(1, task)[:, 0]
+        return torch.cat(by_task, dim=1).gather(1, task)[:, 0]
 
     def data(self, batch_size: int = 128, tasks: tuple[int, ...] = tuple(range(len(TASKS)))) -> Questions:
-        """Its source of batches [batch_size, 9]."""
+        """Create the source of batches [batch_size, 9]."""
         return Questions(self.n_letters, batch_size, tasks)
 
     def fit(self, seed: int = 0, steps: int = 1200, batch_size: int = 256) -> Transformer:
         """Train all weights to give the answers.
 
         Args:
-            seed: of the start and the batches.
-            steps: of AdamW.
+            seed: of the initial weights and the batches.
+            steps: training steps of AdamW.
             batch_size: questions in a batch.
 
         Returns:
@@ -173,16 +174,16 @@ class Transformer(nn.Module):
             for p in self.parameters():
                 p.copy_(torch.randn(p.shape, generator=generator) * p.shape[-1] ** -0.5)
             for path in self.weights:
-                self.get_parameter(path).mul_(0.4)  # what is left of the start in the end means nothing
+                self.get_parameter(path).mul_(0.4)  # so that little of the initial weights is left after training
         optimiser = torch.optim.AdamW(self.parameters(), lr=2e-3, weight_decay=0.3, betas=(0.9, 0.98))
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimiser, 2e-3, total_steps=steps + 1, pct_start=0.1, cycle_momentum=False
         )
-        # What needs two layers together comes first: among tasks that are learnt faster it takes many times longer.
-        hard, every = self.data(batch_size, (TASKS.index("after"),)), self.data(batch_size)
+        # The task that needs two layers is trained first: among faster ones, learning it takes many times longer.
+        hard, all_tasks = self.data(batch_size, (TASKS.index("after"),)), self.data(batch_size)
 
         def loss(step: int) -> Tensor:
-            x = (hard if step < steps // 5 else every)(step, generator).to(self.unembed.weight.device)
+            x = (hard if step < steps // 5 else all_tasks)(step, generator).to(self.unembed.weight.device)
             return F.cross_entropy(self(x)[:, -1], self.answers(x))
 
         train(optimiser, schedule, steps, loss)
@@ -196,10 +197,10 @@ class Transformer(nn.Module):
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """Inputs and settings with which chapter 23 takes it apart.
+        """Inputs and settings of chapter 23's decomposition.
 
-        They come from short runs on the target of seed 100; the rising weight of faithfulness and the number of steps
-        were not tried there.
+        They were found in short runs on the target of seed 100, except for the increasing faithfulness weight and the
+        number of steps, which were not tried there.
         """
         return {
             "batches": self.data(64),
@@ -224,16 +225,16 @@ class Transformer(nn.Module):
 
 
 def last_position(logits: Tensor) -> Tensor:
-    """The logits that count, [B, vocabulary]: an `output` for `decompose`."""
+    """Select the logits at the last position, [B, vocabulary]: an `output` for `decompose`."""
     checks.tensor("logits", logits, ..., "positions", "vocabulary", finite=False)
     return logits[..., -1, :]
 
 
 def answer_shares(network: Network, components: Components, x: Tensor) -> Tensor:
-    """Gradient attributions to one number, the logit of the target's own answer less the mean logit, as shares.
+    """Compute gradient attributions to one scalar, the target's own answer logit minus the mean logit, as shares.
 
-    One backward pass instead of one for each token, and none of the noise of random probes. Divided by their sum over
-    components, so that in batch top-k no task with large logits takes from another (chapter 10).
+    One backward pass instead of one per token, and no noise from random probes. Divided by their sum over components,
+    so that in batch top-k, tasks with large logits do not take components from others (chapter 10).
 
     Args:
         network: the target, wrapped, whose outputs are logits [B, vocabulary].

@@ -1,1 +1,1 @@
-"""Tidying up during a run: components are merged and pruned, and free ones start anew (chapters 6 and 20)."""
+"""Tidying during a run: components are merged and pruned, and free ones get a new start (chapters 6 and 20)."""

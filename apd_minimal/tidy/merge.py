@@ -1,20 +1,20 @@
 """Merging and pruning, while a decomposition trains or afterwards (chapters 6 and 20).
 
-Spare components make it likely that every mechanism finds one, but leave some mechanisms with two that point
-the same way, and some components that no input uses. Both are cleared away in a few moments of a run: what
-points the same way becomes one component, their sum; what is not used becomes zero, for good.
+Spare components make it likely that every mechanism is found, but leave some mechanisms with two components of similar
+direction, and some components that no input uses. Both are removed a few times during a run: components of similar
+direction are replaced by their sum, and unused ones are set to zero permanently.
 
-There are two rules. `merge_and_prune` goes by directions. `merge_by_bits` goes by description length, the paper's
-objective sum_c use_c (alpha rank_c + log2 C), C counting the components that are not zero. Three cases lower it:
+There are two rules. `merge_and_prune` compares directions. `merge_by_bits` reduces the description length, the paper's
+objective sum_c use_c (alpha rank_c + log2 C), where C counts the nonzero components. Three changes lower it:
 
-- Two components that always fire together. One name is said in place of two, and the rank of a sum is at most the
-  sum of the ranks.
-- Two that point the same way. The sum has the rank of one of them, so that where both fired, this rank and a name
-  are saved; where one fired, nothing is paid.
-- One that lies dead. It costs nothing itself, but every other name is shorter without it.
+- Merging two components that are always active together: one index is encoded instead of two, and the rank of a sum is
+  at most the sum of the ranks.
+- Merging two of similar direction: the sum has the rank of one of them, so that on samples where both are active, this
+  rank and an index are saved; on samples where one is active, nothing is added.
+- Dropping a dead component: it costs nothing itself, but all other indices get shorter without it.
 
-Two that never fire together and point elsewhere stay apart as long as the rank which each would pay for the other
-costs more than the shorter names save. All of this is about bits alone: the objective has no term for errors.
+Two components of different directions that are never active together stay separate as long as each sample's extra rank
+costs more than the shorter indices save. The objective counts bits only: it has no term for errors.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from ..components import Components
 
 @torch.no_grad()
 def merge_and_prune(components: Components, mask: Tensor, min_cosine: float = 0.9, dead_share: float = 0.1) -> Tensor:
-    """Merge components that point the same way, and set unused ones to zero, in place.
+    """Merge components of similar direction, and set unused ones to zero, in place.
 
     Args:
         components: stacked components, factors [R, C, d_in, m] and [R, C, m, d_out].
         mask: which are active on a large batch, [R, B, (positions,) C].
-        min_cosine: two components of which both are used merge if their cosine is at least this.
+        min_cosine: used components with at least this cosine are merged.
         dead_share: a component is unused if it is active less often than this share of the mean.
 
     Returns:
-        Tensor: which components were changed [R, C], so that the optimiser can forget them.
+        Tensor: which components were changed [R, C], so that the optimiser can reset their states.
     """
     use = mask.flatten(1, -2).mean(1)  # [R, C]
     dead = use < dead_share * use.mean(1, keepdim=True)
@@ -47,7 +47,7 @@ def merge_and_prune(components: Components, mask: Tensor, min_cosine: float = 0.
     unit = flat / flat.norm(dim=-1, keepdim=True).clamp_min(1e-12)
     close = unit @ unit.transpose(1, 2) >= min_cosine
     for r in range(len(use)):
-        # The longest come first and take in all shorter ones that point their way.
+        # In order of decreasing norm: each absorbs all shorter ones of similar direction.
         order = flat[r].norm(dim=-1).argsort(descending=True).tolist()
         for i, keep in enumerate(order):
             if dead[r, keep]:
@@ -63,7 +63,7 @@ def merge_and_prune(components: Components, mask: Tensor, min_cosine: float = 0.
 
 
 def _merge(components: Components, r: int, group: list[int]) -> None:
-    """Replace the first of a group by the sum of all, cut to its rank by the singular value decomposition."""
+    """Replace the first of a group by the sum of all, truncated to its rank by the singular value decomposition."""
     for path in components.paths:
         total = Components({path: components.A[path][r, group]}, {path: components.B[path][r, group]}).sum(path)
         merged = Components.from_matrices({path: total[None]}, rank=components.A[path].shape[-1])
@@ -77,18 +77,18 @@ def merge_by_bits(
 ) -> Tensor:
     """Merge pairs and drop dead components as long as this lowers the description length, in place (chapter 20).
 
-    Of all changes, the one that leaves the fewest bits is made, and all are weighed again. A merged component is
-    active when either was. Its rank is that of the sum; a pair whose sum needs more than the factors' m is let be.
-    Only dead components may be dropped, since dropping saves bits always, and the bits know nothing of errors.
+    Greedy: the change that leaves the fewest bits is made, then all are evaluated again. A merged component is active
+    when either was. Its rank is that of the sum; pairs whose sum has a rank above the factors' m are not merged. Only
+    dead components may be dropped: dropping always saves bits, and the objective has no term for errors.
 
-    How often each pair fires together is one product of masks, B C^2 operations. Ranks of the sums come from
-    eigenvalues of Gram matrices of 2m x 2m, in all C^2 m^2 (d_in + d_out) operations for these and C^2 m^3, times a
-    constant, for the eigenvalues. Each change then takes B C operations, and ranks with one component anew.
+    Counting how often each pair is active together takes one product of masks, B C^2 operations. Ranks of the sums are
+    computed from eigenvalues of 2m x 2m Gram matrices: C^2 m^2 (d_in + d_out) operations for the matrices, and a
+    multiple of C^2 m^3 for the eigenvalues. Each change then takes B C operations, and the ranks of one row of pairs.
 
     Args:
         components: stacked components, factors [R, C, d_in, m] and [R, C, m, d_out].
         mask: which are active on a large batch, zeros and ones [R, B, (positions,) C].
-        alpha: bits for each unit of rank, above 0; fix it before looking.
+        alpha: bits per rank, above 0; choose it before the experiment.
         dead_share: a component is dead if it is active less often than this share of the mean over those left.
         threshold: a singular value counts above this share of its path's largest one before the first change.
 
@@ -96,11 +96,11 @@ def merge_by_bits(
         Tensor: which components were changed [R, C]; those merged into another and those dropped are zero now.
 
     Raises:
-        ValueError: an alpha that is not above 0, or a mask that does not fit.
+        ValueError: alpha is not above 0, or the mask has a wrong shape.
     """
     expected = next(iter(components.A.values())).shape[:2]
     if not alpha > 0:
-        raise ValueError(f"alpha, the bits for a unit of rank, must be above 0, got {alpha}")
+        raise ValueError(f"alpha, the bits per rank, must be above 0, got {alpha}")
     if mask.ndim < 3 or (mask.shape[0], mask.shape[-1]) != expected:
         raise ValueError(f"mask must be [R, B, (positions,) C] with R, C = {list(expected)}, got {list(mask.shape)}")
     changed = torch.zeros(expected, dtype=torch.bool, device=mask.device)
@@ -111,54 +111,54 @@ def merge_by_bits(
 
 
 def shortened(components: Components, mask: Tensor, alpha: float) -> Components:
-    """A finished decomposition with what `merge_by_bits` leaves: fewer components, in less memory (chapter 20).
+    """Merge a copy of a finished decomposition by bits, and drop the components that become zero (chapter 20).
 
     Args:
-        components: C components, without restarts; they are left as they are.
+        components: C components, without restarts; not changed.
         mask: which are active on a large batch, zeros and ones [B, (positions,) C].
-        alpha: bits for each unit of rank, above 0.
+        alpha: bits per rank, above 0.
 
     Returns:
-        Components: those that are not zero, in their order; at least one.
+        Components: the nonzero ones, in their order; at least one.
 
     Raises:
-        ValueError: components with restarts, or as for `merge_by_bits`.
+        ValueError: components with restarts, or as in `merge_by_bits`.
     """
     if components.restarts is not None:
         raise ValueError("pick one restart first: components.restart(index)")
-    few = components.map(lambda t: t.detach().clone()).stacked()
-    merge_by_bits(few, mask[None], alpha)
-    left = (few.restart(0).norms() > 0).nonzero().flatten().tolist()
-    return few.restart(0).subset(left or [0])
+    merged = components.map(lambda t: t.detach().clone()).stacked()
+    merge_by_bits(merged, mask[None], alpha)
+    nonzero = (merged.restart(0).norms() > 0).nonzero().flatten().tolist()
+    return merged.restart(0).subset(nonzero or [0])
 
 
 def _fewest_bits(components: Components, active: Tensor, alpha: float, dead_share: float, threshold: float) -> Tensor:
-    """Greedy changes of one restart's components, in place; active [B, C]. Which were changed: [C]."""
+    """Apply greedy changes to one restart's components, in place; active [B, C]. Return which were changed: [C]."""
     floors = [threshold * components.singular_values(path).max().double() for path in components.paths]
-    most = torch.tensor([[[components.A[path].shape[-1]]] for path in components.paths], device=active.device)
-    everyone = range(components.n_components)
-    ranks = torch.stack([_ranks_with(components, c, floors) for c in everyone], dim=1)  # [paths, C, C]
+    max_rank = torch.tensor([[[components.A[path].shape[-1]]] for path in components.paths], device=active.device)
+    indices = range(components.n_components)
+    ranks = torch.stack([_ranks_with(components, c, floors) for c in indices], dim=1)  # [paths, C, C]
     alive = components.norms() > 0
     active = active * alive
-    both = active.T @ active  # how often each pair fires together, each use on the diagonal
+    both = active.T @ active  # how often each pair is active together; the use of each on the diagonal
     changed = torch.zeros_like(alive)
     while (n := int(alive.sum())) > 1:
         use, rank = both.diagonal(), ranks.sum(0)
         cost = alpha * use * rank.diagonal()
-        name = math.log2(n - 1)  # of each component after a change
+        index_bits = math.log2(n - 1)  # per active component, after a change
         now = cost.sum() + use.sum() * math.log2(n)
-        dropped = cost.sum() - cost + (use.sum() - use) * name
+        dropped = cost.sum() - cost + (use.sum() - use) * index_bits
         either = use[:, None] + use - both
-        merged = cost.sum() - cost[:, None] - cost + alpha * either * rank + (use.sum() - both) * name
+        merged = cost.sum() - cost[:, None] - cost + alpha * either * rank + (use.sum() - both) * index_bits
         dead = alive & (use < dead_share * use.sum() / n)
-        fits = (alive[:, None] & alive & (ranks <= most).all(0)).triu(1)
+        fits = (alive[:, None] & alive & (ranks <= max_rank).all(0)).triu(1)
         after = torch.cat([dropped.where(dead, torch.inf)[None], merged.where(fits, torch.inf)])  # [1 + C, C]
         if not after.min() < now * (1 - 1e-9):
             break
-        # The first of those that are equal up to rounding, so that the order of sums does not decide.
+        # The first of those that are equal up to rounding, so that the order of summation does not matter.
         i, c = divmod(int((after.flatten() <= after.min() + 1e-9 * now).nonzero()[0]), len(use))
         alive[c], changed[c] = False, True
-        if i:  # c goes into i - 1
+        if i:  # c is merged into i - 1
             keep = i - 1
             _merge(components.stacked(), 0, [keep, c])
             changed[keep] = True
@@ -172,7 +172,7 @@ def _fewest_bits(components: Components, active: Tensor, alpha: float, dead_shar
 
 
 def _ranks_with(components: Components, c: int, floors: list[Tensor]) -> Tensor:
-    """Numerical ranks of P_c + P_j for every j, of P_c itself for j = c: [paths, C]."""
+    """Compute the numerical ranks of P_c + P_j for every j, and of P_c itself for j = c: [paths, C]."""
     ranks = []
     for path, floor in zip(components.paths, floors, strict=True):
         # The squared singular values of [A_c A_j] [B_c; B_j] are the eigenvalues of the product of the Gram matrices.
@@ -186,7 +186,7 @@ def _ranks_with(components: Components, c: int, floors: list[Tensor]) -> Tensor:
 
 
 def _gram(columns: Tensor, c: int) -> Tensor:
-    """Inner products of the columns of [F_c F_j], for every j and factors F [C, d, m]: [C, 2m, 2m]."""
-    mine = columns[c].expand_as(columns)
-    cross = mine.mT @ columns
-    return torch.cat([torch.cat([mine.mT @ mine, cross], 2), torch.cat([cross.mT, columns.mT @ columns], 2)], 1)
+    """Compute inner products of the columns of [F_c F_j], for every j and factors F [C, d, m]: [C, 2m, 2m]."""
+    own = columns[c].expand_as(columns)
+    cross = own.mT @ columns
+    return torch.cat([torch.cat([own.mT @ own, cross], 2), torch.cat([cross.mT, columns.mT @ columns], 2)], 1)

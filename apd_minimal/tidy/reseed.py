@@ -1,8 +1,8 @@
-"""Giving free components a new start where the sparse network still fails (chapter 6).
+"""New starts of free components where the sparse network still fails (chapter 6).
 
-The inputs that the active components reconstruct worst say what is missing: the gradient, at the target's
-weights, of what the outputs still lack. Directions in parameter space that a few of these inputs ask for
-strongly are found by power iteration, and free components start there.
+The samples with the largest errors show what is missing: the negative gradients of their errors, propagated to the
+target's weights. Power iteration finds directions in parameter space along which a few of these gradients are large,
+and free components start there.
 """
 
 from __future__ import annotations
@@ -19,28 +19,27 @@ POWER_STEPS = 20
 
 
 def missing(network: Network, x: Tensor, lacking: Tensor) -> Tensor:
-    """What each sample asks of the weights: the gradient of <lacking_b, f(x_b)> at the target.
+    """Compute each sample's gradient of <lacking_b, f(x_b)> with respect to the decomposed weights, at the target.
 
     Args:
         network: the target.
         x: inputs [B, ...].
-        lacking: what the outputs lack [B, *rest], as seen by the network's `output`.
+        lacking: direction in which each sample's outputs should change [B, *rest], after the network's `output`.
 
     Returns:
-        Tensor: [B, N], in the order of `Components.flat`.
+        Tensor: gradients [B, N], in the order of `Components.flat`.
     """
     record: list[Use] = []
     with torch.enable_grad():
         out = network(x, record=record)
     deltas = torch.autograd.grad(out, [use.shift for use in record], lacking, allow_unused=True)
-    asked = {path: weight.new_zeros(len(x), *weight.shape) for path, weight in network.weights.items()}
+    gradients = {path: weight.new_zeros(len(x), *weight.shape) for path, weight in network.weights.items()}
     for use, delta in zip(record, deltas, strict=True):
         if delta is not None:
-            gradient = use.rows.detach().reshape(len(x), -1, use.rows.shape[-1]).mT @ delta.reshape(
-                len(x), -1, delta.shape[-1]
-            )
-            asked[use.site.path] += gradient.mT if use.site.transposed else gradient
-    return torch.cat([matrix.flatten(1) for matrix in asked.values()], dim=1)
+            rows, delta = (t.detach().reshape(len(x), -1, t.shape[-1]) for t in (use.rows, delta))
+            gradient = rows.mT @ delta
+            gradients[use.site.path] += gradient.mT if use.site.transposed else gradient
+    return torch.cat([matrix.flatten(1) for matrix in gradients.values()], dim=1)
 
 
 @torch.no_grad()
@@ -55,7 +54,7 @@ def reseed(
     max_cosine: float = 0.35,
     size: int | None = None,
 ) -> Tensor:
-    """Start up to `most` free (all zero) components of every restart at what is missing, in place.
+    """Start up to `most` free (all zero) components of every restart where the sparse outputs fail, in place.
 
     Args:
         network: the target.
@@ -63,10 +62,10 @@ def reseed(
         mask: which are active on x, [R, B, (positions,) C].
         x: inputs [B, ...].
         divergence: per sample, as in the minimality loss.
-        n_worst: number of worst-reconstructed samples looked at.
-        most: number of new starts at a time.
-        max_cosine: no start that points closer than this to a component that is there already.
-        size: samples run at a time, so that the memory does not grow with x; None for all.
+        n_worst: number of samples with the largest errors that are used.
+        most: largest number of new starts of one restart in one call.
+        max_cosine: a start with a larger cosine to a nonzero component is skipped.
+        size: samples per forward pass, so that the memory does not grow with x; None for all at once.
 
     Returns:
         Tensor: which components were started [R, C].
@@ -77,7 +76,7 @@ def reseed(
         parts.append(_lacking(network, components, gates[:, part], x[part], divergence))
     errors, lacking = (torch.cat(pieces, dim=1) for pieces in zip(*parts, strict=True))  # [R, B], [R, B, *rest]
     flat = components.flat()
-    flat = flat.to(torch.promote_types(flat.dtype, torch.float32))  # torch's factorisations take no less
+    flat = flat.to(torch.promote_types(flat.dtype, torch.float32))  # torch cannot factorise half precision
     theta = torch.cat([weight.flatten() for weight in network.weights.values()]).to(flat)
     started = torch.zeros(flat.shape[:2], dtype=torch.bool, device=flat.device)
     for r in range(len(flat)):
@@ -85,10 +84,10 @@ def reseed(
         if not free:
             continue
         worst = errors[r].topk(min(n_worst, len(x))).indices
-        asked = missing(network, x[worst], lacking[r, worst]).to(flat)
+        gradients = missing(network, x[worst], lacking[r, worst]).to(flat)
         for c in free[:most]:
-            v = _strong_direction(asked, network)
-            asked = asked - (asked @ v)[:, None] * v
+            v = _strong_direction(gradients, network)
+            gradients = gradients - (gradients @ v)[:, None] * v
             length = theta @ v
             alive = flat[r][flat[r].norm(dim=-1) > 0]
             cosines = alive @ v / alive.norm(dim=-1)
@@ -103,20 +102,20 @@ def reseed(
 def _lacking(
     network: Network, components: Components, gates: Tensor, x: Tensor, divergence: Divergence
 ) -> tuple[Tensor, Tensor]:
-    """The errors [R, B] of the sparse outputs, and which way less of them lies [R, B, *rest]."""
-    outputs, wanted = network(x, components, gates), network(x)
+    """Compute the errors [R, B] of the sparse outputs, and their negative gradients [R, B, *rest]."""
+    outputs, target_outputs = network(x, components, gates), network(x)
     with torch.enable_grad():
         outputs = outputs.detach().requires_grad_()
-        errors = divergence(outputs, wanted)
+        errors = divergence(outputs, target_outputs)
         return errors.detach(), -torch.autograd.grad(errors.sum(), outputs)[0]
 
 
-def _strong_direction(asked: Tensor, network: Network) -> Tensor:
-    """A unit vector [N], of rank one in every weight, that few of the rows of `asked` [B, N] want strongly."""
-    v = asked[asked.norm(dim=1).argmax()]
+def _strong_direction(gradients: Tensor, network: Network) -> Tensor:
+    """Find a unit vector [N], of rank one in every weight, along which a few `gradients` [B, N] are large."""
+    v = gradients[gradients.norm(dim=1).argmax()]
     for _ in range(POWER_STEPS):
-        # The third power lets the samples that agree most with the direction decide where it goes.
-        v = (asked @ v).clamp_min(0).pow(3) @ asked
+        # The third power gives the samples that agree most with the direction the largest weights.
+        v = (gradients @ v).clamp_min(0).pow(3) @ gradients
         parts = []
         for part, (d_in, d_out) in zip(_split(v, network), network.shapes.values(), strict=True):
             U, S, Vh = torch.linalg.svd(part.view(d_in, d_out), full_matrices=False)
