@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import apd_minimal as apd
-from apd_minimal.study.diagnose import Diagnosis, diagnose
+from apd_minimal.study.diagnose import Diagnosis, _second_singular, diagnose
 
 PATH = "encode.weight"
 
@@ -197,6 +197,14 @@ def test_soft_gates_that_are_half_open_ask_for_twice_the_length() -> None:
     torch.testing.assert_close(found.share, torch.full((5,), 0.2))
     torch.testing.assert_close(found.factor, torch.full((5,), 2.0))
     torch.testing.assert_close(diagnose(TARGET, components, x, 1.0).factor, torch.ones(5))
+
+
+def test_the_second_singular_value_is_a_share_of_the_first() -> None:
+    """The largest share over the weights; a weight where a component is all but zero does not count."""
+    pairs = {"a": ((10.0, 5.0), (2.0, 0.5), (1e-3, 1e-3)), "b": ((0.0, 0.0), (4.0, 2.0), (8.0, 0.8))}
+    matrices = {path: torch.stack([torch.diag(torch.tensor(s)) for s in values]) for path, values in pairs.items()}
+    shares = _second_singular(apd.Components.from_matrices(matrices))
+    torch.testing.assert_close(shares, torch.tensor([0.5, 0.5, 0.1]))
 
 
 def test_the_table() -> None:

@@ -165,6 +165,8 @@ def test_relative_faithfulness_by_hand() -> None:
     assert metrics.relative_faithfulness(nothing, weights).item() == pytest.approx(1.0)
     half = apd.Components.from_matrices({"w": weights["w"][None] / 2})
     assert metrics.relative_faithfulness(half, weights).item() == pytest.approx(0.25)
+    with pytest.raises(ValueError, match="weights must not be all zero"):
+        metrics.relative_faithfulness(nothing, {"w": torch.zeros(2, 2)})
 
 
 def test_output_error_is_that_of_the_sum() -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+import runs
 import torch
 from oracles import case, with_weights
 from torch import Tensor
@@ -134,3 +137,19 @@ def test_in_pieces_it_is_the_same_and_no_piece_is_larger(size: int) -> None:
     assert max(seen) == min(size, 900)
     for a, b in zip(parts.parameters(), whole.parameters(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_new_starts_end_when_they_are_said_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before that progress, and not at it."""
+    steps: list[str] = []
+
+    def noted(network: apd.Network, components: apd.Components, mask: Tensor, *rest: Any, **more: Any) -> Tensor:
+        steps.append("new starts")
+        return torch.zeros(mask.shape[0], mask.shape[-1], dtype=torch.bool)
+
+    monkeypatch.setattr("apd_minimal.tidy.tidy.reseed", noted)
+    settings = {"steps": 8, "tidy_every": 0.25, "tidy_until": 1.0}
+    for until, expected in ((0.5, 1), (0.51, 2), (0.0, 0), (1.0, 3)):
+        steps.clear()
+        runs.decompose(**settings, reseed_until=until)
+        assert len(steps) == expected, until

@@ -147,6 +147,11 @@ def test_no_pickle_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert "torch.load" not in text
 
 
+def test_a_target_must_be_a_module(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="target must be a torch.nn.Module, got 'a'"):
+        apd.Decomposition.load(tmp_path, "a")  # type: ignore[arg-type]
+
+
 def test_another_target_is_refused(tmp_path: Path) -> None:
     target = apd.targets.TMS()
     decomposition(target, target.weights).save(tmp_path)
