@@ -310,11 +310,11 @@ def number(
     drawn = [but(), st.booleans(), st.sampled_from(strange)]
     if not none:
         drawn.append(NOTHING)
-    # The limits themselves, where a mistake is likeliest.
+    # The limits themselves, where a mistake is likeliest: often.
     if low is not None:
-        drawn.append(st.just(low if above else low - 1 if whole else math.nextafter(low, -math.inf)))
+        drawn += 5 * [st.just(low if above else low - 1 if whole else math.nextafter(low, -math.inf))]
     if high is not None:
-        drawn.append(st.just(high if below else high + 1 if whole else math.nextafter(high, math.inf)))
+        drawn += 5 * [st.just(high if below else high + 1 if whole else math.nextafter(high, math.inf))]
     if low is not None:
         drawn += [st.floats(max_value=low, exclude_max=not above), st.integers(max_value=int(low) - 1)]
     if high is not None:

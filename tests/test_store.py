@@ -148,7 +148,7 @@ def test_no_pickle_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_target_must_be_a_module(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="target must be a torch.nn.Module, got 'a'"):
+    with pytest.raises(TypeError, match=r"target must be a torch\.nn\.Module, got 'a'"):
         apd.Decomposition.load(tmp_path, "a")  # type: ignore[arg-type]
 
 
