@@ -297,6 +297,9 @@ def but(*fits: type) -> Strategy:
     return st.sampled_from([thing for thing in OBJECTS if not isinstance(thing, fits)])
 
 
+EDGES: dict[Strategy, list[float]] = {}
+
+
 def number(
     low: float | None = None,
     high: float | None = None,
@@ -310,18 +313,20 @@ def number(
     drawn = [but(), st.booleans(), st.sampled_from(strange)]
     if not none:
         drawn.append(NOTHING)
-    # The limits themselves, where a mistake is likeliest: often.
-    if low is not None:
-        drawn += 5 * [st.just(low if above else low - 1 if whole else math.nextafter(low, -math.inf))]
-    if high is not None:
-        drawn += 5 * [st.just(high if below else high + 1 if whole else math.nextafter(high, math.inf))]
     if low is not None:
         drawn += [st.floats(max_value=low, exclude_max=not above), st.integers(max_value=int(low) - 1)]
     if high is not None:
         drawn += [st.floats(min_value=high, exclude_min=not below), st.integers(min_value=int(high) + 1)]
     if whole:
         drawn.append(st.floats(-1e6, 1e6).filter(lambda v: v != int(v)))
-    return st.one_of(drawn)
+    made = st.one_of(drawn)
+    # The nearest that is wrong is always tried: there a mistake is likeliest.
+    EDGES[made] = []
+    if low is not None:
+        EDGES[made].append(low if above else low - 1 if whole else math.nextafter(low, -math.inf))
+    if high is not None:
+        EDGES[made].append(high if below else high + 1 if whole else math.nextafter(high, math.inf))
+    return made
 
 
 def flag() -> Strategy:
@@ -791,9 +796,7 @@ def test_the_valid_arguments_are(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "parameter"), CASES)
 def test_malformed_values_get_a_clear_error(name: str, parameter: str) -> None:
-    @settings(max_examples=20 if name != "decompose" or parameter != "batches" else 40)
-    @given(strategy(name, parameter))
-    def every(value: Any) -> None:
+    def try_one(value: Any) -> None:
         error: BaseException | None = None
         try:
             result = call(name, {parameter: value})
@@ -802,5 +805,14 @@ def test_malformed_values_get_a_clear_error(name: str, parameter: str) -> None:
         assert error is not None, f"{name}({parameter}={value!r}) gave {type(result).__name__} in silence"
         wrong = complaint(error, parameter, value)
         assert not wrong, f"{name}({parameter}={value!r}) raised {error!r}: {wrong}"
+
+    malformed = strategy(name, parameter)
+    for value in EDGES.get(malformed, ()):
+        try_one(value)
+
+    @settings(max_examples=20 if name != "decompose" or parameter != "batches" else 40)
+    @given(malformed)
+    def every(value: Any) -> None:
+        try_one(value)
 
     every()
