@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from itertools import combinations
 
 import pytest
@@ -349,3 +352,27 @@ def test_the_mode_follows_the_gradients_that_are_shared(tail: nn.Module, mode: s
     network = apd.Network(target, ["0.weight", "2.weight"])
     components = apd.Components.random(network.shapes, 50).stacked()
     assert cheapest(network, components, None, torch.randn(4000, 10)) == mode
+
+
+def test_the_hash_seed_decides_nothing() -> None:
+    """Another process gives the same bits: else a run that was stopped would not go on as it would have."""
+    script = """
+import hashlib, torch, apd_minimal as apd
+torch.set_num_threads(1)
+torch.manual_seed(0)
+layers = [torch.nn.Linear(6, 6) for _ in range(5)]
+net = torch.nn.Sequential(*[module for layer in layers for module in (layer, torch.nn.ReLU())])
+network = apd.Network(net, [f"{2 * i}.weight" for i in range(5)])
+components = apd.Components.random(network.shapes, 4, generator=torch.Generator().manual_seed(1))
+x = torch.randn(20, 6, generator=torch.Generator().manual_seed(2))
+scores = [apd.attributions.gradient(network, components, x, mode=mode) for mode in apd.attributions.MODES]
+print(*(hashlib.sha256(s.numpy().tobytes()).hexdigest() for s in scores))
+"""
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", script], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, text=True,
+            check=True,
+        ).stdout
+        for seed in "1234"
+    }  # fmt: skip
+    assert len(said) == 1

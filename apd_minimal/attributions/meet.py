@@ -244,7 +244,8 @@ def _linear_pairs(components: Components, captured: list[Captured], starts: Tens
 def _other_pairs(components: Components, captured: list[Captured]) -> Tensor:
     """By the gradient of each pair with respect to the weights, some pairs at a time: [R, pairs, C]."""
     entries = len(captured[0].rows) * components.n_entries
-    flat = {path: components.matrices(path).flatten(2).mT for path in {use.site.path for use in captured}}
+    paths = dict.fromkeys(use.site.path for use in captured)  # in order: of a set, the hash seed would decide it
+    flat = {path: components.matrices(path).flatten(2).mT for path in paths}
     found = []
     n_pairs = captured[0].rows.shape[1]
     size = max(1, NUMBERS // entries)
