@@ -234,8 +234,8 @@ def test_bad_inputs_are_named_with_their_step(bad: float) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (torch.zeros(0, 5), r"with B at least 1, got a Tensor of shape \[0, 5\]"),
-        (torch.tensor(1.0), r"got a Tensor of shape \[\]"),
+        (torch.zeros(0, 5), r"with B at least 1, got one of shape \[0, 5\]"),
+        (torch.tensor(1.0), r"got one of shape \[\]"),
         ([1.0], "got a list"),
     ],
 )
