@@ -320,6 +320,9 @@ RIGHT: dict[str, Callable[[], Case]] = {
     "padding replicate": lambda: conv(
         12, 2, 4, in_channels=2, out_channels=3, kernel_size=4, padding="same", padding_mode="replicate"
     ),
+    "a transposed convolution whose steps leave some out": lambda: transposed(
+        76, 3, 5, in_channels=3, out_channels=4, kernel_size=3, stride=3, output_padding=2, dilation=2
+    ),
     "transposed convolution": lambda: transposed(
         24, 2, 4, in_channels=2, out_channels=3, kernel_size=3, stride=2, padding=1, output_padding=1
     ),

@@ -130,6 +130,16 @@ def test_contributions_of_components(neurons: tuple[int, ...]) -> None:
     assert not owned[0] and not owned[1] and owned[2:].all()
 
 
+def test_how_long_an_owner_may_be() -> None:
+    """By itself from half to one and a half of the function's length."""
+    target = ResidualMLP(6, 40, (9,))
+    parts = by_function(target)
+    for factor, owned in ((0.45, False), (0.55, True), (1.45, True), (1.55, False)):
+        one = parts.map(torch.clone)
+        one.A["read.0.weight"][2] *= factor
+        assert bool(target.ownership(one).owned[2]) is owned, factor
+
+
 def test_the_recipe_is_that_of_decompose() -> None:
     target = ResidualMLP(6, 30, (3, 2), probability=0.2)
     result = apd.decompose(target, **{**target.recipe, "steps": 2}, progress=False)

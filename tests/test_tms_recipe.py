@@ -69,3 +69,9 @@ def test_features_on_one_line(rotated: bool) -> None:
     if rotated:
         target.rotate(1)
     assert target.same_line == [(0, 2)]
+
+
+def test_neighbours_on_one_line() -> None:
+    target = apd.targets.TMS(5, 2)
+    target.encode.weight.data = torch.tensor([[1.0, 0.0], [-2.0, 0.0], [0.0, 1.0], [1.0, 1.0], [-1.0, -1.0]]).T.clone()
+    assert target.same_line == [(0, 1), (3, 4)]
