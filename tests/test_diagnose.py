@@ -150,6 +150,9 @@ def test_all_too_short_is_unfaithful_as_well() -> None:
     assert found.suspects["shrunken"] == [0, 1, 2, 3, 4]
     assert "unfaithful" in found.suspects
     assert found.remainder == pytest.approx(0.04, rel=1e-4)
+    # A hundredth of the weights' squared length is where it begins.
+    assert "unfaithful" in look(0.89 * Z).suspects
+    assert "unfaithful" not in look(0.91 * Z).suspects
 
 
 def test_a_component_that_no_input_uses() -> None:

@@ -142,6 +142,8 @@ def test_how_long_an_owner_may_be() -> None:
 
 def test_the_recipe_is_that_of_decompose() -> None:
     target = ResidualMLP(6, 30, (3, 2), probability=0.2)
+    trained_on, used = target.data(), target.recipe["batches"]
+    assert (used.low, used.high, used.probability) == (trained_on.low, trained_on.high, trained_on.probability)
     result = apd.decompose(target, **{**target.recipe, "steps": 2}, progress=False)
     assert result.components.n_components == 12
     assert len(result.history["hidden"]) == 2
