@@ -138,7 +138,7 @@ def kept(n_components: int, batch: int = 64, micro_batch: int | None = None, rec
     run = begin(network, lambda step, g: x, config, "mse", None, micro_batch)
     Kept.now = Kept.most = 0
     # Attributions and the sums of factors are not what is asked for here.
-    prepared = run.prepared(x, scrubs=True)
+    prepared = run.prepare(x, scrubs=True)
     with torch.autograd.graph.saved_tensors_hooks(Kept, lambda k: k.tensor):
         for piece in prepared.pieces(run.micro_batch):
             losses = run.sparse_losses(piece, {"hidden": 0.0})
