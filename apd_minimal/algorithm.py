@@ -19,11 +19,12 @@ from .batch import Batches
 from .config import Config, Schedule
 from .decomposition import Decomposition
 from .local import Local
+from .loop import Callback, follow
 from .losses import DIVERGENCES, Divergence
 from .network import Network
 from .outcome import outcome
 from .selection import Selection, TopK
-from .train import Callback, Run, follow
+from .train import Run
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

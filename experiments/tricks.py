@@ -21,9 +21,10 @@ import torch
 import apd_minimal as apd
 from apd_minimal.algorithm import begin
 from apd_minimal.attributions import gradient
+from apd_minimal.loop import follow
 from apd_minimal.outcome import outcome
 from apd_minimal.targets import TMS, ResidualMLP
-from apd_minimal.train import Run, follow
+from apd_minimal.train import Run
 from benchmarks import trick_steps
 from benchmarks.small_moments import has_torchao, optimiser_of
 from experiments import attributions
