@@ -1,4 +1,6 @@
-"""The chapters' number of threads, a seed for every test, and property tests that draw the same on every run."""
+"""The chapters' number of threads; a seed and no open figure for every test; property tests that always draw alike."""
+
+import sys
 
 import pytest
 import torch
@@ -22,3 +24,10 @@ settings.load_profile("repeatable")
 def _seeded() -> None:
     """Networks take their start from torch's own generator."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_open_figures() -> None:
+    """Which tests shared this worker before must not matter: some leave figures open, some count them."""
+    if "matplotlib.pyplot" in sys.modules:
+        sys.modules["matplotlib.pyplot"].close("all")
