@@ -22,6 +22,7 @@ from .metrics import Truth, ownership
 
 STYLE = str(files("apd_minimal") / "figures.mplstyle")
 GREY = "0.5"
+SIGNED = "RdBu_r"  # red is positive, blue negative, in every figure of the book
 
 
 def _axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
@@ -58,7 +59,7 @@ def matrices(components: Components, path: str | None = None, order: Sequence[in
         for ax in axes.flat:
             ax.axis("off")
         for ax, c in zip(axes.flat, chosen, strict=False):
-            ax.imshow(P[c], cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
+            ax.imshow(P[c], cmap=SIGNED, vmin=-limit, vmax=limit, aspect="auto")
             ax.set_title(f"{c}", fontsize=8)
     return figure
 
