@@ -143,6 +143,20 @@ def test_frames(kind: str) -> None:
     assert plt.get_fignums() == open_before, "figures were left open"
 
 
+def test_frames_say_what_they_move_to() -> None:
+    """By eye (output) and by ear (aria-valuetext): a seed and a step, not an index."""
+    html = frames.static(
+        draw, [0, 1, 2], label="when", alt=str, caption="c", start=1, shown=lambda i: f"target 10, step {900 * i:,}"
+    ).data
+    (handle,) = Elements(html).all("input")
+    assert handle["data-values"] == "target 10, step 0|target 10, step 900|target 10, step 1,800"
+    assert handle["aria-valuetext"] == "target 10, step 900"
+    assert ">target 10, step 900</output>" in html
+    assert "setAttribute('aria-valuetext', shown)" in str(handle["oninput"])
+    with pytest.raises(TypeError, match="shown"):
+        frames.static(draw, [1, 2], label="k", alt=str, caption="c", shown="step")  # type: ignore[arg-type]
+
+
 def test_frames_are_the_same_bytes_each_time() -> None:
     notebook.setup()
     made = [frames.static(draw, [1, 2], label="k", alt=str, caption="a caption").data for _ in range(2)]
@@ -169,7 +183,7 @@ def test_slider_is_live_with_a_kernel_and_static_while_outputs_are_made(monkeypa
         return draw(k)
 
     monkeypatch.setattr(frames, "display", lambda figure: None)
-    arguments: dict[str, Any] = {"label": "k", "alt": str, "caption": "c"}
+    arguments: dict[str, Any] = {"label": "k", "alt": str, "caption": "c", "shown": "{} of 3".format}
     monkeypatch.setenv(frames.STATIC, "1")
     assert "<img" in frames.slider(counted, [1, 2, 3], **arguments).data
     assert drawn == [1, 2, 3]
@@ -177,6 +191,7 @@ def test_slider_is_live_with_a_kernel_and_static_while_outputs_are_made(monkeypa
     drawn.clear()
     box = frames.slider(counted, [1, 2, 3], **arguments)
     assert drawn == [1]
+    assert box.children[0].label == "1 of 3"
     box.children[0].value = 3
     assert drawn == [1, 3]
 

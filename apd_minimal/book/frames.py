@@ -22,7 +22,9 @@ STATIC = "APD_STATIC"  # set in the environment while the book is executed: its 
 SHOW = """\
 const box = this.closest('.apd-frames');
 box.querySelectorAll('img').forEach((img, i) => img.style.display = i == this.value ? '' : 'none');
-box.querySelector('output').value = this.dataset.values.split('|')[this.value];
+const shown = this.dataset.values.split('|')[this.value];
+box.querySelector('output').value = shown;
+this.setAttribute('aria-valuetext', shown);
 """
 PLAY = """\
 const box = this.closest('.apd-frames'), range = box.querySelector('input');
@@ -50,9 +52,11 @@ def _data_uri(figure: Figure, kind: str) -> str:
     return f"data:{mime};base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def _check(draw: Any, values: Any, label: Any) -> None:
+def _check(draw: Any, values: Any, label: Any, shown: Any) -> None:
     if not callable(draw):
         raise TypeError(f"draw must be a function from a value to a figure, got {checks.given(draw)}")
+    if not callable(shown):
+        raise TypeError(f"shown must be a function from a value to text, got {checks.given(shown)}")
     if not isinstance(values, Sequence) or isinstance(values, str) or not values:
         raise TypeError(f"values must be a list with at least one value, got {checks.given(values)}")
     checks.kind("label", label, str, "text")
@@ -67,6 +71,7 @@ def static(
     caption: str,
     start: int = 0,
     kind: str = "svg",
+    shown: Callable[[Any], str] = str,
 ) -> HTML:
     """Render one frame for each value, and a slider with a play button to move through them. Needs no kernel.
 
@@ -78,6 +83,8 @@ def static(
         caption: what the figure as a whole shows.
         start: index of the frame shown first.
         kind: "svg", or "webp" for dense scatter.
+        shown: the words beside the slider, for one value: what a reader moves to, such as "step 1,800". An index
+            alone says nothing.
 
     Returns:
         HTML: the frames and their control.
@@ -86,7 +93,7 @@ def static(
         ValueError: if there are fewer than 2 values, ``start`` is out of range, ``kind`` is unknown, or an alt text
             is empty.
     """
-    _check(draw, values, label)
+    _check(draw, values, label, shown)
     checks.kind("caption", caption, str, "text")
     if not callable(alt):
         raise TypeError(f"alt must be a function from a value to text, got {checks.given(alt)}")
@@ -98,24 +105,34 @@ def static(
     checks.choice("kind", kind, ("svg", "webp"))
     images = []
     for i, value in enumerate(values):
-        if not (words := alt(value).strip()):
+        if not (described := alt(value).strip()):
             raise ValueError(f"no alt text for the frame at {label} = {value}")
         hidden = "" if i == start else ' style="display: none"'
-        images.append(f'<img class="dark-light" src="{_data_uri(draw(value), kind)}" alt="{escape(words)}"{hidden}>')
-    shown = [str(value).replace("|", "/") for value in values]
+        images.append(
+            f'<img class="dark-light" src="{_data_uri(draw(value), kind)}" alt="{escape(described)}"{hidden}>'
+        )
+    words = [shown(value).replace("|", "/") for value in values]
     return HTML(
         '<figure class="apd-frames">\n' + "\n".join(images) + "\n"
         '<div class="apd-frames-control" style="display: flex; gap: 0.8em; align-items: center; max-width: 32em">'
         f'<button type="button" onclick="{escape(PLAY)}">▶ play</button>'
         f'<label style="display: flex; flex: 1; gap: 0.6em; min-width: 0">{escape(label)} '
         f'<input type="range" style="flex: 1; min-width: 0" min="0" max="{len(values) - 1}" value="{start}" '
-        f'autocomplete="off" data-values="{escape("|".join(shown))}" oninput="{escape(SHOW)}"></label>'
-        f'<output style="min-width: 3.5em">{escape(shown[start])}</output></div>\n'
+        f'autocomplete="off" aria-valuetext="{escape(words[start])}" data-values="{escape("|".join(words))}" '
+        f'oninput="{escape(SHOW)}"></label>'
+        f'<output style="min-width: 3.5em">{escape(words[start])}</output></div>\n'
         f"<figcaption>{escape(caption)}</figcaption>\n</figure>"
     )
 
 
-def live(draw: Callable[[Any], Figure], values: Sequence[Any], *, label: str, start: int = 0) -> Any:
+def live(
+    draw: Callable[[Any], Figure],
+    values: Sequence[Any],
+    *,
+    label: str,
+    start: int = 0,
+    shown: Callable[[Any], str] = str,
+) -> Any:
     """Show the same figure with an ipywidgets slider: every move calls ``draw`` again. Needs a running kernel.
 
     Args:
@@ -123,27 +140,28 @@ def live(draw: Callable[[Any], Figure], values: Sequence[Any], *, label: str, st
         values: what the slider moves through.
         label: the slider's name.
         start: index of the value shown first.
+        shown: the words beside the slider, for one value.
 
     Returns:
         ipywidgets.VBox: the slider above its figure.
     """
-    _check(draw, values, label)
+    _check(draw, values, label, shown)
     start = checks.number("start", start, 0, len(values) - 1, whole=True)
     import ipywidgets
 
-    def show(value: Any) -> None:
+    def redraw(value: Any) -> None:
         figure = draw(value)
         display(figure)
         plt.close(figure)
 
     control = ipywidgets.SelectionSlider(
-        options=[(str(value), value) for value in values],
+        options=[(shown(value), value) for value in values],
         index=start,
         description=label,
         continuous_update=False,
         style={"description_width": "initial"},
     )
-    return ipywidgets.VBox([control, ipywidgets.interactive_output(show, {"value": control})])
+    return ipywidgets.VBox([control, ipywidgets.interactive_output(redraw, {"value": control})])
 
 
 def slider(
@@ -155,6 +173,7 @@ def slider(
     caption: str,
     start: int = 0,
     kind: str = "svg",
+    shown: Callable[[Any], str] = str,
 ) -> Any:
     """Show an interactive figure: :func:`live` in JupyterLab or Colab, :func:`static` in the stored outputs.
 
@@ -166,10 +185,12 @@ def slider(
         caption: what the figure as a whole shows.
         start: index of the frame shown first.
         kind: "svg", or "webp" for dense scatter.
+        shown: the words beside the slider, for one value: what a reader moves to, such as "step 1,800". An index
+            alone says nothing.
 
     Returns:
         HTML: the frames; in a live kernel a widget instead.
     """
     if os.environ.get(STATIC):
-        return static(draw, values, label=label, alt=alt, caption=caption, start=start, kind=kind)
-    return live(draw, values, label=label, start=start)
+        return static(draw, values, label=label, alt=alt, caption=caption, start=start, kind=kind, shown=shown)
+    return live(draw, values, label=label, start=start, shown=shown)
