@@ -507,6 +507,7 @@ KINDS: dict[str, Strategy] = {
     "caption": text(),
     "draw": function(),
     "alt": function(),
+    "shown": function(),
     "values": st.one_of(function(), st.just(())).filter(
         lambda v: isinstance(v, np.ndarray) or not isinstance(v, (list, tuple, bytes)) or not len(v)
     ),
