@@ -1,4 +1,4 @@
-"""Create data/more_seeds.json: the recipe on further targets of TMS 5-2, and whether features lie on a line (chapter 7).
+"""Create data/more_seeds.json: the recipe on ten more targets of TMS 5-2, and how near features are to a line.
 
 python -m experiments.more_seeds        (about 20 seconds of one core for each target)
 
