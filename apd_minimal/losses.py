@@ -3,7 +3,7 @@
 faithfulness: the components sum to the target's weights (chapter 3).
 minimality: on every input, few components do the target's work (chapter 4).
 simplicity: the components that are used are of low rank (chapter 5).
-hidden: the sparse network's hidden activations are the target's (chapter 9).
+hidden: the sparse network's hidden activations are the target's (chapter 8).
 scrub: so it stays when some of the others join, drawn by `Selection.draw` (chapter 6); it is `minimality` of these
 outputs.
 """

@@ -159,6 +159,7 @@ def generator() -> torch.Generator:
 FOLDER = Path(tempfile.mkdtemp())
 decomposition().save(FOLDER)
 store.write_tensors(FOLDER / "x", "kind", {"a": torch.ones(2)}, {})
+SCRUBBED = apd.metrics.Scrubbing(*[torch.ones(2)] * 3, nonempty=torch.ones(2, dtype=torch.bool))
 ATTRIBUTION: dict[str, Any] = {"target": TARGET, "components": components(), "x": X}
 OF_MASK = {"components": components(), "mask": torch.ones(4, 3)}
 MATCH = {"components": components(), "truth": TRUTH}
@@ -232,6 +233,8 @@ VALID: dict[str, tuple[Any, dict[str, Any]]] = {  # name: (self or None, argumen
         {"components": components(), "weights": {"encode.weight": torch.ones(5, 2)}},
     ),
     "metrics.scrubbing": (None, ATTRIBUTION | {"top_k": 1.0}),
+    "metrics.responsible": (None, ATTRIBUTION),
+    "metrics.Scrubbing.means": (SCRUBBED, {}),
     "rules.TransposedLinear": (None, {"encoder": nn.Linear(3, 2)}),
     "rules.TransposedLinear.forward": (apd.rules.TransposedLinear(nn.Linear(5, 2)), {"x": torch.ones(4, 2)}),
     "rules.rule": (None, {"module": nn.Linear(3, 2)}),
@@ -628,7 +631,7 @@ OWN_KINDS: dict[str, dict[str, Strategy]] = {
     "glue.glue": {"value": st.sampled_from([None, [1], {}, torch.zeros(2), np.zeros(3), object()])},
     "glue.claim": {
         "number": SIZE,
-        "verdict": choice("holds", "does not hold", "cannot be tested here", "holds within limits"),
+        "verdict": choice("holds", "does not hold", "cannot be tested here", "holds within limits", "open so far"),
         "finding": st.one_of(text(), st.just("{missing}")),
     },
     "plots.matrices": ANY_WEIGHTS
@@ -671,7 +674,10 @@ OWN_KINDS: dict[str, dict[str, Strategy]] = {
     "metrics.mmcs": ALONE,
     "metrics.ownership": ALONE,
     "metrics.relative_faithfulness": {"components": bad_components(finite=False)},
-    "metrics.scrubbing": ALONE,
+    "metrics.scrubbing": ALONE
+    | {"anti": choice("half", "all"), "spared": tensor(torch.ones(4, 3)).filter(lambda t: t is not None)},
+    "metrics.responsible": ALONE,
+    "metrics.Scrubbing.means": {"samples": choice("all", "nonempty")},
     "rules.TransposedLinear": {"encoder": st.one_of(function(), st.just(nn.ReLU()))},
     "rules.rule": {"module": st.one_of(but(), NOTHING, st.just(nn.GRU(2, 2)))},
     "store.read_tensors": {"path": st.one_of(path(), st.just("/nowhere")), "kind": st.one_of(text(), st.just("other"))},

@@ -241,6 +241,85 @@ def test_scrubbing_adds_half_of_the_rest_and_removes_half_of_the_active() -> Non
     assert float((error.anti_scrubbed * C).mean()) == pytest.approx(float(kept + rest) / 2, rel=0.08)
 
 
+def writers(lengths: list[float]) -> tuple[nn.Linear, apd.Components]:
+    """A layer that is zero, and components that each write their length to an output of their own."""
+    n = len(lengths)
+    layer = nn.Linear(1, n, bias=False)
+    with torch.no_grad():
+        layer.weight.fill_(0.0)
+    return layer, apd.Components.from_matrices({"weight": torch.diag(torch.tensor(lengths))[:, None]})
+
+
+def test_the_paper_s_anti_scrubbed_run_takes_all_active_components_away() -> None:
+    """One inactive component, so that every error is one of two numbers that are known by hand."""
+    layer, found = writers([3.0, 4.0, 6.0])
+    x = torch.ones(400, 1)
+    paper = metrics.scrubbing(layer, found, x, top_k=2, anti="all")
+    ours = metrics.scrubbing(layer, found, x, top_k=2)
+
+    def values(errors: Tensor) -> set[float]:
+        return set(errors.mul(3).round(decimals=3).tolist())
+
+    assert values(paper.top_k) == {52.0}
+    assert values(paper.scrubbed) == {52.0, 61.0}
+    assert values(paper.anti_scrubbed) == {0.0, 9.0}
+    assert values(ours.anti_scrubbed) == {0.0, 9.0, 16.0, 25.0, 36.0, 45.0, 52.0, 61.0}
+    assert torch.equal(paper.scrubbed, ours.scrubbed), "the definitions differ in the anti-scrubbed run only"
+    assert float(paper.anti_scrubbed.mean() * 3) == pytest.approx(4.5, rel=0.15)
+
+
+def features_apart() -> tuple[nn.Linear, apd.Components]:
+    """The identity on 4 features, one component each, in the order 2, 0, 3, 1."""
+    layer = nn.Linear(4, 4, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.eye(4))
+    Z = torch.einsum("ji,jo->jio", torch.eye(4), torch.eye(4))
+    return layer, apd.Components.from_matrices({"weight": Z[[2, 0, 3, 1]]})
+
+
+def test_responsible_components_are_those_of_the_features_that_are_on() -> None:
+    layer, found = features_apart()
+    x = torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.5, 0.0, 0.0, 0.0], [1.0, 0.0, 0.0, -0.1], [0.0, 0.2, 0.3, 0.0]])
+    mask = metrics.responsible(layer, found, x)
+    assert mask.tolist() == [
+        [False, False, False, False],
+        [False, True, False, False],
+        [False, True, True, False],
+        [True, False, False, True],
+    ]
+    flipped = metrics.responsible(layer, found, x, attribution=lambda n, c, x: -apd.attributions.gradient(n, c, x))
+    assert flipped[1].tolist() != mask[1].tolist(), "an attribution of one's own decides"
+
+
+def test_spared_components_decide_what_is_scrubbed() -> None:
+    """With k = 1 a feature of two is inactive; its component is spared all the same, or taken away."""
+    layer, found = features_apart()
+    x = torch.tensor([[1.0, 0.0, 0.0, -0.5]]).repeat(50, 1)
+    mask = metrics.responsible(layer, found, x)
+    error = metrics.scrubbing(layer, found, x, top_k=1, anti="all", spared=mask)
+    torch.testing.assert_close(error.top_k, torch.full((50,), 0.25 / 4))
+    assert error.scrubbed.max() < 1e-12
+    torch.testing.assert_close(error.anti_scrubbed, torch.full((50,), 1.25 / 4))
+    by_k = metrics.scrubbing(layer, found, x, top_k=1, anti="all")
+    assert set(by_k.scrubbed.mul(4).round(decimals=3).tolist()) == {0.0, 0.25}
+
+
+def test_means_name_their_samples() -> None:
+    layer, found = features_apart()
+    x = torch.zeros(5, 4)
+    x[0, 0], x[3, 2] = 1.0, 2.0
+    error = metrics.scrubbing(layer, found, x, top_k=1, anti="all", spared=metrics.responsible(layer, found, x))
+    assert error.nonempty.tolist() == [True, False, False, True, False]
+    assert error.means()["anti_scrubbed"] == pytest.approx((1 + 4) / 4 / 5)
+    assert error.means("nonempty")["anti_scrubbed"] == pytest.approx((1 + 4) / 4 / 2)
+    assert error.means("nonempty") == {name: pytest.approx(v * 5 / 2) for name, v in error.means("all").items()}
+    silent = metrics.scrubbing(layer, found, torch.zeros(3, 4), top_k=1)
+    with pytest.raises(ValueError, match="nothing to average"):
+        silent.means("nonempty")
+    with pytest.raises(ValueError, match="samples"):
+        silent.means("some")
+
+
 def test_description_length_by_hand() -> None:
     P = torch.zeros(4, 3, 2)
     P[0, 0, 0] = 1

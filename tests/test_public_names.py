@@ -15,7 +15,7 @@ NAMES = {
     "diagnose": "Diagnosis diagnose",
     "losses": "DIVERGENCES faithfulness hidden kl minimality mse simplicity simplicity_exact",
     "metrics": "Matching Ownership Scrubbing cosines description_length match_use match_weights ml2r mmcs output_error "
-    "ownership relative_faithfulness scrubbing",
+    "ownership relative_faithfulness responsible scrubbing",
     "rules": "Rule TransposedLinear rule",
     "store": "FORMAT StoreError read_tensors reading write write_tensors",
     "targets": "GatedFunctions GatedInputs Questions ResidualMLP TMS Transformer",
@@ -61,6 +61,7 @@ def test_arguments() -> None:
         parameters(apd.diagnose.diagnose)
         == "target components x top_k divergence at seed attribution thresholds".split()
     )
+    assert parameters(apd.metrics.scrubbing) == "target components x top_k at seed attribution anti spared".split()
     assert parameters(apd.Decomposition.load) == ["folder", "target"]
     assert parameters(apd.targets.TMS) == "n_features d_hidden identity probability".split()
 
@@ -73,5 +74,6 @@ def test_fields() -> None:
     assert fields(apd.Decomposition) == (
         "components config history scores chosen finished fingerprint restarts threshold selection attribution".split()
     )
+    assert fields(apd.metrics.Scrubbing) == "top_k scrubbed anti_scrubbed nonempty".split()
     assert fields(apd.metrics.Ownership) == "owner cosine length_ratio purity owned".split()
     assert {"n_components", "top_k", "rank", "steps", "lr", "p", "restarts", "seed"} <= set(fields(apd.Config))

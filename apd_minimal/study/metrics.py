@@ -196,11 +196,65 @@ def output_error(target: nn.Module | Network, components: Components, x: Tensor)
 
 @dataclass(frozen=True)
 class Scrubbing:
-    """Squared output errors against the target, each [B]; see `scrubbing`."""
+    """Squared output errors against the target, each [B]; see `scrubbing`.
+
+    Attributes:
+        top_k: with the active components alone [B].
+        scrubbed: with the active ones, and a random half of the others [B].
+        anti_scrubbed: with a random half of the others, and few or none of the active ones [B].
+        nonempty: samples with an input other than 0 [B]; the others have no error where there are no biases.
+    """
 
     top_k: Tensor
     scrubbed: Tensor
     anti_scrubbed: Tensor
+    nonempty: Tensor
+
+    def means(self, samples: str = "all") -> dict[str, float]:
+        """Average the three errors over a set of samples, which must be named where means are compared.
+
+        Args:
+            samples: "all", or "nonempty", whose means are larger by one over the share of these samples.
+
+        Returns:
+            dict[str, float]: by the names of the errors.
+
+        Raises:
+            ValueError: no sample is left.
+        """
+        checks.choice("samples", samples, ("all", "nonempty"))
+        kept = self.nonempty if samples == "nonempty" else torch.ones_like(self.nonempty)
+        if not kept.any():
+            raise ValueError("no sample has an input other than 0: there is nothing to average over")
+        errors = {"top_k": self.top_k, "scrubbed": self.scrubbed, "anti_scrubbed": self.anti_scrubbed}
+        return {name: error[kept].mean().item() for name, error in errors.items()}
+
+
+def responsible(
+    target: nn.Module | Network, components: Components, x: Tensor, attribution: Attribution | None = None
+) -> Tensor:
+    """Say which components answer for the inputs of each sample, one for each feature that is on (braun2025).
+
+    A feature's component is the one with the largest attribution when this feature alone is on, at 1. It does not
+    depend on the other features of a sample, or of a batch.
+
+    Args:
+        target: a network of sparse features.
+        components: C components, without restarts.
+        x: inputs [B, n_features].
+        attribution: (network, components, x) -> [B, C] in place of `attributions.gradient`.
+
+    Returns:
+        Tensor: bool [B, C], for `scrubbing`.
+    """
+    usable(components, alone=True)
+    checks.function("attribution", attribution)
+    network, x = as_network(target, components), checks.tensor("x", checks.inputs(x), "B", "n_features")
+    alone = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+    scores = (attribution or gradient)(network, components, alone)
+    checks.tensor("attributions", scores, x.shape[1], components.n_components)
+    first = torch.nn.functional.one_hot(scores.argmax(1), components.n_components)  # [n_features, C]
+    return ((x != 0).to(x) @ first.to(x)) > 0
 
 
 def scrubbing(
@@ -211,8 +265,13 @@ def scrubbing(
     at: str = "target",
     seed: int = 0,
     attribution: Attribution | None = None,
+    anti: str = "half",
+    spared: Tensor | None = None,
 ) -> Scrubbing:
     """Scrub parameters causally (braun2025): what changes when inactive components come and go?
+
+    The published numbers are means over all samples of the training distribution with `anti="all"` and
+    `spared=responsible(target, components, x)`.
 
     Args:
         target: the network.
@@ -223,23 +282,31 @@ def scrubbing(
         at: where the gradient attributions are taken, as in `attributions.gradient`.
         seed: for the random halves.
         attribution: (network, components, x) -> [B, C] in their place, as in `decompose`.
+        anti: what the anti-scrubbed run takes away of the active components: "half", each with probability one half,
+            or "all", as in the paper.
+        spared: components [B, C] that count as active in the two scrubbed runs, in place of those of `top_k`.
 
     Returns:
         Scrubbing: errors with the active components alone; with a random half of the inactive ones added,
-        which should change little; and with half of the active ones removed as well, which should break things.
+        which should change little; and with active ones taken away as well, which should break things.
     """
     usable(components, alone=True)
     checks.function("attribution", attribution)
     seed = checks.number("seed", seed, 0, 2**62, whole=True)
     selection = final_selection(top_k, components.n_components)
     checks.choice("at", at, ("target", "components"))
+    checks.choice("anti", anti, ("half", "all"))
     network, x = as_network(target, components), checks.inputs(x)
+    if spared is not None:
+        checks.tensor("spared", spared, len(x), components.n_components)
     generator = torch.Generator().manual_seed(seed)
     scores = gradient(network, components, x, at=at) if attribution is None else attribution(network, components, x)
     checks.tensor("attributions", scores, len(x), components.n_components)
     active = selection.gates(scores).to(scores)
     coin = (torch.rand(active.shape, generator=generator) < 0.5).to(active)
     half = (torch.rand(active.shape, generator=generator) < 0.5).to(active)
+    own = active if spared is None else (spared != 0).to(active)
+    left = own * half if anti == "half" else torch.zeros_like(own)
     with torch.no_grad():
         wanted = network(x)
 
@@ -248,8 +315,9 @@ def scrubbing(
 
         return Scrubbing(
             top_k=error(active),
-            scrubbed=error(torch.maximum(active, coin)),
-            anti_scrubbed=error(active * half + (1 - active) * coin),
+            scrubbed=error(torch.maximum(own, coin)),
+            anti_scrubbed=error(left + (1 - own) * coin),
+            nonempty=(x != 0).flatten(1).any(1),
         )
 
 
