@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 import experiments
-from experiments import attributions, failures
+from apd_minimal.config import Config
+from experiments import attributions, failures, schedules
 from experiments.experiment import DATA, Row, Rows, Study, numbers, prefix, scaled
 
 ROOT = DATA.parent
@@ -188,3 +189,11 @@ def test_modules_of_the_packages_are_not_found_by_their_bare_names(package: str)
     own = {name for name, spec in found.items() if spec and spec.origin and ROOT in Path(spec.origin).parents}
     assert names
     assert not own, f"`import {own}` finds files of {package}/: is its folder on the path?"
+
+
+@pytest.mark.parametrize(("decay", "t", "rate"), [("none", 0.5, 0.2), ("linear", 0.5, 0.1), ("linear", 0.95, 0.01)])
+def test_the_rate_stays_or_falls_along_a_line_to_nothing(decay: str, t: float, rate: float) -> None:
+    config = Config(1, 1.0, lr=0.2, warmup=0.1, steps=1000)
+    assert schedules.rate_at(decay, config, t) == pytest.approx(rate)
+    halfway = schedules.rate_at("none", config, 0.049)  # step 50 of the 100 of the warm-up
+    assert halfway == pytest.approx(0.1)
