@@ -1,14 +1,14 @@
 """Create data/layerwise.*: residual MLPs decomposed jointly and layer by layer (chapter 21).
 
 python -m experiments.layerwise [--only 20 10-10 50 25-25 runs] [--processes N]     (about 45 minutes of one core)
-python -m experiments.layerwise --only search own                                   (30 minutes of one core)
+python -m experiments.layerwise --only search own                                   (6 minutes of one core)
 python -m experiments.layerwise --only costs --again                                (2 minutes of one core)
 
 Every target is decomposed in up to three ways: jointly, each block (a layer's two weights) alone, and each matrix
-alone. In "runs" all use the target's recipe, which was found for joint runs. In "own" every part of the small targets
-has a recipe of its own, and so does the joint run: on another target ("search"), first k, then the weight of
-simplicity, then that of faithfulness is multiplied by each factor of `FACTORS`; the one with which most functions are
-served is kept, of equals the one with the smallest error. The large targets and their joint decompositions are those of
+alone. In "runs" all use the target's recipe, which was found for joint runs. In "own" the parts of `SEARCHED` have a k
+of their own: on another target ("search") it is multiplied by each of `FACTORS`; the factor with which most functions
+are served is kept, of equals the one with the smallest error. (The recipe is kept where it serves nearly all functions:
+jointly, and for the reading matrix of one layer.) The large targets and their joint decompositions are those of
 chapters 8 and 9.
 """
 
@@ -38,10 +38,10 @@ SEEDS = {"20": range(60, 65), "10-10": range(60, 65), "50": range(1), "25-25": r
 STEPS = {"20": 1500, "10-10": 1500, "50": 4000, "25-25": 4000}
 STORED = "10-10"  # the target whose components are stored
 COST_STEPS = 40  # of the runs that are timed
-SMALL = ("20", "10-10")
-SEARCH_SEEDS = (100,)  # none of these is reported
-FACTORS = {"top_k": (0.5, 1.0, 2.0), "simplicity": (0.25, 1.0, 4.0), "faithfulness": (0.2, 1.0, 5.0)}
-Own = tuple[float, ...]  # a factor for each of these settings
+SEARCHED = (("10-10", "blocks", "block 1"), ("10-10", "blocks", "block 2"), ("20", "matrices", "write 1"))
+SEARCH_SEED = 100  # not reported
+FACTORS = (0.5, 1.0, 2.0)  # of k
+OWN_SEEDS = range(60, 63)
 Job = tuple[str, int, str]  # target, seed, way
 
 
@@ -64,11 +64,11 @@ def ways_of(name: str) -> list[str]:
     return ["joint"] + (["blocks"] if "-" in name else []) + ["matrices"]
 
 
-def settings_of(name: str, own: Own = (1.0, 1.0, 1.0)) -> dict[str, Any]:
-    """Return the arguments of `decompose`, without the inputs, the weights and the attributions; `own` scales some."""
+def settings_of(name: str, factor: float = 1.0) -> dict[str, Any]:
+    """Return the arguments of `decompose`, without the inputs, the weights and the attributions; k times a factor."""
     recipe = ResidualMLP(*SIZES[name]).recipe
-    recipe |= {knob: scaled(recipe[knob], factor) for knob, factor in zip(FACTORS, own, strict=True)}
-    return {k: v for k, v in recipe.items() if k not in ("batches", "weights", "attribution")} | {"steps": STEPS[name]}
+    recipe |= {"steps": STEPS[name], "top_k": scaled(recipe["top_k"], factor)}
+    return {k: v for k, v in recipe.items() if k not in ("batches", "weights", "attribution")}
 
 
 def stored_settings(job: Job) -> Row:
@@ -122,67 +122,42 @@ def alone(target: ResidualMLP, weights: list[str], seed: int, settings: dict[str
     return result.components.map(lambda t: t.half().float()), round(time.process_time() - start, 1)
 
 
-def search_run(job: tuple[Any, ...]) -> tuple[list[Row], Tensors]:
-    """Decompose one part of a search target with some factors; count the functions that it serves."""
-    name, seed, way, group, *own = job
-    target, groups = target_of(name, seed), groups_of(len(SIZES[name][2]), way)
-    number = list(groups).index(group)
-    components, seconds = alone(target, groups[group], seed + number, settings_of(name, tuple(own)))
+def search_run(job: tuple[str, str, str, float]) -> tuple[list[Row], Tensors]:
+    """Decompose one part of the search target with k times a factor; count the functions that it serves."""
+    name, way, group, factor = job
+    target, groups = target_of(name, SEARCH_SEED), groups_of(len(SIZES[name][2]), way)
+    components, seconds = alone(target, groups[group], list(groups).index(group), settings_of(name, factor))
     x = target.data(4096)(0, torch.Generator().manual_seed(12_345))
     return [{"seconds": seconds, **part_facts(target, components, x)}], {}
 
 
-def ranked(rows: list[Row], job: tuple[Any, ...]) -> tuple[int, float]:
-    """Rank the factors of a job on the search targets: most served, then the smallest error."""
-    found = [r for r in rows if tuple(r[f] for f in SEARCH.fields if f != "seed") == (job[0], *job[2:])]
-    return sum(r["served"] for r in found), -sum(r["alone_error"] for r in found)
-
-
-def search_of(rows: list[Row], name: str, way: str, group: str) -> tuple[list[tuple[Any, ...]], Own | None]:
-    """List the search's runs on one part as far as they are known, and the chosen factors once all are done."""
-    done = {SEARCH.job_of(row) for row in rows}
-    jobs: list[tuple[Any, ...]] = []
-    own = [1.0] * len(FACTORS)
-    for i, factors in enumerate(FACTORS.values()):
-        tries = [(*own[:i], factor, *own[i + 1 :]) for factor in factors]
-        jobs += [(name, seed, way, group, *t) for t in tries for seed in SEARCH_SEEDS]
-        if not set(jobs) <= done:
-            return list(dict.fromkeys(jobs)), None
-        own = list(max(tries, key=lambda t: ranked(rows, (name, 0, way, group, *t))))
-    return list(dict.fromkeys(jobs)), tuple(own)
-
-
-def search_jobs(rows: list[Row]) -> list[tuple[Any, ...]]:
-    """List the search's runs on all parts, as far as they are known."""
-    parts = [
-        (name, way, group) for name in SMALL for way in ways_of(name) for group in groups_of(name.count("-") + 1, way)
-    ]
-    return [job for part in parts for job in search_of(rows, *part)[0]]
-
-
-def own_of(job: Job) -> dict[str, Own]:
-    """Return the factors that the search chose, by group; empty while it is not done."""
+def factors_of(job: Job) -> dict[str, float]:
+    """Return the factor of k that the search chose for each group; 1 where nothing was searched."""
     name, _, way = job
-    rows = SEARCH.kept(STUDY.stored().get("search", []))
-    own = {group: search_of(rows, name, way, group)[1] for group in groups_of(name.count("-") + 1, way)}
-    return {} if None in own.values() else own  # type: ignore[return-value]
+    rows, chosen = STUDY.stored()["search"], {}
+    for group in groups_of(len(SIZES[name][2]), way):
+        found = [r for r in rows if (r["target"], r["way"], r["group"]) == (name, way, group)]
+        best = max(found, key=lambda r: (r["served"], -r["alone_error"]), default={"factor": 1.0})
+        chosen[group] = best["factor"]
+    return chosen
 
 
 def own_run(job: Job) -> tuple[list[Row], Tensors]:
-    """Decompose a small target in one way, each part with its own factors, and measure."""
+    """Decompose a target in one way, each part with its own k, and measure."""
     name, seed, way = job
-    target, groups, own = target_of(name, seed), groups_of(len(SIZES[name][2]), way), own_of(job)
+    target, groups, factors = target_of(name, seed), groups_of(len(SIZES[name][2]), way), factors_of(job)
     parts, seconds = {}, {}
     for i, (group, weights) in enumerate(groups.items()):
-        parts[group], seconds[group] = alone(target, weights, seed + i, settings_of(name, own[group]))
+        parts[group], seconds[group] = alone(target, weights, seed + i, settings_of(name, factors[group]))
     x = target.data(4096)(0, torch.Generator().manual_seed(12_345))
-    active = {group: factors[0] for group, factors in own.items()}
-    return [{"seconds": seconds, **measure(target, parts, x, active)}], {}
+    return [{"seconds": seconds, **measure(target, parts, x, factors)}], {}
 
 
 def own_jobs(rows: list[Row]) -> list[Job]:
-    """List the runs with own factors, once these are known."""
-    return [j for j in all_jobs() if j[0] in SMALL and own_of(j)]
+    """List the runs with a k of their own, once the search is done."""
+    if len(STUDY.stored().get("search", [])) < len(SEARCHED) * len(FACTORS):
+        return []
+    return [(name, seed, way) for seed in OWN_SEEDS for name, way in dict.fromkeys(part[:2] for part in SEARCHED)]
 
 
 def all_jobs() -> list[Job]:
@@ -243,8 +218,10 @@ def costs() -> dict[str, Any]:
 
 
 RUNS = Rows(("target", "seed", "way"), lambda rows: all_jobs(), run, stored_settings)
-SEARCH = Rows(("target", "seed", "way", "group", *FACTORS), search_jobs, search_run)
-OWN = Rows(("target", "seed", "way"), own_jobs, own_run, lambda job: {"factors": own_of(job)})
+SEARCH = Rows(
+    ("target", "way", "group", "factor"), lambda rows: [(*part, f) for part in SEARCHED for f in FACTORS], search_run
+)
+OWN = Rows(("target", "seed", "way"), own_jobs, own_run, lambda job: {"factors": factors_of(job)})
 STUDY = Study(
     "layerwise",
     {"runs": RUNS, "search": SEARCH, "own": OWN},

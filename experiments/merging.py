@@ -53,8 +53,8 @@ def jobs(name: str) -> list[Job]:
     """List the runs on one target."""
     every: list[Job] = [(name, rule, alpha, seed) for rule, alpha in MAIN.items() for seed in SEEDS[name]]
     if name == "tms-40-10":
-        every = [job for job in every if job[1] != "none" or job[3] in FIRST]
-        every += [(name, "cosine from 40%", None, seed) for seed in SEEDS[name]]
+        late: list[Job] = [(name, "cosine from 40%", None, seed) for seed in SEEDS[name]]
+        every = late + [job for job in every if job[1] != "none" or job[3] in FIRST]
         every += [(name, "bits from the start", ALPHA, seed) for seed in SEEDS[name]]
         every += [(name, "bits", ALPHAS[-1], seed) for seed in FIRST]
     if name == "tms-5-2":

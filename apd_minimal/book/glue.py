@@ -15,7 +15,7 @@ from .. import checks
 
 GLUE_PREFIX = "application/papermill.record/"  # the prefix that myst-nb's glue looks for; notebooks do not display it
 CLAIM = "apd_claim"  # key in an output's metadata
-VERDICTS = ("holds", "holds within limits", "does not hold", "cannot be tested here")
+VERDICTS = ("holds", "holds within limits", "does not hold", "cannot be tested here", "open so far")
 
 
 def _plain(value: Any, digits: int) -> Any:
@@ -71,7 +71,7 @@ def claim(number: int, verdict: str, finding: str, **numbers: float | int | str 
 
     Args:
         number: the claim's number in the ledger.
-        verdict: one of ``VERDICTS``.
+        verdict: one of ``VERDICTS``; "open so far" where a chapter measured something on a claim, but not all of it.
         finding: one sentence on what was measured, with ``{name}`` where a number belongs (``{name:.3f}`` formats).
             Say over how many seeds.
         **numbers: the measured values, each named once in ``finding``.
