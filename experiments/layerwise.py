@@ -50,15 +50,16 @@ Job = tuple[str, int, str]  # target, seed, way
 
 @cache
 def target_of(name: str, seed: int) -> ResidualMLP:
-    """Train the target of a seed; the large ones are loaded."""
+    """Load the target of a seed, or train it if it is not stored."""
     n_features, d_resid, neurons = SIZES[name]
     target = ResidualMLP(n_features, d_resid, neurons, seed=seed)
-    if name not in LARGE:
+    source = DATA / ("residual.safetensors" if name in LARGE else "layerwise.safetensors")
+    tensors, start = load_file(source) if source.exists() else {}, f"{name}/{seed}/target."
+    if not any(stored.startswith(start) for stored in tensors):
         return target.fit(seed=seed, steps=3000, batch_size=1024)
-    tensors = load_file(DATA / "residual.safetensors")
     with torch.no_grad():
         for path in target.weights:
-            target.get_parameter(path).copy_(tensors[f"{name}/{seed}/target.{path}"])
+            target.get_parameter(path).copy_(tensors[start + path])
     return target
 
 
