@@ -146,13 +146,24 @@ def factors_of(job: Job) -> dict[str, float]:
     return chosen
 
 
+def stored_part(job: Job, group: str, weights: list[str]) -> tuple[apd.Components, float]:
+    """Load a part that was decomposed with the recipe's k, and its seconds."""
+    tensors = load_file(DATA / "layerwise.safetensors")
+    (row,) = (r for r in STUDY.stored()["runs"] if RUNS.job_of(r) == job)
+    A, B = ({p: tensors[f"{prefix(job)}{p}.{factor}"].float() for p in weights} for factor in "AB")
+    return apd.Components(A, B), row["seconds"][group]
+
+
 def own_run(job: Job) -> tuple[list[Row], Tensors]:
     """Decompose a target in one way, each part with its own k, and measure."""
     name, seed, way = job
     target, groups, factors = target_of(name, seed), groups_of(len(SIZES[name][2]), way), factors_of(job)
     parts, seconds = {}, {}
     for i, (group, weights) in enumerate(groups.items()):
-        parts[group], seconds[group] = alone(target, weights, seed + i, settings_of(name, factors[group]))
+        if factors[group] == 1 and name == STORED:  # the same run is stored
+            parts[group], seconds[group] = stored_part(job, group, weights)
+        else:
+            parts[group], seconds[group] = alone(target, weights, seed + i, settings_of(name, factors[group]))
     x = target.data(4096)(0, torch.Generator().manual_seed(12_345))
     return [{"seconds": seconds, **measure(target, parts, x, factors)}], {}
 
