@@ -6,10 +6,10 @@ python -m experiments.layerwise --only costs --again                            
 
 Every target is decomposed in up to three ways: jointly, each block (a layer's two weights) alone, and each matrix
 alone. In "runs" all use the target's recipe, which was found for joint runs. In "own" the parts of `SEARCHED` have a k
-of their own: on another target ("search") it is multiplied by several factors; the one with which most functions
-are served is kept, of equals the one with the smallest error. (The recipe is kept where it serves nearly all functions:
-jointly, and for the reading matrix of one layer.) The large targets and their joint decompositions are those of
-chapters 8 and 9.
+of their own: on another target ("search") it is multiplied by several factors; the one with which most functions are
+served is kept, of equals the one with the smallest error. Parts for which the recipe's k is best are not run again.
+(The recipe is also kept where it serves nearly all functions: jointly, and for reading matrices.) The large targets and
+their joint decompositions are those of chapters 8 and 9.
 """
 
 from __future__ import annotations
@@ -44,7 +44,6 @@ SEARCHED = {  # factors of k that were tried: a smaller one where 0.5 did best, 
     ("20", "matrices", "write 1"): (0.5, 1.0, 2.0),
 }
 SEARCH_SEED = 100  # not reported
-OWN_SEEDS = range(60, 63)
 Job = tuple[str, int, str]  # target, seed, way
 
 
@@ -169,10 +168,11 @@ def own_run(job: Job) -> tuple[list[Row], Tensors]:
 
 
 def own_jobs(rows: list[Row]) -> list[Job]:
-    """List the runs with a k of their own, once the search is done."""
+    """List the runs in which a part has another k than the recipe's, once the search is done."""
     if len(STUDY.stored().get("search", [])) < sum(map(len, SEARCHED.values())):
         return []
-    return [(name, seed, way) for seed in OWN_SEEDS for name, way in dict.fromkeys(part[:2] for part in SEARCHED)]
+    jobs = [(name, seed, way) for name, way in dict.fromkeys(part[:2] for part in SEARCHED) for seed in SEEDS[name]]
+    return [job for job in jobs if set(factors_of(job).values()) != {1.0}]
 
 
 def all_jobs() -> list[Job]:
@@ -235,10 +235,13 @@ def costs() -> dict[str, Any]:
 RUNS = Rows(("target", "seed", "way"), lambda rows: all_jobs(), run, stored_settings)
 SEARCH = Rows(
     ("target", "way", "group", "factor"),
-    lambda rows: [(*part, f) for part, factors in SEARCHED.items() for f in factors],
+    lambda rows: [(*part, factor) for part, factors in SEARCHED.items() for factor in factors],
     search_run,
+    lambda job: numbers(settings_of(job[0], job[3]), seed=SEARCH_SEED),
 )
-OWN = Rows(("target", "seed", "way"), own_jobs, own_run, lambda job: {"factors": factors_of(job)})
+OWN = Rows(
+    ("target", "seed", "way"), own_jobs, own_run, lambda job: stored_settings(job) | {"factors": factors_of(job)}
+)
 STUDY = Study(
     "layerwise",
     {"runs": RUNS, "search": SEARCH, "own": OWN},
