@@ -1,11 +1,15 @@
 """Create data/layerwise.*: residual MLPs decomposed jointly and layer by layer (chapter 21).
 
 python -m experiments.layerwise [--only 20 10-10 50 25-25 runs] [--processes N]     (about 45 minutes of one core)
+python -m experiments.layerwise --only search own                                   (6 minutes of one core)
 python -m experiments.layerwise --only costs --again                                (2 minutes of one core)
 
 Every target is decomposed in up to three ways: jointly, each block (a layer's two weights) alone, and each matrix
-alone. All use the target's recipe, which was found for joint runs. The large targets and their joint decompositions
-are those of chapters 8 and 9.
+alone. In "runs" all use the target's recipe, which was found for joint runs. In "own" the parts of `SEARCHED` have a k
+of their own: on another target ("search") it is multiplied by several factors; the one with which most functions are
+served is kept, of equals the one with the smallest error. Parts for which the recipe's k is best are not run again.
+(The recipe is also kept where it serves nearly all functions: jointly, and for reading matrices.) The large targets and
+their joint decompositions are those of chapters 8 and 9.
 """
 
 from __future__ import annotations
@@ -25,8 +29,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import apd_minimal as apd
 from apd_minimal.scale.layerwise import decompose_groups
 from apd_minimal.targets import ResidualMLP
-from experiments.experiment import DATA, Row, Rows, Study, Tensors, numbers, prefix
-from experiments.layerwise_measures import groups_of, measure
+from experiments.experiment import DATA, Row, Rows, Study, Tensors, numbers, prefix, scaled
+from experiments.layerwise_measures import groups_of, measure, part_facts
 
 SIZES = {"20": (40, 400, (20,)), "10-10": (40, 400, (10, 10)), "50": (100, 1000, (50,)), "25-25": (100, 1000, (25, 25))}
 LARGE = ("50", "25-25")
@@ -34,20 +38,27 @@ SEEDS = {"20": range(60, 65), "10-10": range(60, 65), "50": range(1), "25-25": r
 STEPS = {"20": 1500, "10-10": 1500, "50": 4000, "25-25": 4000}
 STORED = "10-10"  # the target whose components are stored
 COST_STEPS = 40  # of the runs that are timed
+SEARCHED = {  # factors of k that were tried: a smaller one where 0.5 did best, not 2 where it had done worst
+    ("10-10", "blocks", "block 1"): (0.25, 0.5, 1.0, 2.0),
+    ("10-10", "blocks", "block 2"): (0.25, 0.5, 1.0),
+    ("20", "matrices", "write 1"): (0.5, 1.0, 2.0),
+}
+SEARCH_SEED = 100  # not reported
 Job = tuple[str, int, str]  # target, seed, way
 
 
 @cache
 def target_of(name: str, seed: int) -> ResidualMLP:
-    """Train the target of a seed; the large ones are loaded."""
+    """Load the target of a seed, or train it if it is not stored."""
     n_features, d_resid, neurons = SIZES[name]
     target = ResidualMLP(n_features, d_resid, neurons, seed=seed)
-    if name not in LARGE:
+    source = DATA / ("residual.safetensors" if name in LARGE else "layerwise.safetensors")
+    tensors, start = load_file(source) if source.exists() else {}, f"{name}/{seed}/target."
+    if not any(stored.startswith(start) for stored in tensors):
         return target.fit(seed=seed, steps=3000, batch_size=1024)
-    tensors = load_file(DATA / "residual.safetensors")
     with torch.no_grad():
         for path in target.weights:
-            target.get_parameter(path).copy_(tensors[f"{name}/{seed}/target.{path}"])
+            target.get_parameter(path).copy_(tensors[start + path])
     return target
 
 
@@ -56,10 +67,11 @@ def ways_of(name: str) -> list[str]:
     return ["joint"] + (["blocks"] if "-" in name else []) + ["matrices"]
 
 
-def settings_of(name: str) -> dict[str, Any]:
-    """Return the arguments of `decompose`, without the inputs, the weights and the attributions."""
+def settings_of(name: str, factor: float = 1.0) -> dict[str, Any]:
+    """Return the arguments of `decompose`, without the inputs, the weights and the attributions; k times a factor."""
     recipe = ResidualMLP(*SIZES[name]).recipe
-    return {k: v for k, v in recipe.items() if k not in ("batches", "weights", "attribution")} | {"steps": STEPS[name]}
+    recipe |= {"steps": STEPS[name], "top_k": scaled(recipe["top_k"], factor)}
+    return {k: v for k, v in recipe.items() if k not in ("batches", "weights", "attribution")}
 
 
 def stored_settings(job: Job) -> Row:
@@ -103,6 +115,64 @@ def run(job: Job) -> tuple[list[Row], Tensors]:
         for factor, own in (("A", components.A), ("B", components.B)):
             tensors |= {f"{prefix(job)}{path}.{factor}": t.half().contiguous() for path, t in own.items()}
     return [facts], tensors
+
+
+def alone(target: ResidualMLP, weights: list[str], seed: int, settings: dict[str, Any]) -> tuple[Any, float]:
+    """Decompose some weights alone; return components in half precision and CPU seconds."""
+    start = time.process_time()
+    settings = {**settings, "attribution": target.attributions, "progress": False, "seed": seed}
+    result = apd.decompose(target, target.recipe["batches"], weights, **settings)
+    return result.components.map(lambda t: t.half().float()), round(time.process_time() - start, 1)
+
+
+def search_run(job: tuple[str, str, str, float]) -> tuple[list[Row], Tensors]:
+    """Decompose one part of the search target with k times a factor; count the functions that it serves."""
+    name, way, group, factor = job
+    target, groups = target_of(name, SEARCH_SEED), groups_of(len(SIZES[name][2]), way)
+    components, seconds = alone(target, groups[group], list(groups).index(group), settings_of(name, factor))
+    x = target.data(4096)(0, torch.Generator().manual_seed(12_345))
+    return [{"seconds": seconds, **part_facts(target, components, x)}], {}
+
+
+def factors_of(job: Job) -> dict[str, float]:
+    """Return the factor of k that the search chose for each group; 1 where nothing was searched."""
+    name, _, way = job
+    rows, chosen = STUDY.stored()["search"], {}
+    for group in groups_of(len(SIZES[name][2]), way):
+        found = [r for r in rows if (r["target"], r["way"], r["group"]) == (name, way, group)]
+        best = max(found, key=lambda r: (r["served"], -r["alone_error"]), default={"factor": 1.0})
+        chosen[group] = best["factor"]
+    return chosen
+
+
+def stored_part(job: Job, group: str, weights: list[str]) -> tuple[apd.Components, float]:
+    """Load a part that was decomposed with the recipe's k, and its seconds."""
+    tensors = load_file(DATA / "layerwise.safetensors")
+    (row,) = (r for r in STUDY.stored()["runs"] if RUNS.job_of(r) == job)
+    A, B = ({p: tensors[f"{prefix(job)}{p}.{factor}"].float() for p in weights} for factor in "AB")
+    return apd.Components(A, B), row["seconds"][group]
+
+
+def own_run(job: Job) -> tuple[list[Row], Tensors]:
+    """Decompose a target in one way, each part with its own k, and measure."""
+    name, seed, way = job
+    target, groups, factors = target_of(name, seed), groups_of(len(SIZES[name][2]), way), factors_of(job)
+    parts, seconds = {}, {}
+    for i, (group, weights) in enumerate(groups.items()):
+        if factors[group] == 1 and name == STORED:  # the same run is stored
+            parts[group], seconds[group] = stored_part(job, group, weights)
+        else:
+            parts[group], seconds[group] = alone(target, weights, seed + i, settings_of(name, factors[group]))
+    x = target.data(4096)(0, torch.Generator().manual_seed(12_345))
+    return [{"seconds": seconds, **measure(target, parts, x, factors)}], {}
+
+
+def own_jobs(rows: list[Row]) -> list[Job]:
+    """List the runs in which a part has another k than the recipe's, once the search is done."""
+    if len(STUDY.stored().get("search", [])) < sum(map(len, SEARCHED.values())):
+        return []
+    jobs = [(name, seed, way) for name, way in dict.fromkeys(part[:2] for part in SEARCHED) for seed in SEEDS[name]]
+    return [job for job in jobs if set(factors_of(job).values()) != {1.0}]
 
 
 def all_jobs() -> list[Job]:
@@ -163,9 +233,18 @@ def costs() -> dict[str, Any]:
 
 
 RUNS = Rows(("target", "seed", "way"), lambda rows: all_jobs(), run, stored_settings)
+SEARCH = Rows(
+    ("target", "way", "group", "factor"),
+    lambda rows: [(*part, factor) for part, factors in SEARCHED.items() for factor in factors],
+    search_run,
+    lambda job: numbers(settings_of(job[0], job[3]), seed=SEARCH_SEED),
+)
+OWN = Rows(
+    ("target", "seed", "way"), own_jobs, own_run, lambda job: stored_settings(job) | {"factors": factors_of(job)}
+)
 STUDY = Study(
     "layerwise",
-    {"runs": RUNS},
+    {"runs": RUNS, "search": SEARCH, "own": OWN},
     {"costs": costs},
     prefixes=lambda job: (prefix(job), f"{job[0]}/{job[1]}/target."),
 )

@@ -136,9 +136,26 @@ def joins(clusters: list[list[Member]], owners: Mapping[str, dict[int, int]]) ->
     return {"pairs": len(pairs), "joined": len(together), "right": right}
 
 
-def measure(target: ResidualMLP, parts: dict[str, apd.Components], x: Tensor) -> dict[str, Any]:
-    """Measure everything that is reported about one way of decomposing a target."""
-    k = TOP_K * target.n_features
+@torch.no_grad()
+def part_facts(target: ResidualMLP, components: apd.Components, x: Tensor) -> dict[str, Any]:
+    """Measure one part in its weights: functions served, and the sparse error with TOP_K active for each feature."""
+    network = apd.Network(target, components.paths)
+    mask = apd.selection.batch_top_k(target.attributions(network, components, x), TOP_K * target.n_features).bool()
+    error = (network(x, components, mask) - network(x)).square().mean()
+    return {**service_facts(service(target, components)), "alone_error": error.item()}
+
+
+def measure(
+    target: ResidualMLP, parts: dict[str, apd.Components], x: Tensor, active: Mapping[str, float] | None = None
+) -> dict[str, Any]:
+    """Measure everything that is reported about one way of decomposing a target.
+
+    Args:
+        target: the network.
+        parts: components by group.
+        x: inputs [B, n_features].
+        active: factors by group, by which more than TOP_K for each feature are active when parts are stitched.
+    """
     facts: dict[str, Any] = {}
     by_group: dict[str, Any] = {}
     masks: dict[str, Tensor] = {}
@@ -146,6 +163,7 @@ def measure(target: ResidualMLP, parts: dict[str, apd.Components], x: Tensor) ->
     with torch.no_grad():
         for name, components in parts.items():
             network = apd.Network(target, components.paths)
+            k = TOP_K * target.n_features * (active or {}).get(name, 1.0)
             masks[name] = apd.selection.batch_top_k(target.attributions(network, components, x), k)
             error = (network(x, components, masks[name].bool()) - network(x)).square().mean()
             serving = service(target, components)
