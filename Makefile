@@ -8,7 +8,7 @@
 PYTHON ?= python3
 BOOK := .venv-book/bin/
 TEST := .venv/bin/
-STUDIES := tms gated failures residual grid lp attributions merging layerwise tricks parallel larger
+STUDIES := tms gated failures residual grid lp attributions merging layerwise tricks parallel larger published
 INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: book run test portable data bench clean
