@@ -8,8 +8,8 @@
 PYTHON ?= python3
 BOOK := .venv-book/bin/
 TEST := .venv/bin/
-STUDIES := tms more_seeds gated failures unknown residual grid schedules lp attributions attention merging layerwise \
-           tricks parallel larger
+STUDIES := tms more_seeds published gated failures unknown residual grid schedules lp attributions attention merging \
+           layerwise tricks parallel larger
 INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: book run test portable data bench clean
