@@ -174,6 +174,13 @@ def test_outputs_left_uncompared_are_asserted(notebook: Notebook) -> None:
             assert re.search(r"^\s*assert ", above, re.MULTILINE), "nothing checks: " + source
 
 
+def test_the_reader_sees_no_line_that_only_stores_a_number(notebook: Notebook) -> None:
+    for cell in code(notebook):
+        source = "".join(cell["source"])
+        if not hidden(cell):
+            assert not re.search(r"^\s*(glue|claim)\(", source, re.MULTILINE), "move to a hidden cell: " + source
+
+
 def test_figure_names_and_labels_are_unique_in_the_book() -> None:
     found: list[str] = []
     for path in CHAPTERS:
