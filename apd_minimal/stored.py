@@ -64,6 +64,7 @@ def _facts(decomposition: Decomposition) -> dict[str, Any]:
         "history": decomposition.history,
         "threshold": decomposition.threshold,
         "attribution": decomposition.attribution,
+        "selection": decomposition.selection_name,
     }
 
 
@@ -104,6 +105,7 @@ def load(folder: str | os.PathLike[str], target: nn.Module) -> Decomposition:
             restarts=network._fit(_taken(tensors, weights, ".restarts")) if tensors.keys() > factors else None,
             # Files of earlier versions have none.
             attribution=facts.get("attribution"),
+            selection_name=checks.kind("selection", facts.get("selection"), (str, type(None)), "a name or None"),
             threshold=None if (found := facts.get("threshold")) is None else checks.number("threshold", found),
         )
 

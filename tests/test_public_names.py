@@ -70,8 +70,12 @@ def test_fields() -> None:
         return [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
 
     assert fields(apd.Components) == ["A", "B"]
-    assert fields(apd.Decomposition) == (
-        "components config history scores chosen finished fingerprint restarts threshold selection attribution".split()
+    assert (
+        fields(apd.Decomposition)
+        == (
+            "components config history scores chosen finished fingerprint restarts threshold selection attribution "
+            "selection_name"
+        ).split()
     )
     assert fields(apd.metrics.Ownership) == "owner cosine length_ratio purity owned".split()
     assert {"n_components", "top_k", "rank", "steps", "lr", "p", "restarts", "seed"} <= set(fields(apd.Config))

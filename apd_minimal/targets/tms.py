@@ -158,7 +158,7 @@ class TMS(nn.Module):
             why = "at 7-3 the recipe owned 5, 7 and 7 features of three targets; more restarts may help"
         else:
             return ""
-        pairs = ", ".join(f"{i} and {j}" for i, j in lines[:5])
+        pairs = ", ".join(f"{i} and {j}" for i, j in lines[:5]) + (", ..." if lines[5:] else "")
         return why + (f"; features on one line ({pairs}) are the first to end in one component" if lines else "")
 
     @property
