@@ -37,7 +37,11 @@ def differences(stored: str, own: str) -> str:
 
 
 def save(decomposition: Decomposition, folder: str | os.PathLike[str], restarts: bool = False) -> None:
-    """Write a decomposition; see `Decomposition.save`."""
+    """Write a decomposition; see `Decomposition.save`.
+
+    Raises:
+        ValueError: restarts are asked for, and there are none.
+    """
     checks.kind("folder", folder, (str, os.PathLike), "a path")
     restarts = checks.flag("restarts", restarts)
     facts = _facts(decomposition)
@@ -69,7 +73,11 @@ def _facts(decomposition: Decomposition) -> dict[str, Any]:
 
 
 def load(folder: str | os.PathLike[str], target: nn.Module) -> Decomposition:
-    """Read a decomposition; see `Decomposition.load`."""
+    """Read a decomposition; see `Decomposition.load`.
+
+    Raises:
+        StoreError: a damaged or foreign file, or a decomposition of another target.
+    """
     checks.kind("folder", folder, (str, os.PathLike), "a path")
     checks.kind("target", target, nn.Module, "a torch.nn.Module")
     file = Path(folder) / "components.safetensors"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import html as html_module
 import os
@@ -16,6 +17,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from test_docs import PUBLIC, is_called
 
 from tools import build
 
@@ -170,6 +172,43 @@ def test_the_ledger_says_what_the_notebooks_say(site: Path) -> None:
     settled = {number for number, _, _ in printed}
     for row in rows[1:]:
         assert ("not settled yet" in row) == (row.split()[0] not in settled)
+
+
+def test_the_api_page_has_every_public_name(site: Path) -> None:
+    """With its arguments; and each of them once, by the shortest name."""
+    html = (site / "chapters" / "api.html").read_text()
+    described = re.findall(r'(?s)<dt class="sig[^>]*\sid="(apd_minimal[\w.]*)">(.*?)</dt>', html)
+    signatures = {name: html_module.unescape(re.sub(r"<[^>]+>", "", text)) for name, text in described}
+    shown = {}  # by module and name, whether the page says apd_minimal.targets.TMS or apd_minimal.targets.tms.TMS
+    for name, text in signatures.items():
+        for package in ("attributions", "targets"):
+            if (end := name.removeprefix(f"apd_minimal.{package}.")) != name:
+                shown[f"{package}: {end.split('.', 1)[-1] if end.split('.')[0].islower() and '.' in end else end}"] = (
+                    text
+                )
+        shown[name] = text
+    missing, bare = [], []
+    for name, one in PUBLIC.items():
+        _, first, *rest = name.split(".")
+        key = f"{first}: {'.'.join(rest[1:])}" if first in ("attributions", "targets") else name
+        if key not in shown:
+            missing.append(name)
+        elif isinstance(one, ast.FunctionDef) and not is_called(one, "property"):
+            arguments = [a.arg for a in (*one.args.posonlyargs, *one.args.args, *one.args.kwonlyargs)]
+            bare += [f"{name}: {a}" for a in arguments if a not in ("self", "cls") and a not in shown[key]]
+    assert not missing
+    assert not bare
+
+
+def test_every_id_stands_once_on_its_page_and_every_heading_has_words(site: Path) -> None:
+    for name in pages(site):
+        html = (site / name).read_text()
+        ids = re.findall(r'<[a-z][^>]*\sid="([^"]+)"', html)
+        assert not {one for one in ids if ids.count(one) > 1}, name
+        headings = [re.sub(r"<[^>]+>", "", text) for text in re.findall(r"(?s)<h[1-6][^>]*>(.*?)</h[1-6]>", html)]
+        assert all(text.strip() for text in headings), name
+        for form in re.findall(r"(?s)<form.*?</form>", html):
+            assert re.search(r'<button[^>]*type="submit"[^>]*>\s*\w', form), f"{name}: a form without a button"
 
 
 @needs_browser
