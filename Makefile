@@ -1,4 +1,5 @@
 # make book      builds the pages from the stored outputs (no torch needed) and checks them
+# make pdf       prints the whole book as one PDF (needs a Chromium), and builds the pages with a link to it
 # make run       executes the chapters again and stores their outputs
 # make test      everything: module, chapters, pages
 # make portable  runs module and chapters again under other kernels (an hour)
@@ -11,10 +12,13 @@ TEST := .venv/bin/
 STUDIES := tms gated failures residual grid lp attributions merging layerwise tricks parallel larger
 INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: book run test portable data bench clean
+.PHONY: book pdf run test portable data bench clean
 
 book: .venv-book/installed
 	@$(BOOK)python -m tools.build
+
+pdf: .venv/installed
+	@$(TEST)python -m tools.pdf
 
 run: .venv/installed
 	$(TEST)python -m tools.execute

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import html as html_module
+import importlib.util
 import os
 import re
 import shutil
@@ -19,7 +20,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from test_docs import PUBLIC, is_called
 
-from tools import build
+from tools import build, pdf
 
 ROOT = Path(__file__).parent.parent
 CHAPTERS = sorted((ROOT / "chapters").glob("*.ipynb"))
@@ -94,6 +95,23 @@ def opened(chromium: Any, address: str, width: int, scheme: str) -> tuple[Any, l
         page.evaluate("() => MathJax.startup.promise.then(() => true)")
     page.evaluate("() => document.fonts.ready.then(() => true)")
     return page, wrong
+
+
+AXE = importlib.util.find_spec("axe_playwright_python")  # axe-core is a file in it
+# Formulas and code are left out, of which every page has thousands of pieces of the same few kinds.
+ACCESSIBLE = """() => axe.run({exclude: [['mjx-container'], ['.highlight']]}, {resultTypes: ['violations']})
+  .then(all => axe.run(document, {runOnly: ['scrollable-region-focusable']})
+    .then(code => [...all.violations, ...code.violations]
+      .filter(found => ['serious', 'critical'].includes(found.impact))
+      .flatMap(found => found.nodes.map(node => found.id + ': ' + node.html.slice(0, 120)))))"""
+
+
+def barriers(page: Any) -> list[str]:
+    """What axe-core takes for a serious barrier to readers with a screen reader, a keyboard or weak eyes."""
+    if AXE is None or AXE.origin is None:
+        return []
+    page.evaluate(Path(AXE.origin).with_name("axe.min.js").read_text())
+    return page.evaluate(ACCESSIBLE)
 
 
 LOOK = """() => {
@@ -219,11 +237,56 @@ def test_every_page_reads_offline(chromium: Any, site: Path, server: str, way: s
         if name == "index.html":
             continue  # it only sends on: the next test
         page, seen = opened(chromium, (site / name).as_uri() if way == "file" else f"{server}/{name}", width, scheme)
-        seen += page.evaluate(LOOK)
+        seen += page.evaluate(LOOK) + barriers(page)
         page.close()
         if seen:
             wrong[name] = sorted(set(seen))
     assert not wrong
+
+
+@needs_browser
+@pytest.mark.skipif(AXE is None, reason="axe-playwright-python is not installed: pages not checked for accessibility")
+def test_axe_sees_a_barrier(chromium: Any) -> None:
+    page = chromium.new_page()
+    page.set_content("<html lang=en><title>T</title><main><h1>T</h1><img src=''><p style='color: #ccc'>x</p></main>")
+    assert {found.split(":")[0] for found in barriers(page)} == {"image-alt", "color-contrast"}
+    page.close()
+
+
+def test_joined_for_print_every_link_inside_leads_somewhere(site: Path) -> None:
+    names = pdf.pages()
+    html = pdf.joined(site, names)
+    ids = re.findall(r'<[a-z][^>]*\sid="([^"]+)"', html)
+    assert len(ids) == len(set(ids)) > 1000
+    links = re.findall(r'<a [^>]*href="#([^"]+)"', html)
+    assert len(links) > 300
+    assert not [link for link in links if unquote(html_module.unescape(link)) not in ids]
+    sources = {src for src in re.findall(r'<img [^>]*src="([^"]+)"', html) if not src.startswith("data:")}
+    assert not [src for src in sources if not (site / "chapters" / unquote(src)).exists()]
+    assert all(f'<article id="{name.replace("/", "-")}"' in html for name in names)
+
+
+@needs_browser
+def test_a_page_is_printed(site: Path, tmp_path: Path) -> None:
+    page = site / "chapters" / "one.html"
+    page.write_text(pdf.joined(site, ["intro"]))
+    pdf.write(page, tmp_path / "new" / "one.pdf", str(CHROMIUM))
+    page.unlink()
+    assert (tmp_path / "new" / "one.pdf").read_bytes().startswith(b"%PDF")
+
+
+@needs_browser
+def test_the_ledger_is_cards_on_a_phone(chromium: Any, site: Path) -> None:
+    """Nothing beside another thing, and each part of a card says what it is."""
+    page, _ = opened(chromium, (site / "chapters" / "claims.html").as_uri(), 390, "light")
+    cells = page.evaluate("""() => [...document.querySelectorAll('.book-claims tbody tr')].slice(0, 5).map(
+      row => [...row.cells].map(cell => [cell.getBoundingClientRect().left, cell.getBoundingClientRect().width,
+        getComputedStyle(cell.querySelector('p') || cell, '::before').content]))""")
+    page.close()
+    assert len(cells) == 5
+    for row in cells:
+        assert len({left for left, _, _ in row}) == 1 and all(width > 250 for _, width, _ in row)
+        assert [words.strip('"').strip() for _, _, words in row] == ["Claim", "none", "Verdict:", "Found:"]
 
 
 @needs_browser

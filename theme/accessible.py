@@ -1,6 +1,7 @@
 """Sphinx extension: what a screen reader or a keyboard needs and the theme's pages lack.
 
-Every id stands once on a page, and every heading has words. The search form with a button is in `templates/`.
+Every id stands once on a page, every heading has words, and sources are the items of a list. The search form with a
+button is in `templates/`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ def _unique(app: Sphinx, tree: nodes.document, name: str) -> None:
 def _named(app: Sphinx, page: str, template: str, context: dict[str, Any], tree: nodes.document | None) -> None:
     if not context.get("pagetitle"):
         context["pagetitle"] = context.get("title") or "Index"
+    # A list may hold nothing but items, and this role, which docutils gives to sources, is none.
+    context["body"] = context.get("body", "").replace('role="doc-biblioentry"', 'role="listitem"')
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
