@@ -99,7 +99,7 @@ def write(page: Path, target: Path, chromium: str) -> None:
         shown.pdf(
             path=target,
             format="A4",
-            margin={side: "18mm" for side in ("top", "bottom", "left", "right")},
+            margin={"top": "18mm", "bottom": "18mm", "left": "18mm", "right": "18mm"},
             display_header_footer=True,
             header_template="<span></span>",
             footer_template=FOOT,
