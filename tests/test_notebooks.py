@@ -218,15 +218,16 @@ def rounded_elsewhere(value: float, text: str) -> list[str]:
     """Printed numbers that this value would give only if it had been rounded before: 1.60 for 1.5949, by way of 1.595.
 
     Such a number is off by a little more than half a unit of its last digit. With fewer than three digits, other
-    quantities would be taken for the same one too often.
+    quantities would be taken for the same one too often; where the right number stands, too, the other is another one.
     """
     found = []
-    for written in NUMBER.findall(text):
-        number = Decimal(written.replace("−", "-"))
+    numbers = {written: Decimal(written.replace("−", "-")) for written in NUMBER.findall(text)}
+    for written, number in numbers.items():
         digits = number.as_tuple()
         if isinstance(digits.exponent, int) and digits.exponent < 0 and len(digits.digits) >= 3:
             off = abs(Decimal(value) - number) / Decimal(1).scaleb(digits.exponent)
-            if Decimal("0.5000001") < off <= Decimal("0.5501"):
+            right = round(Decimal(value).scaleb(-digits.exponent)) * Decimal(1).scaleb(digits.exponent)
+            if Decimal("0.5000001") < off <= Decimal("0.5501") and right not in numbers.values():
                 found.append(written)
     return found
 
@@ -236,8 +237,9 @@ def rounded_elsewhere(value: float, text: str) -> list[str]:
     [
         (1.5949, "1.59 and 1.595", []),
         (1.5949, "it is 1.60.", ["1.60"]),
-        (0.99949, "0.999 or −1.000 or 1.000", ["1.000"]),
-        (-2.3447e-7, "-2.34e-07 or −2.35e-07", ["−2.35e-07"]),
+        (0.99949, "−1.000 or 1.000", ["1.000"]),
+        (0.99949, "from 0.999 to 1.000", []),
+        (-2.3447e-7, "2.34e-07 or −2.35e-07", ["−2.35e-07"]),
         (1.5949, "1.6, 1.50, 1.58, 1.64, 2, 160", []),
     ],
 )
