@@ -26,6 +26,12 @@ UNFOLD = """() => {
   for (const box of document.querySelectorAll('.toggle-hidden')) box.classList.remove('toggle-hidden');
   for (const image of document.images) image.loading = 'eager';
 }"""
+# Asked for by a timer: a page as long as a book is slow to draw, and there is no need to draw it.
+FORMULAS = """() => new Promise(done => {
+  const look = () => window.MathJax?.startup?.promise
+    ? MathJax.startup.promise.then(() => done()) : setTimeout(look, 200);
+  look();
+})"""
 FOOT = (
     '<div style="width: 100%; font-size: 8px; text-align: center; color: #555"><span class="pageNumber"></span></div>'
 )
@@ -89,11 +95,10 @@ def write(page: Path, target: Path, chromium: str) -> None:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
         shown = browser.new_page(color_scheme="light")
-        shown.set_default_timeout(600_000)
+        shown.set_default_timeout(0)  # a whole book takes minutes
         shown.goto(page.as_uri(), wait_until="load")
         if shown.locator(".math").count():
-            shown.wait_for_function("window.MathJax && MathJax.startup && MathJax.startup.promise")
-            shown.evaluate("() => MathJax.startup.promise.then(() => true)")
+            shown.evaluate(FORMULAS)
         shown.evaluate(UNFOLD)
         shown.evaluate("() => Promise.all([...document.images].map(image => image.decode().catch(() => {})))")
         shown.pdf(
