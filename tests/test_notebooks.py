@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
@@ -198,7 +199,8 @@ def stored_numbers(notebook: Notebook) -> dict[str, Any]:
     for output in outputs(notebook):
         if "scrapbook" in output.get("metadata", {}):
             value = "".join(output["data"][GLUED])
-            found[output["metadata"]["scrapbook"]["name"]] = float(value) if "nan" in value else ast.literal_eval(value)
+            is_float = re.fullmatch(r"-?(nan|inf|\d+\.\d+|\d+(\.\d+)?e[-+]\d+)", value)
+            found[output["metadata"]["scrapbook"]["name"]] = float(value) if is_float else ast.literal_eval(value)
     return found
 
 
@@ -220,7 +222,9 @@ def rounded_elsewhere(value: float, text: str) -> list[str]:
     Such a number is off by a little more than half a unit of its last digit. With fewer than three digits, other
     quantities would be taken for the same one too often; where the right number stands, too, the other is another one.
     """
-    found = []
+    found: list[str] = []
+    if not math.isfinite(value):
+        return found
     numbers = {written: Decimal(written.replace("−", "-")) for written in NUMBER.findall(text)}
     for written, number in numbers.items():
         digits = number.as_tuple()
