@@ -99,11 +99,13 @@ def opened(chromium: Any, address: str, width: int, scheme: str) -> tuple[Any, l
 
 AXE = importlib.util.find_spec("axe_playwright_python")  # axe-core is a file in it
 # Formulas and code are left out, of which every page has thousands of pieces of the same few kinds.
-ACCESSIBLE = """() => axe.run({exclude: [['mjx-container'], ['.highlight']]}, {resultTypes: ['violations'], preload: false})
-  .then(all => axe.run(document, {runOnly: ['scrollable-region-focusable'], preload: false})
-    .then(code => [...all.violations, ...code.violations]
-      .filter(found => ['serious', 'critical'].includes(found.impact))
-      .flatMap(found => found.nodes.map(node => found.id + ': ' + node.html.slice(0, 120)))))"""
+ACCESSIBLE = """async () => {
+  const options = {resultTypes: ['violations'], preload: false};
+  const all = await axe.run({exclude: [['mjx-container'], ['.highlight']]}, options);
+  const code = await axe.run(document, {...options, runOnly: ['scrollable-region-focusable']});
+  return [...all.violations, ...code.violations].filter(found => ['serious', 'critical'].includes(found.impact))
+    .flatMap(found => found.nodes.map(node => found.id + ': ' + node.html.slice(0, 120)));
+}"""
 
 
 def barriers(page: Any) -> list[str]:
