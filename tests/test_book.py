@@ -268,6 +268,7 @@ def test_joined_for_print_every_link_inside_leads_somewhere(site: Path) -> None:
     assert not [link for link in links if unquote(html_module.unescape(link)) not in ids]
     sources = {src for src in re.findall(r'<img [^>]*src="([^"]+)"', html) if not src.startswith("data:")}
     assert not [src for src in sources if not (site / "chapters" / unquote(src)).exists()]
+    assert "mathjax" in html.partition("</head>")[0], "the last page has no formulas, and others have"
     assert all(f'<article id="{name.replace("/", "-")}"' in html for name in names)
 
 

@@ -57,9 +57,10 @@ def joined(site: Path, names: list[str]) -> str:
     Returns:
         str: HTML that may be stored beside the chapters.
     """
-    articles, html = [], ""
+    articles, heads = [], []
     for name in names:
         html = (site / f"{name}.html").read_text()
+        heads.append(html[: html.index("</head>")])
         start, end = html.index('<article class="bd-article">'), html.rindex("</article>")
         own = name.replace("/", "-")
 
@@ -76,7 +77,9 @@ def joined(site: Path, names: list[str]) -> str:
         article = re.sub(r'\b(href|src)="([^"]+)"', link, html[start:end])
         article = re.sub(r'(<[a-z][^>]*\sid=")([^"]+)"', rf'\1{own}--\2"', article)
         articles.append(article.replace("<article ", f'<article id="{own}" ', 1) + "</article>")
-    head = html[: html.index("</head>")]  # of a page beside the chapters: its paths are the right ones
+    # Of a page beside the chapters, since its paths are the right ones, and of one with formulas.
+    beside = [head for name, head in zip(names, heads, strict=True) if "/" in name] or heads
+    head = next((head for head in beside if "mathjax" in head), beside[-1])
     body = f'<body><main class="bd-main bd-content"><div class="bd-article-container">{"".join(articles)}</div></main>'
     return f"{head}</head>{body}</body></html>"
 
