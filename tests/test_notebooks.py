@@ -17,7 +17,7 @@ import yaml
 
 from theme.results import stored_claims
 from tools import execute, setup_cell
-from tools.printed import GLUED, NUMBER
+from tools.printed import COMPARED, GLUED, NUMBER
 
 ROOT = Path(__file__).parent.parent
 CHAPTERS = sorted((ROOT / "chapters").glob("*.ipynb"))
@@ -342,6 +342,49 @@ def test_questions_for_readers_name_chapters() -> None:
             assert one["chapter"] in names, f"{path.name}: {one['chapter']}"
         questions = [one["question"] for one in asked]
         assert len(questions) == len(set(questions)), path.name
+
+
+def test_numbers_are_stored_with_all_their_digits(notebook: Notebook) -> None:
+    """Beside those that are the same on every machine; an earlier version stored these alone, rounded."""
+    for output in outputs(notebook):
+        if "scrapbook" in output.get("metadata", {}):
+            value = stored_numbers({"cells": [{"cell_type": "code", "outputs": [output]}]}).popitem()[1]
+            assert not isinstance(value, float) or COMPARED in output["data"], "run python -m tools.execute on it"
+
+
+def plain(text: str) -> str:
+    """Straight quotes and single spaces."""
+    return re.sub(r"\s+", " ", text.translate(str.maketrans("“”’‘", "\"\"''"))).strip()
+
+
+def unquoted_claims(notebook: Notebook) -> list[int]:
+    """The claims that a chapter settles and does not quote in the section for it, with their number and source."""
+    ledger = yaml.safe_load((ROOT / "chapters" / "claims.yml").read_text())
+    section = text(notebook).partition("\n## The claims it settles")[2].partition("\n## ")[0]
+    quotes = plain(" ".join(re.findall(r"^>(.*)$", section, re.MULTILINE)))
+    settled = {record["number"] for record, _ in stored_claims(notebook)}
+    return [n for n in sorted(settled) if plain(f"Claim {n} (podcast summary): {ledger[n]}") not in quotes]
+
+
+def test_claims_are_quoted_before_they_are_settled(notebook: Notebook) -> None:
+    """In the words of claims.yml, under the name of their source; what the paper says stands apart."""
+    assert not unquoted_claims(notebook), "a quote is missing: > Claim 7 (podcast summary): its words"
+
+
+def test_a_claim_in_other_words_is_seen() -> None:
+    ledger = yaml.safe_load((ROOT / "chapters" / "claims.yml").read_text())
+    settled = {"cell_type": "code", "source": [], "outputs": [{"metadata": {"apd_claim": {"number": 7}}}]}
+
+    def chapter(quote: str) -> Notebook:
+        words = f"# T\n\n## The claims it settles\n\n{quote}\n\nIt holds.\n\n## Exercises\n"
+        return {"cells": [{"cell_type": "markdown", "source": [words]}, settled]}
+
+    first, second = ledger[7].replace("“", '"').split(": ", 1)
+    assert unquoted_claims(chapter(f"> Claim 7 (podcast summary): {first}:\n>  {second}")) == []
+    assert unquoted_claims(chapter(f"> Claim 7: {ledger[7]}")) == [7]
+    assert unquoted_claims(chapter(f"Claim 7 (podcast summary): {ledger[7]}")) == [7]
+    assert unquoted_claims(chapter("> Claim 7 (podcast summary): TMS 5 → 2: each row is recovered.")) == [7]
+    assert unquoted_claims(chapter(f"\n## Another\n> Claim 7 (podcast summary): {ledger[7]}")) == [7]
 
 
 def test_claims_name_what_the_ledger_has() -> None:
