@@ -1,4 +1,5 @@
 # make book      builds the pages from the stored outputs (no torch needed) and checks them
+# make pdf       prints the whole book as one PDF (needs a Chromium), and builds the pages with a link to it
 # make run       executes the chapters again and stores their outputs
 # make test      everything: module, chapters, pages
 # make portable  runs module and chapters again under other kernels (an hour)
@@ -12,10 +13,13 @@ STUDIES := tms more_seeds published gated failures unknown residual grid schedul
            layerwise tricks parallel larger
 INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: book run test portable data bench clean
+.PHONY: book pdf run test portable data bench clean
 
 book: .venv-book/installed
 	@$(BOOK)python -m tools.build
+
+pdf: .venv/installed
+	@$(TEST)python -m tools.pdf
 
 run: .venv/installed
 	$(TEST)python -m tools.execute

@@ -10,10 +10,11 @@ from nbval.kernel import RunningKernel
 from nbval.plugin import IPyNbCell
 
 from tools.execute import ENVIRONMENT
-from tools.printed import Printed
+from tools.printed import Printed, compared
 
 os.environ.update(ENVIRONMENT)
 _sanitize = IPyNbCell.sanitize
+_compare = IPyNbCell.compare_outputs
 
 
 def _execute(self: RunningKernel, source: str, allow_stdin: bool | None = None) -> Any:
@@ -26,5 +27,10 @@ def _printed(self: IPyNbCell, output: Any) -> Any:
     return Printed(output) if isinstance(output, str) else output
 
 
+def _compare_glued(self: IPyNbCell, test: list[Any], ref: list[Any], skip_compare: Any = None) -> bool:
+    return _compare(self, [compared(output) for output in test], [compared(output) for output in ref], skip_compare)
+
+
 RunningKernel.execute_cell_input = _execute
 IPyNbCell.sanitize = _printed
+IPyNbCell.compare_outputs = _compare_glued

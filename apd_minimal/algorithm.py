@@ -168,7 +168,11 @@ def check(
     micro_batch: int | None,
     attribution: Attribution | None,
 ) -> None:
-    """Raise a ValueError that names what does not fit."""
+    """Raise a ValueError that names what does not fit.
+
+    Raises:
+        ValueError: settings that do not fit each other, or an unknown divergence.
+    """
     if attribution is not None and (config.attribute_at != "target" or config.per_position):
         raise ValueError(
             "attribute_at and per_position are options of gradient attributions, and attribution takes their place: "
@@ -185,7 +189,11 @@ def check(
 
 
 def check_rest(batches: Any, output: Any, attribution: Any, callback: Any, checkpoint: Any, every: Any) -> None:
-    """Check the functions and the checkpoint."""
+    """Check the functions and the checkpoint.
+
+    Raises:
+        TypeError: what should be a function is none.
+    """
     if not callable(batches):
         raise TypeError(
             f"batches must be a function, batches(step, generator) -> inputs [B, ...], got {checks.given(batches)}; "
@@ -207,7 +215,11 @@ def begin(
     selection: Selection | None = None,
     local: Local | None = None,
 ) -> Run:
-    """Prepare a run, and check the network on inputs of the first step."""
+    """Prepare a run, and check the network on inputs of the first step.
+
+    Raises:
+        TypeError: weights made in inference mode, or of a type in which training would stall.
+    """
     function = DIVERGENCES[divergence] if isinstance(divergence, str) else divergence
     dtype = next(iter(network.weights.values())).dtype
     if dtype not in (torch.float32, torch.float64, torch.bfloat16):

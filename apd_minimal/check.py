@@ -22,7 +22,16 @@ SAMPLES = 4
 
 
 def check(network: Network, x: Tensor, tolerance: float = 1e-3) -> None:
-    """Compare a network with its definition on a few samples; see `Network.check`."""
+    """Compare a network with its definition on a few samples; see `Network.check`.
+
+    Args:
+        network: the target, wrapped.
+        x: inputs [B, ...].
+        tolerance: share of its size by which an output or a gradient may be off.
+
+    Raises:
+        TypeError, ValueError: the target or the inputs do not fit; the message names the weight and what is wrong.
+    """
     if not torch.is_grad_enabled():
         raise ValueError("gradients are switched off (torch.no_grad or torch.inference_mode), but learning needs them")
     if len(x) == 0:

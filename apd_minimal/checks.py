@@ -76,7 +76,15 @@ def number(
 
 
 def flag(name: str, value: Any) -> bool:
-    """Check for a bool; numpy's and torch's count, the text "False" does not."""
+    """Check for a bool; numpy's and torch's count, the text "False" does not.
+
+    Args:
+        name: of the argument, for the message.
+        value: what was given.
+
+    Raises:
+        TypeError: no bool.
+    """
     got = plain(value)
     if not isinstance(got, bool):
         raise TypeError(f"{name} must be True or False, got {given(value)}")
@@ -84,14 +92,33 @@ def flag(name: str, value: Any) -> bool:
 
 
 def choice(name: str, value: Any, options: Sequence[str]) -> str:
-    """Check for one of some names."""
+    """Check for one of some names.
+
+    Args:
+        name: of the argument, for the message.
+        value: what was given.
+        options: the names.
+
+    Raises:
+        TypeError, ValueError: another value.
+    """
     if not isinstance(value, str) or value not in options:
         raise ValueError(f"{name} must be one of {list(options)}, got {given(value)}")
     return value
 
 
 def kind(name: str, value: Any, expected: Any, what: str) -> Any:
-    """Check for an instance of a class (None counts if NoneType is among the classes)."""
+    """Check for an instance of a class (None counts if NoneType is among the classes).
+
+    Args:
+        name: of the argument, for the message.
+        value: what was given.
+        expected: the class, or a tuple of classes.
+        what: a name for them in the message.
+
+    Raises:
+        TypeError: an instance of another class.
+    """
     if not isinstance(value, expected):
         raise TypeError(f"{name} must be {what}, got {given(value)}")
     return value
@@ -103,7 +130,13 @@ def generator(value: Any) -> None:
 
 
 def tensor(name: str, value: Any, *shape: Any, finite: bool = True) -> Tensor:
-    """Check for a tensor of a shape: sizes, names of sizes, and at most one `...` for any number of axes."""
+    """Check for a tensor of a shape: sizes, names of sizes, and at most one `...` for any number of axes.
+
+    Raises:
+        TypeError: no tensor.
+        ValueError: another shape.
+        NotFinite: NaN or infinite numbers, where `finite` asks for none.
+    """
     kind(name, value, Tensor, "a tensor")
     sizes, expected = list(value.shape), list(shape)
     if ... in expected:
@@ -118,7 +151,11 @@ def tensor(name: str, value: Any, *shape: Any, finite: bool = True) -> Tensor:
 
 
 def matrices(name: str, value: Any, shapes: Mapping[str, Sequence[Any]], finite: bool = True) -> None:
-    """Check for a mapping from exactly these parameter paths to tensors of these shapes."""
+    """Check for a mapping from exactly these parameter paths to tensors of these shapes.
+
+    Raises:
+        TypeError, ValueError: other paths, or a tensor of another shape.
+    """
     kind(name, value, Mapping, "a mapping from parameter paths to tensors")
     if set(value) != set(shapes):
         raise ValueError(f"{name} must have the parameter paths {list(shapes)}, got {list(value)}")
@@ -127,7 +164,11 @@ def matrices(name: str, value: Any, shapes: Mapping[str, Sequence[Any]], finite:
 
 
 def inputs(x: Any) -> Tensor:
-    """Check inputs [B, ...] of a network: a tensor, not empty, finite."""
+    """Check inputs [B, ...] of a network: a tensor, not empty, finite.
+
+    Raises:
+        TypeError, ValueError: no tensor, an empty one, or one with NaN or infinite numbers.
+    """
     kind("x", x, Tensor, "one tensor [B, ...] (wrap a network that takes more in a module that takes one)")
     if x.ndim == 0 or len(x) == 0:
         raise ValueError(
@@ -140,7 +181,11 @@ def inputs(x: Any) -> Tensor:
 
 @contextmanager
 def running(x: Tensor, weights: str) -> Iterator[None]:
-    """Name the inputs and weights in the error, where torch reports that a network does not run on them."""
+    """Name the inputs and weights in the error, where torch reports that a network does not run on them.
+
+    Raises:
+        ValueError: torch reports that the network does not run; the message repeats its words.
+    """
     try:
         yield
     except (RuntimeError, IndexError) as error:
@@ -150,14 +195,30 @@ def running(x: Tensor, weights: str) -> Iterator[None]:
 
 
 def function(name: str, value: Any) -> Callable[..., Any] | None:
-    """Check for a function, or None."""
+    """Check for a function, or None.
+
+    Args:
+        name: of the argument, for the message.
+        value: what was given.
+
+    Raises:
+        TypeError: neither a function nor None.
+    """
     if value is not None and not callable(value):
         raise TypeError(f"{name} must be a function or None, got {given(value)}")
     return value
 
 
 def interval(name: str, value: Any) -> tuple[float, float]:
-    """Check for a pair (least, largest)."""
+    """Check for a pair (least, largest).
+
+    Args:
+        name: of the argument, for the message.
+        value: what was given.
+
+    Raises:
+        TypeError, ValueError: no pair of numbers, or the least is not below the largest.
+    """
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         raise ValueError(f"{name} must be (least, largest), got {given(value)}")
     low, high = (number(name, v) for v in value)

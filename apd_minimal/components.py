@@ -83,6 +83,9 @@ class Components:
 
         Returns:
             Components: with leaf tensors that do not require gradients yet.
+
+        Raises:
+            TypeError, ValueError: no shapes, one that is not (d_in, d_out), no such device, or a number out of range.
         """
         checks.kind("shapes", shapes, Mapping, "a mapping from parameter paths to (d_in, d_out)")
         if not shapes:
@@ -115,6 +118,9 @@ class Components:
 
         Returns:
             Components: with the singular values split evenly between A and B.
+
+        Raises:
+            TypeError, ValueError: no parameter path, or matrices of other shapes.
         """
         checks.kind("matrices", matrices, Mapping, "a mapping from parameter paths to tensors")
         if not matrices:
@@ -151,7 +157,11 @@ class Components:
         return sum(self.A[path].shape[-2] * self.B[path].shape[-1] for path in self.paths)
 
     def matrices(self, path: str) -> Tensor:
-        """Return all components' matrices for one weight: [..., C, d_in, d_out]."""
+        """Return all components' matrices for one weight: [..., C, d_in, d_out].
+
+        Args:
+            path: parameter path of a weight that they decompose.
+        """
         a, b = self._factors(path)
         return a @ b
 
@@ -161,12 +171,20 @@ class Components:
         return self.A[path], self.B[path]
 
     def sum(self, path: str) -> Tensor:
-        """Sum all components for one weight, [..., d_in, d_out], without forming each of them."""
+        """Sum all components for one weight, [..., d_in, d_out], without forming each of them.
+
+        Args:
+            path: parameter path of a weight that they decompose.
+        """
         a, b = self._factors(path)
         return rearrange(a, "... c d m -> ... d (c m)") @ rearrange(b, "... c m e -> ... (c m) e")
 
     def squared_lengths(self, path: str) -> Tensor:
-        """Compute the squared length of each rank-one term A_:,r B_r,: of one weight: [..., C, m]."""
+        """Compute the squared length of each rank-one term A_:,r B_r,: of one weight: [..., C, m].
+
+        Args:
+            path: parameter path of a weight that they decompose.
+        """
         a, b = self._factors(path)
         return (a * a).sum(-2) * (b * b).sum(-1)  # takes half the time of square(), whose gradient calls pow()
 
@@ -175,7 +193,11 @@ class Components:
         return torch.cat([self.matrices(path).flatten(-2) for path in self.paths], dim=-1)
 
     def singular_values(self, path: str) -> Tensor:
-        """Compute the singular values of every component's matrix, [..., C, m], largest first."""
+        """Compute the singular values of every component's matrix, [..., C, m], largest first.
+
+        Args:
+            path: parameter path of a weight that they decompose.
+        """
         # The triangular parts R of the factors' QR decompositions have the product's singular values, and are m by m.
         a, b = self._factors(path)
         r_a = torch.linalg.qr(_single(a)).R
@@ -196,7 +218,14 @@ class Components:
         return sum(self.singular_values(path).square().sum(-1) for path in self.paths).sqrt()  # type: ignore[union-attr]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Components:
-        """Apply `function` to every factor, for example `lambda t: t.detach().clone()`."""
+        """Apply `function` to every factor, for example `lambda t: t.detach().clone()`.
+
+        Args:
+            function: maps a factor to a tensor.
+
+        Raises:
+            TypeError: `function` is none, or gives no tensor.
+        """
         if not callable(function):
             raise TypeError(f"function must be a function of one factor, got {checks.given(function)}")
         return Components(
@@ -205,7 +234,14 @@ class Components:
         )
 
     def restart(self, index: int) -> Components:
-        """Select one of the stacked restarts, as components [C, d_in, m] and [C, m, d_out]."""
+        """Select one of the stacked restarts, as components [C, d_in, m] and [C, m, d_out].
+
+        Args:
+            index: which one, from 0.
+
+        Raises:
+            ValueError: there is no axis of restarts, or the index is out of range.
+        """
         if self.restarts is None:
             raise ValueError(f"these components have no axis of restarts, got index {checks.given(index)}")
         index = checks.number("index", index, -self.restarts, self.restarts - 1, whole=True)
@@ -216,7 +252,14 @@ class Components:
         return self if self.restarts is not None else self.map(lambda t: t[None])
 
     def subset(self, index: Tensor | list[int]) -> Components:
-        """Select the components in `index`, in that order."""
+        """Select the components in `index`, in that order.
+
+        Args:
+            index: whole numbers, or a boolean mask [C].
+
+        Raises:
+            TypeError, ValueError: no list of components, or an index out of range.
+        """
         chosen = index.tolist() if isinstance(index, Tensor) else index
         if not isinstance(chosen, list):
             raise TypeError(f"index must be a list of components, got {checks.given(index)}")
@@ -238,7 +281,15 @@ def _sizes(**sizes: int | None) -> list[Any]:
 
 
 def usable(components: Any, alone: bool = False) -> Components:
-    """Check components as an argument: finite, and without restarts where one decomposition is expected."""
+    """Check components as an argument: finite, and without restarts where one decomposition is expected.
+
+    Args:
+        components: the argument.
+        alone: refuse an axis of restarts.
+
+    Raises:
+        TypeError, ValueError: no components, not finite, or with restarts where one decomposition is expected.
+    """
     checks.kind("components", components, Components, "Components")
     if alone and components.restarts is not None:
         raise ValueError("components must be without restarts, pick one restart first: components.restart(index)")
@@ -281,7 +332,11 @@ def confine(components: Components, per_weight: Sequence[int]) -> None:
 
 @torch.no_grad()
 def normalise_columns(components: Components) -> None:
-    """Scale A's columns to unit length and B's rows by the inverse, in place, so that the products do not change."""
+    """Scale A's columns to unit length and B's rows by the inverse, in place, so that the products do not change.
+
+    Args:
+        components: factors A [..., C, d_in, m] and B [..., C, m, d_out].
+    """
     for path, a in components.A.items():
         length = a.norm(dim=-2, keepdim=True).clamp_min(1e-12)
         a.div_(length)

@@ -149,7 +149,11 @@ class Config:
         return step % max(1, self.steps // 200) == 0 or step == self.steps - 1
 
     def tidies(self, step: int) -> bool:
-        """Tell whether to merge and prune after this many steps."""
+        """Tell whether to merge and prune after this many steps.
+
+        Args:
+            step: steps done.
+        """
         step = checks.number("step", step, 0, whole=True)
         interval = round(self.tidy_every * self.steps)
         return interval > 0 and step % interval == 0 and self.tidy_from <= step / self.steps < self.tidy_until
@@ -157,6 +161,9 @@ class Config:
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> Config:
         """Create a configuration from names and values, as stored in JSON.
+
+        Args:
+            settings: names and values.
 
         Raises:
             TypeError: an unknown setting, or a value of a wrong type.

@@ -63,6 +63,7 @@ class Decomposition:
             None if it gave none.
         selection: what chose the active components of the run, in all restarts; not stored (None after `load`).
         attribution: name of the run's own attribution; None for gradients.
+        selection_name: name of the selection's class; None for one loaded from a file of an earlier version.
     """
 
     components: Components
@@ -76,6 +77,7 @@ class Decomposition:
     threshold: float | None = None
     selection: Selection | None = None
     attribution: str | None = None
+    selection_name: str | None = None
 
     @property
     def final_selection(self) -> FinalSelection:
@@ -89,12 +91,18 @@ class Decomposition:
         config = self.config
         if self.selection is not None and type(self.selection) is not TopK:
             return FinalSelection(self.selection, config.restarts, self.chosen, self.threshold)
-        if self.selection is None and config.top_k == config.n_components:  # set so where a selection decides
-            raise ValueError(
-                f"top_k is {config.top_k}, all components, as in runs with a selection of their own, which is not "
-                "stored: put it back with dataclasses.replace(decomposition, selection=...)"
-            )
+        if self.selection is None and (why := self._own_selection):
+            raise ValueError(f"{why}, which is not stored: put it back with dataclasses.replace(..., selection=...)")
         return FinalSelection(self.selection or TopK(config.top_k, config.per_sample), threshold=self.threshold)
+
+    @property
+    def _own_selection(self) -> str:
+        """Say why the run's selection was not the top k of the settings; an empty text if it was."""
+        k = self.config.top_k
+        if self.selection_name is None:  # an earlier version: top_k was set so where a selection decided
+            guess = f"top_k is {k}, all components, as in runs with a selection of their own"
+            return guess if k == self.config.n_components else ""
+        return "" if self.selection_name == name_of(TopK) else f"the run's selection was {self.selection_name}"
 
     def attributions(self, target: nn.Module | Network, x: Tensor, attribution: Any = None) -> Tensor:
         """Compute the attributions by which the run chose who is active.

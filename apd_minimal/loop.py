@@ -26,7 +26,11 @@ def follow(
     progress: bool,
     log: str | os.PathLike[str] | None = None,
 ) -> None:
-    """Take all steps that are left of a run."""
+    """Take all steps that are left of a run.
+
+    Raises:
+        NonFiniteLoss: inputs, attributions or a loss are NaN or infinite.
+    """
     writes = run.local.writes
     log = log if writes else None
     if log is not None:

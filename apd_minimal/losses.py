@@ -32,6 +32,9 @@ def faithfulness(components: Components, weights: Mapping[str, Tensor]) -> Tenso
 
     Returns:
         Tensor: sum of squared differences over the number of entries; a scalar, or [restarts].
+
+    Raises:
+        ValueError: weights of other paths or shapes.
     """
     _check(components)
     shapes = {path: (components.A[path].shape[-2], components.B[path].shape[-1]) for path in components.paths}
@@ -46,13 +49,26 @@ def faithfulness(components: Components, weights: Mapping[str, Tensor]) -> Tenso
 
 
 def mse(outputs: Tensor, target_outputs: Tensor) -> Tensor:
-    """Compute the squared error of each sample, averaged over everything else: [..., B, *rest] to [..., B]."""
+    """Compute the squared error of each sample, averaged over everything else: [..., B, *rest] to [..., B].
+
+    Args:
+        outputs: of the gated network, [..., B, *rest].
+        target_outputs: [B, *rest].
+    """
     _same(outputs, target_outputs)
     return _per_sample((outputs - target_outputs).square(), outputs.ndim - target_outputs.ndim + 1)
 
 
 def kl(outputs: Tensor, target_outputs: Tensor) -> Tensor:
-    """Compute KL(target || outputs), softmax over the last axis, mean over positions: [..., B, (T,) V] to [..., B]."""
+    """Compute KL(target || outputs), softmax over the last axis, mean over positions: [..., B, (T,) V] to [..., B].
+
+    Args:
+        outputs: logits of the gated network, [..., B, (T,) V].
+        target_outputs: the target's, [B, (T,) V].
+
+    Raises:
+        ValueError: no axis of classes.
+    """
     _same(outputs, target_outputs)
     if target_outputs.ndim < 2:
         raise ValueError(f"target_outputs must be [B, ..., classes], got {checks.given(target_outputs)}")
@@ -161,7 +177,13 @@ def simplicity(components: Components, mask: Tensor, p: float = 1.0, epsilon: fl
 
 
 def simplicity_exact(components: Components, mask: Tensor, p: float = 1.0) -> Tensor:
-    """Compute the same penalty with the true singular values of every component (slow; the surrogate's oracle)."""
+    """Compute the same penalty with the true singular values of every component (slow; the surrogate's oracle).
+
+    Args:
+        components: C components, with or without restarts.
+        mask: who is active, [..., B, C].
+        p: exponent of the Schatten norm, above 0.
+    """
     p = _checked(components, mask, p)
     powers = [components.singular_values(path).pow(p).sum(-1) for path in components.paths]
     return _weigh(components, mask, powers)

@@ -72,6 +72,7 @@ def outcome(run: Run, components: Components | None = None, errors: Tensor | Non
         threshold=None if threshold is None else float(threshold[chosen]),
         selection=run.selection,
         attribution=name_of(run.given[0]),
+        selection_name=name_of(run.selection),
     )
 
 

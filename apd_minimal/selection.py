@@ -44,6 +44,9 @@ class Selection:
 
         Returns:
             Tensor: gates of the scores' shape: boolean, or soft ones in [0, 1] through which the parameters train.
+
+        Raises:
+            NotImplementedError: a subclass must write it.
         """
         raise NotImplementedError
 
@@ -119,14 +122,24 @@ class TopK(Selection):
     per_sample: bool = False
 
     def choose(self, scores: Tensor, t: float, share: float = 1.0) -> Tensor:
-        """Choose the k most attributed: boolean gates."""
+        """Choose the k most attributed: boolean gates.
+
+        Args:
+            scores: attributions [R, B, (positions,) C].
+            t: progress of the run, in [0, 1].
+            share: of the step's samples, those that are in `scores`.
+        """
         k = at_progress(self.top_k, t)
         if self.per_sample:
             return sample_top_k(scores, k).bool()
         return batch_top_k(scores.flatten(1, -2), min(k / share, scores.shape[-1])).reshape(scores.shape).bool()
 
     def threshold(self, scores: Tensor) -> Tensor | None:
-        """Give the middle between the smallest active score and the largest inactive one; None per sample."""
+        """Give the middle between the smallest active score and the largest inactive one; None per sample.
+
+        Args:
+            scores: attributions [R, B, (positions,) C].
+        """
         if self.per_sample:
             return None
         flat = scores.flatten(1)
@@ -134,7 +147,15 @@ class TopK(Selection):
         return flat.topk(n + 1, dim=1).values[:, -2:].mean(1) if n else flat.amin(1) / 2
 
     def active(self, scores: Tensor, threshold: Tensor | None) -> Tensor:
-        """Say who is active: each sample's k most attributed, or what scores above the threshold."""
+        """Say who is active: each sample's k most attributed, or what scores above the threshold.
+
+        Args:
+            scores: attributions [R, B, (positions,) C].
+            threshold: [R], unless k is per sample.
+
+        Raises:
+            ValueError: no threshold, where one is needed.
+        """
         return self.choose(scores, 1.0) if self.per_sample else super().active(scores, threshold)
 
 
@@ -155,17 +176,39 @@ class FinalSelection:
     threshold: float | None = None
 
     def gates(self, scores: Tensor) -> Tensor:
-        """Choose among these samples: boolean gates of the scores' shape, or soft ones in [0, 1]."""
+        """Choose among these samples: boolean gates of the scores' shape, or soft ones in [0, 1].
+
+        Args:
+            scores: attributions [B, (positions,) C].
+
+        Raises:
+            ValueError: scores that are NaN, or gates of another shape than they.
+        """
         _check_scores(scores, "B", ..., "C")
         return self._own("choose", scores, 1.0)
 
     def mask(self, scores: Tensor) -> Tensor:
-        """Say who is active among these samples: boolean gates as they are, and what is `active` for soft ones."""
+        """Say who is active among these samples: boolean gates as they are, and what is `active` for soft ones.
+
+        Args:
+            scores: attributions [B, (positions,) C].
+
+        Raises:
+            TypeError, ValueError: as `active`.
+        """
         gates = self.gates(scores)
         return gates if gates.dtype == torch.bool else self.active(scores)
 
     def active(self, scores: Tensor) -> Tensor:
-        """Say who is active from each sample's scores alone (`Selection.active`): boolean, of the scores' shape."""
+        """Say who is active from each sample's scores alone (`Selection.active`): boolean, of the scores' shape.
+
+        Args:
+            scores: attributions [B, (positions,) C].
+
+        Raises:
+            TypeError: the selection gives no boolean mask.
+            ValueError: it has no threshold, or gives another shape.
+        """
         _check_scores(scores, "B", ..., "C")
         threshold = None if self.threshold is None else scores.new_full((self.restarts,), self.threshold)
         mask = self._own("active", scores, threshold)

@@ -31,7 +31,15 @@ class StoreError(ValueError):
 
 @contextmanager
 def reading(path: str | os.PathLike[str], kind: str) -> Iterator[None]:
-    """Turn every error about a file's contents into a StoreError that names the file."""
+    """Turn every error about a file's contents into a StoreError that names the file.
+
+    Args:
+        path: of the file.
+        kind: what it should hold, for the message.
+
+    Raises:
+        StoreError: whatever went wrong inside.
+    """
     try:
         yield
     except StoreError:
@@ -98,6 +106,10 @@ def write_tensors(path: str | os.PathLike[str], kind: str, tensors: Mapping[str,
 
 def read_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], Any]:
     """Read a file written by `write_tensors`.
+
+    Args:
+        path: of the file.
+        kind: as given to `write_tensors`.
 
     Returns:
         tuple[dict[str, Tensor], Any]: tensors by name, and the facts.

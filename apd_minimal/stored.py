@@ -37,7 +37,11 @@ def differences(stored: str, own: str) -> str:
 
 
 def save(decomposition: Decomposition, folder: str | os.PathLike[str], restarts: bool = False) -> None:
-    """Write a decomposition; see `Decomposition.save`."""
+    """Write a decomposition; see `Decomposition.save`.
+
+    Raises:
+        ValueError: restarts are asked for, and there are none.
+    """
     checks.kind("folder", folder, (str, os.PathLike), "a path")
     restarts = checks.flag("restarts", restarts)
     facts = _facts(decomposition)
@@ -64,11 +68,16 @@ def _facts(decomposition: Decomposition) -> dict[str, Any]:
         "history": decomposition.history,
         "threshold": decomposition.threshold,
         "attribution": decomposition.attribution,
+        "selection": decomposition.selection_name,
     }
 
 
 def load(folder: str | os.PathLike[str], target: nn.Module) -> Decomposition:
-    """Read a decomposition; see `Decomposition.load`."""
+    """Read a decomposition; see `Decomposition.load`.
+
+    Raises:
+        StoreError: a damaged or foreign file, or a decomposition of another target.
+    """
     checks.kind("folder", folder, (str, os.PathLike), "a path")
     checks.kind("target", target, nn.Module, "a torch.nn.Module")
     file = Path(folder) / "components.safetensors"
@@ -104,6 +113,7 @@ def load(folder: str | os.PathLike[str], target: nn.Module) -> Decomposition:
             restarts=network._fit(_taken(tensors, weights, ".restarts")) if tensors.keys() > factors else None,
             # Files of earlier versions have none.
             attribution=facts.get("attribution"),
+            selection_name=checks.kind("selection", facts.get("selection"), (str, type(None)), "a name or None"),
             threshold=None if (found := facts.get("threshold")) is None else checks.number("threshold", found),
         )
 

@@ -131,7 +131,11 @@ class Run:
         return torch.cat(scores, dim=1).to(components.parameters()[0].dtype)
 
     def gates(self, x: Tensor, components: Components, share: float) -> Tensor:
-        """Choose the active components: [R, B, (positions,) C]. k is for a batch of which x is the given share."""
+        """Choose the active components: [R, B, (positions,) C]. k is for a batch of which x is the given share.
+
+        Raises:
+            ValueError: the selection gives no gates of the scores' shape.
+        """
         with torch.no_grad():
             scores = self.local.all_scores(self.attributions(x, components))
         gates = self.selection.choose(scores, self.step / self.config.steps, share)
@@ -225,7 +229,11 @@ class Run:
         return values
 
     def checked(self, losses: dict[str, Tensor]) -> dict[str, list[float]]:
-        """Make numbers of the step's losses [R], in the order of the settings; they must be finite. Log them."""
+        """Make numbers of the step's losses [R], in the order of the settings; they must be finite. Log them.
+
+        Raises:
+            NonFiniteLoss: one is NaN or infinite.
+        """
         losses = self.local.losses(losses)
         config = self.config
         values = {name: losses[name].tolist() for name in config.schedules if name in losses}

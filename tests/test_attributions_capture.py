@@ -17,7 +17,7 @@ from apd_minimal.attributions import capture as capturing
 from apd_minimal.attributions import choose, gradient, gradients
 from apd_minimal.attributions import meet as meeting
 from apd_minimal.attributions.capture import capture, live, live_pairs, pairs_of
-from apd_minimal.kernels.narrow import narrow
+from apd_minimal.kernels.narrow import SPARE, narrow
 from apd_minimal.kernels.rows import SharedRows, repeated
 
 
@@ -159,6 +159,17 @@ def test_rows_in_few_directions(n_directions: int, seed: int) -> None:
     assert narrow(rows + 1e-6 * rows.norm(dim=1, keepdim=True) * noise, n_directions) is None
     assert narrow(rows[:30], n_directions) is None
     assert narrow(rows, 40) is None
+
+
+@pytest.mark.parametrize(("last", "few"), [(1e-5, True), (0.1, False)])
+def test_a_direction_more_than_expected_is_one_too_many_where_it_matters(last: float, few: bool) -> None:
+    """As many directions as the sketch has: the last one may be weak, not as strong as the others."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.ones(3 + SPARE, dtype=torch.float64)
+    lengths[-1] = last
+    basis = torch.linalg.qr(torch.randn(100, 3 + SPARE, generator=generator, dtype=torch.float64)).Q
+    rows = torch.randn(300, 3 + SPARE, generator=generator, dtype=torch.float64) * lengths @ basis.T
+    assert (narrow(rows, 3) is not None) == few
 
 
 def test_a_wide_layer_behind_an_embedding_is_met_in_few_directions(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import html as html_module
+import importlib.util
 import os
 import re
 import shutil
@@ -16,8 +18,9 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from test_docs import PUBLIC, is_called
 
-from tools import build
+from tools import build, pdf
 
 ROOT = Path(__file__).parent.parent
 CHAPTERS = sorted((ROOT / "chapters").glob("*.ipynb"))
@@ -92,6 +95,25 @@ def opened(chromium: Any, address: str, width: int, scheme: str) -> tuple[Any, l
         page.evaluate("() => MathJax.startup.promise.then(() => true)")
     page.evaluate("() => document.fonts.ready.then(() => true)")
     return page, wrong
+
+
+AXE = importlib.util.find_spec("axe_playwright_python")  # axe-core is a file in it
+# Formulas and code are left out, of which every page has thousands of pieces of the same few kinds.
+ACCESSIBLE = """async () => {
+  const options = {resultTypes: ['violations'], preload: false};
+  const all = await axe.run({exclude: [['mjx-container'], ['.highlight']]}, options);
+  const code = await axe.run(document, {...options, runOnly: ['scrollable-region-focusable']});
+  return [...all.violations, ...code.violations].filter(found => ['serious', 'critical'].includes(found.impact))
+    .flatMap(found => found.nodes.map(node => found.id + ': ' + node.html.slice(0, 120)));
+}"""
+
+
+def barriers(page: Any) -> list[str]:
+    """What axe-core takes for a serious barrier to readers with a screen reader, a keyboard or weak eyes."""
+    if AXE is None or AXE.origin is None:
+        return []
+    page.evaluate(Path(AXE.origin).with_name("axe.min.js").read_text())
+    return page.evaluate(ACCESSIBLE)
 
 
 LOOK = """() => {
@@ -172,6 +194,43 @@ def test_the_ledger_says_what_the_notebooks_say(site: Path) -> None:
         assert ("not settled yet" in row) == (row.split()[0] not in settled)
 
 
+def test_the_api_page_has_every_public_name(site: Path) -> None:
+    """With its arguments; and each of them once, by the shortest name."""
+    html = (site / "chapters" / "api.html").read_text()
+    described = re.findall(r'(?s)<dt class="sig[^>]*\sid="(apd_minimal[\w.]*)">(.*?)</dt>', html)
+    signatures = {name: html_module.unescape(re.sub(r"<[^>]+>", "", text)) for name, text in described}
+    shown = {}  # by module and name, whether the page says apd_minimal.targets.TMS or apd_minimal.targets.tms.TMS
+    for name, text in signatures.items():
+        for package in ("attributions", "targets"):
+            if (end := name.removeprefix(f"apd_minimal.{package}.")) != name:
+                shown[f"{package}: {end.split('.', 1)[-1] if end.split('.')[0].islower() and '.' in end else end}"] = (
+                    text
+                )
+        shown[name] = text
+    missing, bare = [], []
+    for name, one in PUBLIC.items():
+        _, first, *rest = name.split(".")
+        key = f"{first}: {'.'.join(rest[1:])}" if first in ("attributions", "targets") else name
+        if key not in shown:
+            missing.append(name)
+        elif isinstance(one, ast.FunctionDef) and not is_called(one, "property"):
+            arguments = [a.arg for a in (*one.args.posonlyargs, *one.args.args, *one.args.kwonlyargs)]
+            bare += [f"{name}: {a}" for a in arguments if a not in ("self", "cls") and a not in shown[key]]
+    assert not missing
+    assert not bare
+
+
+def test_every_id_stands_once_on_its_page_and_every_heading_has_words(site: Path) -> None:
+    for name in pages(site):
+        html = (site / name).read_text()
+        ids = re.findall(r'<[a-z][^>]*\sid="([^"]+)"', html)
+        assert not {one for one in ids if ids.count(one) > 1}, name
+        headings = [re.sub(r"<[^>]+>", "", text) for text in re.findall(r"(?s)<h[1-6][^>]*>(.*?)</h[1-6]>", html)]
+        assert all(text.strip() for text in headings), name
+        for form in re.findall(r"(?s)<form.*?</form>", html):
+            assert re.search(r'<button[^>]*type="submit"[^>]*>\s*\w', form), f"{name}: a form without a button"
+
+
 @needs_browser
 @pytest.mark.parametrize(("way", "width", "scheme"), [("file", 1280, "light"), ("http", 390, "dark")])
 def test_every_page_reads_offline(chromium: Any, site: Path, server: str, way: str, width: int, scheme: str) -> None:
@@ -180,11 +239,60 @@ def test_every_page_reads_offline(chromium: Any, site: Path, server: str, way: s
         if name == "index.html":
             continue  # it only sends on: the next test
         page, seen = opened(chromium, (site / name).as_uri() if way == "file" else f"{server}/{name}", width, scheme)
-        seen += page.evaluate(LOOK)
+        seen += page.evaluate(LOOK) + barriers(page)
         page.close()
         if seen:
             wrong[name] = sorted(set(seen))
     assert not wrong
+
+
+@needs_browser
+@pytest.mark.skipif(AXE is None, reason="axe-playwright-python is not installed: pages not checked for accessibility")
+def test_axe_sees_a_barrier(chromium: Any) -> None:
+    page = chromium.new_page()
+    page.set_content(
+        "<!doctype html><html lang=en><title>T</title><main><h1>T</h1><p style='color: #ccc'>Some words</p>"
+        "<img src='data:image/gif;base64,R0lGODlhAQABAAAAACw='></main>"
+    )
+    assert {found.split(":")[0] for found in barriers(page)} == {"image-alt", "color-contrast"}
+    page.close()
+
+
+def test_joined_for_print_every_link_inside_leads_somewhere(site: Path) -> None:
+    names = pdf.pages()
+    html = pdf.joined(site, names)
+    ids = re.findall(r'<[a-z][^>]*\sid="([^"]+)"', html)
+    assert len(ids) == len(set(ids)) > 1000
+    links = re.findall(r'<a [^>]*href="#([^"]+)"', html)
+    assert len(links) > 300
+    assert not [link for link in links if unquote(html_module.unescape(link)) not in ids]
+    sources = {src for src in re.findall(r'<img [^>]*src="([^"]+)"', html) if not src.startswith("data:")}
+    assert not [src for src in sources if not (site / "chapters" / unquote(src)).exists()]
+    assert "mathjax" in html.partition("</head>")[0], "the last page has no formulas, and others have"
+    assert all(f'<article id="{name.replace("/", "-")}"' in html for name in names)
+
+
+@needs_browser
+def test_a_page_is_printed(site: Path, tmp_path: Path) -> None:
+    page = site / "chapters" / "one.html"
+    page.write_text(pdf.joined(site, ["intro"]))
+    pdf.write(page, tmp_path / "new" / "one.pdf", str(CHROMIUM))
+    page.unlink()
+    assert (tmp_path / "new" / "one.pdf").read_bytes().startswith(b"%PDF")
+
+
+@needs_browser
+def test_the_ledger_is_cards_on_a_phone(chromium: Any, site: Path) -> None:
+    """Nothing beside another thing, and each part of a card says what it is."""
+    page, _ = opened(chromium, (site / "chapters" / "claims.html").as_uri(), 390, "light")
+    cells = page.evaluate("""() => [...document.querySelectorAll('.book-claims tbody tr')].slice(0, 5).map(
+      row => [...row.cells].map(cell => [cell.getBoundingClientRect().left, cell.getBoundingClientRect().width,
+        getComputedStyle(cell.querySelector('p') || cell, '::before').content]))""")
+    page.close()
+    assert len(cells) == 5
+    for row in cells:
+        assert len({left for left, _, _ in row}) == 1 and all(width > 250 for _, width, _ in row)
+        assert [words.strip('"').strip() for _, _, words in row] == ["Claim", "none", "Verdict:", "Found:"]
 
 
 @needs_browser

@@ -106,6 +106,26 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, micro_batch: int | Non
         assert torch.equal(a, b)
 
 
+def test_after_a_loss_that_is_not_finite_the_selection_is_as_it_was_with_the_components() -> None:
+    """Both are kept before the step is taken: what they were when the last finite loss was computed."""
+    calls, seen = [], []
+
+    class Noted(Learned):
+        def choose(self, scores: Tensor, t: float, share: float = 1.0) -> Tensor:
+            seen.append(self.cut.detach().clone())
+            return super().choose(scores, t, share)
+
+    def divergence(outputs: Tensor, wanted: Tensor) -> Tensor:
+        calls.append(1)
+        return apd.losses.mse(outputs, wanted) * (float("nan") if len(calls) == 11 else 1.0)
+
+    selection = Noted()
+    with pytest.raises(apd.NonFiniteLoss, match="step 10: the minimality loss"):
+        decompose(selection, divergence=divergence, scrub=0.0, tidy_every=0.0)
+    assert not torch.equal(seen[10], seen[9]), "a test that tells"
+    assert torch.equal(selection.cut, seen[9])
+
+
 def test_a_checkpoint_of_another_selection_is_refused(tmp_path: Path) -> None:
     checkpoint = tmp_path / "run.safetensors"
     decompose(Learned(), checkpoint=checkpoint)
@@ -260,8 +280,33 @@ def test_a_learned_selection_with_a_threshold(tmp_path: Path) -> None:
     result.save(tmp_path)
     loaded = apd.Decomposition.load(tmp_path, target)
     assert torch.equal(loaded.active(target, x), together)
-    with pytest.raises(ValueError, match="top_k is 6, all components, as in runs with a selection of their own"):
+    with pytest.raises(ValueError, match=r"the run's selection was .*\.WithThreshold, which is not stored"):
         activity(target, {"all": loaded}, x)  # not that every component is active
+
+
+def test_a_loaded_run_says_which_selection_it_had(tmp_path: Path) -> None:
+    """Where top_k is all components, the settings alone cannot tell; files of earlier versions have only these."""
+    target, x = runs.tms(), images()
+    own, every = decompose(WithThreshold(), steps=2), runs.decompose(**SETTINGS | {"top_k": 6, "steps": 2})
+    assert own.config.top_k == every.config.top_k == 6
+    own.save(tmp_path / "own")
+    every.save(tmp_path / "every")
+    loaded = apd.Decomposition.load(tmp_path / "every", target)
+    assert loaded.selection_name == "apd_minimal.selection.TopK"
+    scores = every.attributions(target, x)
+    assert torch.equal(loaded.final_selection.gates(scores), every.final_selection.gates(scores))
+    for name in ("own", "every"):
+        file = tmp_path / name / "components.safetensors"
+        tensors, facts = apd.store.read_tensors(file, "decomposition")
+        del facts["selection"]
+        apd.store.write_tensors(file, "decomposition", tensors, facts)
+        old = apd.Decomposition.load(tmp_path / name, target)
+        assert old.selection_name is None
+        with pytest.raises(ValueError, match="top_k is 6, all components, as in runs with a selection of their own"):
+            old.final_selection  # noqa: B018
+        apd.store.write_tensors(file, "decomposition", tensors, facts | {"selection": 3})
+        with pytest.raises(apd.store.StoreError, match="selection must be a name or None, got 3"):
+            apd.Decomposition.load(tmp_path / name, target)
 
 
 def test_a_selection_that_does_not_say_who_is_active() -> None:

@@ -11,6 +11,7 @@ from oracles import Case, Sequence, Twice, assert_same_state, case, every_case, 
 from torch import Tensor, nn
 
 import apd_minimal as apd
+from apd_minimal.check import _Trial
 
 
 def random_gates(*shape: int, seed: int = 2) -> Tensor:
@@ -427,3 +428,15 @@ def test_a_shared_module_counts_once_under_either_name() -> None:
         network = apd.Network(Twice(), [path])
         assert sum(matrix.numel() for matrix in network.weights.values()) == 9
         network.check(torch.randn(4, 3, generator=torch.Generator().manual_seed(0)))
+
+
+@pytest.mark.parametrize(("scale", "expected"), [(5.0, 0.5), (0.0, 1e-3)])
+def test_the_check_tries_weights_a_tenth_off_their_own_direction(scale: float, expected: float) -> None:
+    """Weights that are only multiplied would not show a use that forgets their length; zeros are moved, too."""
+    target = nn.Linear(60, 50)
+    with torch.no_grad():
+        target.weight.copy_(scale * torch.randn(50, 60, generator=torch.Generator().manual_seed(0)).sign())
+    trial = _Trial(apd.Network(target, ["weight"]), torch.ones(2, 60), 1e-3, seed=0)
+    one, P = trial.parts["weight"]
+    moved = (P @ one if P.shape[-1] == one.shape[-2] else one @ P)[0] - 0.6 * target.weight.detach().T
+    torch.testing.assert_close(moved.square().mean().sqrt(), torch.tensor(expected), rtol=0.1, atol=0)

@@ -16,10 +16,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
 from apd_minimal.book import frames, notebook
-from apd_minimal.book.glue import CLAIM, VERDICTS, claim, floored, glue
+from apd_minimal.book.glue import CLAIM, GLUE_PREFIX, VERDICTS, claim, floored, glue
 from theme import results
 from tools import build, execute, setup_cell
 from tools import picture as front_picture
@@ -37,7 +39,15 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     ("value", "read"),
-    [(0.123456, 0.1235), (np.float32(2.5), 2.5), (torch.tensor(1e-7), 1e-7), (7, 7), (True, True), ("two", "two")],
+    [
+        (0.123456, 0.123456),
+        (1.5949, 1.5949),
+        (np.float32(2.5), 2.5),
+        (torch.tensor(1e-7, dtype=torch.float64), 1e-7),
+        (7, 7),
+        (True, True),
+        ("two", "two"),
+    ],
 )
 def test_glue_is_what_myst_nb_reads(shown: list, value: Any, read: Any) -> None:
     """The oracle is myst-nb's own reader."""
@@ -52,6 +62,30 @@ def test_glue_is_what_myst_nb_reads(shown: list, value: Any, read: Any) -> None:
     assert stored["data"]["text/plain"] == repr(read)
     if isinstance(read, float):
         assert format_plain_text(stored["data"]["text/plain"], ".2e") == f"{read:.2e}"
+
+
+@given(
+    st.floats(-1e6, 1e6).map(lambda x: float(f"{x:.5g}")),  # many end in 5, where rounding twice goes wrong
+    st.sampled_from([".1f", ".2f", ".3f", ".2e", ".2g", ".1%"]),
+    st.integers(1, 4),
+)
+def test_prose_claims_and_tables_round_once(x: float, form: str, digits: int) -> None:
+    """1.5949 is 1.59 in a table; were it stored as 1.595, the prose would say 1.60."""
+    from myst_nb.core.variables import format_plain_text
+
+    record: list[dict[str, Any]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("apd_minimal.book.glue.display", lambda data, raw, metadata: record.append(data))
+        glue("x", x, digits=digits)
+        claim(1, VERDICTS[0], f"It is {{x:{form}}}.", x=x)
+    stored = record[0][GLUE_PREFIX + "text/plain"]
+    assert format_plain_text(stored, form) == f"{x:{form}}"
+    assert record[1]["text/plain"].endswith(f"It is {x:{form}}.")
+
+
+def test_without_a_format_a_claim_shows_four_digits(shown: list) -> None:
+    claim(1, VERDICTS[0], "It is {a}, {b} and {c}.", a=2 / 3, b=1e-5 / 3, c=12)
+    assert shown[0]["text/plain"].endswith("It is 0.6667, 3.333e-06 and 12.")
 
 
 def test_glue_refuses_what_is_no_single_value(shown: list) -> None:
@@ -81,7 +115,7 @@ def test_claim_shows_and_stores_the_same(shown: list) -> None:
     claim(7, "holds within limits", "Over {seeds} seeds MMCS is {mmcs:.3f}.", seeds=10, mmcs=torch.tensor(0.99812))
     [output] = shown
     assert output["text/plain"] == "Claim 7: holds within limits. Over 10 seeds MMCS is 0.998."
-    assert output[CLAIM]["numbers"] == {"seeds": 10, "mmcs": 0.9981}
+    assert output[CLAIM]["numbers"] == {"seeds": 10, "mmcs": pytest.approx(0.99812)}
     assert output["text/plain"].endswith(output[CLAIM]["finding"])
 
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import math
 import re
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +17,7 @@ import yaml
 
 from theme.results import stored_claims
 from tools import execute, setup_cell
+from tools.printed import COMPARED, GLUED, NUMBER
 
 ROOT = Path(__file__).parent.parent
 CHAPTERS = sorted((ROOT / "chapters").glob("*.ipynb"))
@@ -191,6 +197,203 @@ def test_figure_names_and_labels_are_unique_in_the_book() -> None:
     assert sorted(found) == sorted(set(found))
 
 
+GLUE = re.compile(r"\{glue:text\}`(?:([\w.]+)::)?(\w+)(?::([^`]*))?`")
+
+
+def stored_numbers(notebook: Notebook) -> dict[str, Any]:
+    """What was glued, by name."""
+    found = {}
+    for output in outputs(notebook):
+        if "scrapbook" in output.get("metadata", {}):
+            value = "".join(output["data"][GLUED])
+            is_float = re.fullmatch(r"-?(nan|inf|\d+\.\d+|\d+(\.\d+)?e[-+]\d+)", value)
+            found[output["metadata"]["scrapbook"]["name"]] = float(value) if is_float else ast.literal_eval(value)
+    return found
+
+
+def shows(cell: dict[str, Any]) -> Iterator[str]:
+    """What a cell prints for readers, as text."""
+    if "remove-cell" in cell["metadata"].get("tags", []):
+        return
+    for output in cell["outputs"]:
+        if "scrapbook" not in output.get("metadata", {}):
+            yield "".join(output.get("text", ""))
+            data = output.get("data", {})
+            yield re.sub(r"<[^>]*>", " ", "".join(data["text/html"])) if "text/html" in data else ""
+            yield "".join(data.get("text/plain", ""))
+
+
+def rounded_elsewhere(value: float, text: str) -> list[str]:
+    """Printed numbers that this value would give only if it had been rounded before: 1.60 for 1.5949, by way of 1.595.
+
+    Such a number is off by a little more than half a unit of its last digit. With fewer than three digits, other
+    quantities would be taken for the same one too often; where the right number stands, too, the other is another one.
+    """
+    found: list[str] = []
+    if not math.isfinite(value):
+        return found
+    numbers = {written: Decimal(written.replace("−", "-")) for written in NUMBER.findall(text)}
+    for written, number in numbers.items():
+        digits = number.as_tuple()
+        if isinstance(digits.exponent, int) and digits.exponent < 0 and len(digits.digits) >= 3:
+            off = abs(Decimal(value) - number) / Decimal(1).scaleb(digits.exponent)
+            right = round(Decimal(value).scaleb(-digits.exponent)) * Decimal(1).scaleb(digits.exponent)
+            if Decimal("0.5000001") < off <= Decimal("0.5501") and right not in numbers.values():
+                found.append(written)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("value", "text", "found"),
+    [
+        (1.5949, "1.59 and 1.595", []),
+        (1.5949, "it is 1.60.", ["1.60"]),
+        (0.99949, "−1.000 or 1.000", ["1.000"]),
+        (0.99949, "from 0.999 to 1.000", []),
+        (-2.3447e-7, "2.34e-07 or −2.35e-07", ["−2.35e-07"]),
+        (1.5949, "1.6, 1.50, 1.58, 1.64, 2, 160", []),
+    ],
+)
+def test_a_number_that_was_rounded_twice_is_seen(value: float, text: str, found: list[str]) -> None:
+    assert rounded_elsewhere(value, text) == found
+
+
+def test_text_claims_and_cells_show_the_same_number(notebook: Notebook) -> None:
+    """Of one value, rounded once each: what is glued has all digits, and so has what the claims are made of."""
+    used = {name for page, name, _ in GLUE.findall(text(notebook)) if not page}
+    values = {name: v for name, v in stored_numbers(notebook).items() if name in used and isinstance(v, float)}
+    claims = [record for record, _ in stored_claims(notebook)]
+    twice = []
+    visible = ""  # what the nearest cell above, that readers see, has printed
+    for cell in code(notebook):
+        here = {
+            output["metadata"]["scrapbook"]["name"]
+            for output in cell["outputs"]
+            if "scrapbook" in output.get("metadata", {})
+        }
+        own = "\n".join(shows(cell))
+        visible = own if not hidden(cell) else visible
+        for name in sorted(here & values.keys()):
+            twice += [f"{name} = {values[name]!r}, a cell prints {n}" for n in rounded_elsewhere(values[name], visible)]
+    for record in claims:
+        for name, value in (values | record["numbers"]).items():
+            if isinstance(value, float):
+                wrong = rounded_elsewhere(value, record["finding"])
+                twice += [f"{name} = {value!r}, claim {record['number']} says {n}" for n in wrong]
+    assert not twice
+
+
+def test_no_number_is_rounded_before_it_is_stored(notebook: Notebook) -> None:
+    for cell in code(notebook):
+        for node in ast.walk(ast.parse("".join(cell["source"]))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("glue", "claim"):
+                rounds = [n for n in ast.walk(node) if isinstance(n, ast.Call) and ast.unparse(n.func) == "round"]
+                assert not [n for n in rounds if len(n.args) > 1], ast.unparse(node)
+
+
+def test_a_glued_number_in_the_text_has_a_format(notebook: Notebook) -> None:
+    """All its digits are stored: the format says how many are shown."""
+    stored = stored_numbers(notebook)
+    for page, name, form in GLUE.findall(text(notebook)):
+        if not page and not form and isinstance(stored[name], float):
+            assert len(repr(stored[name])) <= 6, f"{name} = {stored[name]!r}"
+
+
+def contrast(colour: str, ground: str) -> float:
+    """The ratio of the web's accessibility guidelines, from 1 to 21, of two colours like #7a7a7a."""
+    lights = []
+    for one in (colour, ground):
+        parts = [int(one[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        parts = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+        lights.append(0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2])
+    return (max(lights) + 0.05) / (min(lights) + 0.05)
+
+
+def faint(svg: str) -> set[str]:
+    """Colours of axes, and of the words on them and in legends, that do not read on white and on near-black."""
+    found = set()
+
+    def look(node: ElementTree.Element, inside: str, fill: str) -> None:
+        name, style = node.get("id", ""), node.get("style", "")
+        inside = next((part for part in ("matplotlib.axis", "legend") if name.startswith(part)), inside)
+        fill = (re.findall(r"fill: (#\w{6})", style) or [fill])[0]
+        ticks = re.findall(r"stroke: (#\w{6})", style) if inside == "matplotlib.axis" else []
+        words = inside and node.tag.endswith("}use") and "DejaVu" in "".join(node.attrib.values())
+        for colour in [*ticks, *([fill] if words else [])]:
+            if min(contrast(colour, "#ffffff"), contrast(colour, "#121212")) < 3:
+                found.add(colour)
+        for child in node:
+            look(child, inside, fill)
+
+    look(ElementTree.fromstring(svg.encode()), "", "#000000")
+    return found
+
+
+def test_axes_read_in_the_light_and_in_the_dark(notebook: Notebook) -> None:
+    assert contrast("#ffffff", "#000000") == pytest.approx(21)
+    for cell in code(notebook):
+        for output in cell["outputs"]:
+            if svg := "".join(output.get("data", {}).get("image/svg+xml", "")):
+                assert not faint(svg), "".join(cell["source"])[:300]
+
+
+def test_questions_for_readers_name_chapters() -> None:
+    """Written from what the chapters set out to teach: readers who saw only the pages were asked these."""
+    names = {path.stem for path in [*CHAPTERS, *(ROOT / "chapters").glob("*.md")]}
+    for path in sorted((ROOT / "tests" / "questions").glob("*.yml")):
+        asked = yaml.safe_load(path.read_text())
+        assert isinstance(asked, list) and asked, path.name
+        for one in asked:
+            assert sorted(one) == ["answer", "chapter", "question"], f"{path.name}: {one}"
+            assert all(isinstance(value, str) and value.strip() for value in one.values()), f"{path.name}: {one}"
+            assert one["chapter"] in names, f"{path.name}: {one['chapter']}"
+        questions = [one["question"] for one in asked]
+        assert len(questions) == len(set(questions)), path.name
+
+
+def test_numbers_are_stored_with_all_their_digits(notebook: Notebook) -> None:
+    """Beside those that are the same on every machine; an earlier version stored these alone, rounded."""
+    for output in outputs(notebook):
+        if "scrapbook" in output.get("metadata", {}):
+            value = stored_numbers({"cells": [{"cell_type": "code", "outputs": [output]}]}).popitem()[1]
+            assert not isinstance(value, float) or COMPARED in output["data"], "run python -m tools.execute on it"
+
+
+def plain(text: str) -> str:
+    """Straight quotes and single spaces."""
+    return re.sub(r"\s+", " ", text.translate(str.maketrans("“”’‘", "\"\"''"))).strip()
+
+
+def unquoted_claims(notebook: Notebook) -> list[int]:
+    """The claims that a chapter settles and does not quote in the section for it, with their number and source."""
+    ledger = yaml.safe_load((ROOT / "chapters" / "claims.yml").read_text())
+    section = text(notebook).partition("\n## The claims it settles")[2].partition("\n## ")[0]
+    quotes = plain(" ".join(re.findall(r"^>(.*)$", section, re.MULTILINE)))
+    settled = {record["number"] for record, _ in stored_claims(notebook)}
+    return [n for n in sorted(settled) if plain(f"Claim {n} (podcast summary): {ledger[n]}") not in quotes]
+
+
+def test_claims_are_quoted_before_they_are_settled(notebook: Notebook) -> None:
+    """In the words of claims.yml, under the name of their source; what the paper says stands apart."""
+    assert not unquoted_claims(notebook), "a quote is missing: > Claim 7 (podcast summary): its words"
+
+
+def test_a_claim_in_other_words_is_seen() -> None:
+    ledger = yaml.safe_load((ROOT / "chapters" / "claims.yml").read_text())
+    settled = {"cell_type": "code", "source": [], "outputs": [{"metadata": {"apd_claim": {"number": 7}}}]}
+
+    def chapter(quote: str) -> Notebook:
+        words = f"# T\n\n## The claims it settles\n\n{quote}\n\nIt holds.\n\n## Exercises\n"
+        return {"cells": [{"cell_type": "markdown", "source": [words]}, settled]}
+
+    first, second = ledger[7].replace("“", '"').split(": ", 1)
+    assert unquoted_claims(chapter(f"> Claim 7 (podcast summary): {first}:\n>  {second}")) == []
+    assert unquoted_claims(chapter(f"> Claim 7: {ledger[7]}")) == [7]
+    assert unquoted_claims(chapter(f"Claim 7 (podcast summary): {ledger[7]}")) == [7]
+    assert unquoted_claims(chapter("> Claim 7 (podcast summary): TMS 5 → 2: each row is recovered.")) == [7]
+    assert unquoted_claims(chapter(f"\n## Another\n> Claim 7 (podcast summary): {ledger[7]}")) == [7]
+
+
 def test_claims_name_what_the_ledger_has() -> None:
     ledger = yaml.safe_load((ROOT / "chapters" / "claims.yml").read_text())
     assert list(ledger) == list(range(1, len(ledger) + 1))
@@ -203,8 +406,7 @@ def test_claims_name_what_the_ledger_has() -> None:
 def test_api_page_names_every_module() -> None:
     package = ROOT / "apd_minimal"
     paths = [path.relative_to(package).with_suffix("") for path in package.rglob("*.py") if path.stem[:2] != "__"]
-    # The files of these two are told as one: the package has their names.
-    whole = ("attributions", "targets")
-    public = {path.parts[0] if path.parts[0] in whole else ".".join(path.parts) for path in paths}
+    # Of these two, users take the names from the package.
+    public = {".".join(path.parts) for path in paths} | {"attributions", "targets"}
     page = (ROOT / "chapters" / "api.md").read_text()
     assert set(re.findall(r"automodule:: apd_minimal\.(\S+)", page)) == public

@@ -71,8 +71,12 @@ def test_fields() -> None:
         return [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
 
     assert fields(apd.Components) == ["A", "B"]
-    assert fields(apd.Decomposition) == (
-        "components config history scores chosen finished fingerprint restarts threshold selection attribution".split()
+    assert (
+        fields(apd.Decomposition)
+        == (
+            "components config history scores chosen finished fingerprint restarts threshold selection attribution "
+            "selection_name"
+        ).split()
     )
     assert fields(apd.metrics.Scrubbing) == "top_k scrubbed anti_scrubbed nonempty".split()
     assert fields(apd.metrics.Ownership) == "owner cosine length_ratio purity owned".split()

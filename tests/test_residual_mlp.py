@@ -140,6 +140,18 @@ def test_how_long_an_owner_may_be() -> None:
         assert bool(target.ownership(one).owned[2]) is owned, factor
 
 
+def test_weights_that_no_sample_reaches_decay_alone() -> None:
+    """Without a gradient, AdamW multiplies them by 1 - lr / 100 each step, for lr from 3e-3 along a cosine to 0."""
+    steps, parts = 400, []
+    for n in (1, steps):
+        target = ResidualMLP(3, 5, (2,), probability=1e-30).fit(seed=0, steps=n, batch_size=1)
+        parts.append(torch.cat([weight.detach().flatten() for weight in target.parameters()]))
+    rates = 1.5e-3 * (1 + torch.cos(torch.pi * torch.arange(steps) / steps))
+    torch.testing.assert_close(
+        parts[1] / parts[0], (1 - 0.01 * rates[1:]).prod().expand(len(parts[0])), rtol=1e-4, atol=0
+    )
+
+
 def test_the_recipe_is_that_of_decompose() -> None:
     target = ResidualMLP(6, 30, (3, 2), probability=0.2)
     trained_on, used = target.data(), target.recipe["batches"]

@@ -11,6 +11,7 @@ import torch
 
 import apd_minimal as apd
 from apd_minimal.book import artefacts
+from apd_minimal.config import at_progress
 
 
 @pytest.mark.parametrize("size", [(3, 2), (5, 2), (10, 4), (20, 6), (40, 10)])
@@ -49,6 +50,29 @@ def test_recipes_are_settings(size: tuple[int, int], identity: bool) -> None:
     recipe = apd.targets.TMS(*size, identity=identity).recipe
     del recipe["batches"], recipe["weights"]
     apd.Config(**recipe)
+
+
+@pytest.mark.filterwarnings("ignore:TMS")
+@pytest.mark.parametrize("size", [(5, 2), (20, 5), (40, 10), (60, 15)])
+def test_an_identity_layer_needs_one_component_more_that_is_always_active(size: tuple[int, int]) -> None:
+    plain, deep = (apd.targets.TMS(*size, identity=identity).recipe for identity in (False, True))
+    assert deep["n_components"] == plain["n_components"] + 1
+    ends = (0.0, 0.5, 1.0) if size[0] > 5 else (0.0, 0.5)  # 5-2 keeps its k, so that the identity is not left out
+    for t in ends:
+        assert at_progress(deep["top_k"], t) == pytest.approx(at_progress(plain["top_k"], t) + 1)
+
+
+@pytest.mark.parametrize("n_lines", [5, 6])
+def test_a_doubt_names_at_most_five_pairs(n_lines: int) -> None:
+    target = apd.targets.TMS(2 * n_lines, 2)
+    angles = torch.arange(n_lines) / n_lines * torch.pi
+    W = torch.stack([angles.cos(), angles.sin()], dim=1)
+    with torch.no_grad():
+        target.encode.weight.copy_(torch.cat([W, -W]).T)
+    named = ", ".join(f"{i} and {i + n_lines}" for i in range(5))
+    with pytest.warns(UserWarning, match=rf"features on one line \({named}(, \.\.\.)?\) are the first") as caught:
+        _ = target.recipe
+    assert ("..." in str(caught[0].message)) == (n_lines > 5)
 
 
 @pytest.mark.parametrize(("size", "identity", "why"), [

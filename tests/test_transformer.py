@@ -132,13 +132,31 @@ def test_a_seed_gives_a_target_and_training_helps() -> None:
         (lambda: Questions(tasks=()), "tasks must be some of 0 to 5"),
         (lambda: Questions(tasks=(6,)), r"got \(6,\)"),
         (lambda: Transformer(d=10, n_heads=3), "n_heads must be a divisor of d=10, got 3"),
-        (lambda: Transformer(n_blocks=0), "n_blocks must be at least 1, got 0"),
+        *[
+            (lambda name=name: Transformer(**{name: 0}), f"{name} must be at least 1, got 0")
+            for name in ("d", "n_heads", "neurons", "n_blocks")
+        ],
+        (lambda: Transformer(n_letters=6), "n_letters must be at least 7, got 6"),
         (lambda: Transformer(n_letters=3), "n_letters must be at least 7"),
     ],
 )
 def test_errors_name_what_was_given(make: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()  # type: ignore[operator]
+
+
+def test_the_smallest_one_that_may_be_made_runs() -> None:
+    target = Transformer(n_letters=7, d=1, n_heads=1, neurons=1, n_blocks=1)
+    assert target(target.data(3)(0, torch.Generator().manual_seed(0))).shape == (3, 9, 13)
+
+
+def test_training_starts_from_weights_that_keep_lengths() -> None:
+    """Rows drawn with variance 1 / d_in make an output as long as its input; decomposed ones are 0.4 of that."""
+    target = Transformer(d=64, neurons=256).fit(seed=1, steps=1, batch_size=4)
+    torch.testing.assert_close(target.unembed.weight.norm(dim=1).mean(), torch.tensor(1.0), atol=0.05, rtol=0)
+    for path in target.weights:
+        norm = target.get_parameter(path).norm(dim=1).mean()
+        torch.testing.assert_close(norm, torch.tensor(0.4), atol=0.02, rtol=0, msg=f"{path}: {norm}")
 
 
 def test_answer_shares_against_differences_of_gates() -> None:

@@ -85,6 +85,8 @@ def _title(notebook: dict[str, Any]) -> str:
 class _FromMarkdown(SphinxDirective):
     """A directive whose content is MyST text generated from the notebooks."""
 
+    boxed = False  # in a box, so that the style sheet knows it
+
     def text(self) -> str:
         raise NotImplementedError
 
@@ -92,11 +94,13 @@ class _FromMarkdown(SphinxDirective):
         box = nodes.container(classes=[f"book-{self.name}"])
         source, _ = self.get_source_info()
         self.state.nested_parse(StringList(self.text().splitlines(), source), 0, box)
-        return box.children
+        return [box] if self.boxed else box.children
 
 
 class Claims(_FromMarkdown):
     """The ledger."""
+
+    boxed = True
 
     def text(self) -> str:
         ledger_file = Path(self.env.srcdir) / "chapters" / "claims.yml"
@@ -111,7 +115,7 @@ class Claims(_FromMarkdown):
                 rows.setdefault(record["number"], []).append(
                     f"**{record['verdict']}** | {_literal(record['finding'])} {link}"
                 )
-        lines = ["| | the claim | verdict | what was found, and where |", "|---|---|---|---|"]
+        lines = ["| no. | the claim | verdict | what was found, and where |", "|---|---|---|---|"]
         for number, claim in ledger.items():
             for row in rows.get(number, ["not settled yet | no chapter measures it so far"]):
                 lines.append(f"| {number} | {claim} | {row} |")

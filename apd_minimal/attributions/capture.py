@@ -238,7 +238,11 @@ def pairs_of(captured: list[Captured]) -> Pairs:
 
 
 def live_pairs(network: Network, base: Components | None, x: Tensor) -> Pairs:
-    """Find the pairs that have a gradient, and capture them; all pairs, where torch has no forward mode."""
+    """Find the pairs that have a gradient, and capture them; all pairs, where torch has no forward mode.
+
+    Raises:
+        ValueError: an empty batch.
+    """
     if len(x) == 0:
         raise ValueError("an empty batch: the first axis of x has size 0")
     try:

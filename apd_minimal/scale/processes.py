@@ -142,6 +142,9 @@ class Shared(Local):
     Args:
         mesh: with the dimensions "data" and "components", as `mesh` makes it.
         checkpoint: the file from which a run can go on, to be named where a rank is lost.
+
+    Raises:
+        ValueError: a mesh without the dimensions "data" and "components".
     """
 
     single = False
@@ -158,7 +161,11 @@ class Shared(Local):
         self.idle = False  # no component does anything on this rank's samples, but on those of others
 
     def begin(self, run: Run) -> None:
-        """Check that all ranks were given the same, and share out the components."""
+        """Check that all ranks were given the same, and share out the components.
+
+        Raises:
+            ValueError: an attribution or a number of components that ranks cannot share, or another device.
+        """
         n, size = run.config.n_components, self.ranks.size
         if n < size:
             raise ValueError(f"{n} components cannot be spread over {size} ranks")
@@ -172,7 +179,11 @@ class Shared(Local):
         self.agree_on("batches", hashlib.sha256(batch.cpu().numpy().tobytes()).hexdigest())
 
     def agree_on(self, what: str, given: Any) -> None:
-        """Compare by a hash of the JSON."""
+        """Compare by a hash of the JSON.
+
+        Raises:
+            ValueError: the ranks were given different ones.
+        """
         digest = hashlib.sha256(json.dumps(given, sort_keys=True).encode()).digest()
         own = torch.tensor([int.from_bytes(digest[:7], "big")], device=self.mesh.device_type)
         everyones = Ranks(self.mesh["components"]).gather(Ranks(self.mesh["data"]).gather(own, 0), 0)
@@ -181,7 +192,11 @@ class Shared(Local):
 
     @contextmanager
     def answering(self) -> Iterator[None]:
-        """Turn the backend's error about a lost rank into a `RankLost`."""
+        """Turn the backend's error about a lost rank into a `RankLost`.
+
+        Raises:
+            RankLost: another rank died, or did not answer in time.
+        """
         try:
             yield
         except RuntimeError as error:
@@ -205,7 +220,11 @@ class Shared(Local):
         return "backward" if at == "components" and self.ranks.size > 1 else None
 
     def samples(self, x: Tensor) -> Tensor:
-        """Take one of as many parts as there are ranks; their sizes differ by one at most."""
+        """Take one of as many parts as there are ranks; their sizes differ by one at most.
+
+        Raises:
+            ValueError: fewer samples than ranks.
+        """
         if len(x) < self.data.size:
             raise ValueError(f"a batch of {len(x)} cannot be spread over {self.data.size} ranks")
         return self.data.share(x, 0)

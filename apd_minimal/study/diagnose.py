@@ -87,7 +87,7 @@ class Diagnosis:
 
     @property
     def empty(self) -> Tensor:
-        """Which components are empty [C]: pruned, or never grown."""
+        """Which components are empty [C], since they were pruned or never grew."""
         return self.length <= self.thresholds["empty_length"] * self.length.max()
 
     @property

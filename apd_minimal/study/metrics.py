@@ -74,6 +74,10 @@ def mmcs(components: Components, truth: Truth) -> Tensor:
 
     Ignores length and sharing: even a dead component can score high. See `ownership`.
 
+    Args:
+        components: C components, without restarts.
+        truth: the true mechanisms, per path [J, d_in, d_out].
+
     Returns:
         Tensor: a scalar in [-1, 1] (braun2025).
     """
@@ -82,6 +86,10 @@ def mmcs(components: Components, truth: Truth) -> Tensor:
 
 def ml2r(components: Components, truth: Truth) -> Tensor:
     """Compute the mean L2 ratio: the length of that part over the length of the mechanism; 1 is right.
+
+    Args:
+        components: C components, without restarts.
+        truth: the true mechanisms, per path [J, d_in, d_out].
 
     Returns:
         Tensor: a scalar, 0 or above (braun2025).
@@ -178,7 +186,15 @@ def ownership(
 
 
 def relative_faithfulness(components: Components, weights: Mapping[str, Tensor]) -> Tensor:
-    """Give `losses.faithfulness` as a share: the sum's squared error over the squared length of the weights."""
+    """Give `losses.faithfulness` as a share: the sum's squared error over the squared length of the weights.
+
+    Args:
+        components: C components, with or without restarts.
+        weights: per parameter path, the target's matrix [d_in, d_out].
+
+    Raises:
+        ValueError: weights that are all zero or NaN.
+    """
     error = faithfulness(components, weights)
     total = torch.stack([weights[path].square().sum() for path in components.paths]).sum()
     if not total > 0:
@@ -187,7 +203,13 @@ def relative_faithfulness(components: Components, weights: Mapping[str, Tensor])
 
 
 def output_error(target: nn.Module | Network, components: Components, x: Tensor) -> Tensor:
-    """Compute the squared output error of the component model sum_c P_c on each sample of x: [B]."""
+    """Compute the squared output error of the component model sum_c P_c on each sample of x: [B].
+
+    Args:
+        target: the network that was decomposed.
+        components: C components, without restarts.
+        x: inputs [B, ...].
+    """
     usable(components)
     network, x = as_network(target, components), checks.inputs(x)
     with torch.no_grad(), checks.running(x, f"components of {components.parameters()[0].dtype}"):

@@ -46,6 +46,9 @@ def matrices(components: Components, path: str | None = None, order: Sequence[in
 
     Returns:
         Figure: a row of pictures, rows are inputs and columns outputs of the weight.
+
+    Raises:
+        TypeError, ValueError: an order that is no list of components, or a path that they do not have.
     """
     P = usable(components, alone=True).matrices(components.paths[0] if path is None else path).detach()
     if order is not None and (isinstance(order, (str, bytes)) or not isinstance(order, Sequence) or not order):

@@ -158,7 +158,12 @@ class GatedFunctions(nn.Module):
         return torch.cat([SHOWN_Y * y, *active], dim=-1) if self.show_neurons else y
 
     def data(self, batch_size: int = 1024, nonempty: bool = False) -> GatedInputs:
-        """Create the source of batches [batch_size, 1 + n_functions]."""
+        """Create the source of batches [batch_size, 1 + n_functions].
+
+        Args:
+            batch_size: samples in a batch.
+            nonempty: leave out samples with no function on.
+        """
         return GatedInputs(self.n_functions, self.probability, batch_size, nonempty)
 
     @property
@@ -214,6 +219,11 @@ def attribution_shares(network: Network, components: Components, x: Tensor) -> T
     """Compute gradient attributions, divided on every sample by their sum over components: [..., B, C].
 
     Batch top-k compares attributions across samples: with shares, samples with small outputs count as much as others.
+
+    Args:
+        network: the target, wrapped.
+        components: C components of its weights, with or without restarts.
+        x: inputs [B, ...].
     """
     scores = gradient(network, components, x)
     return scores / scores.sum(-1, keepdim=True).clamp_min(1e-12)

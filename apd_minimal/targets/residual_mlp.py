@@ -88,7 +88,7 @@ class ResidualMLP(nn.Module):
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """Inputs and settings of the decompositions in chapters 8 and 9: `decompose(target, **target.recipe)`.
+        """Inputs and settings of the decompositions in chapters 8 and 9, for `decompose(target, **target.recipe)`.
 
         They were found on target seeds from 100 up, with one layer of 50 neurons.
         """
@@ -154,6 +154,9 @@ class ResidualMLP(nn.Module):
 
         A layer reads the features through W_E W_in and earlier layers through their W_out W_in; the outputs read the
         features through W_E W_E^T and the layers through W_out W_E^T.
+
+        Args:
+            x: inputs [B, n_features].
         """
         checks.tensor("x", x, ..., self.n_features, finite=False)
         E, out = self.embedding, x @ (self.embedding @ self.embedding.T)

@@ -67,12 +67,17 @@ class TMS(nn.Module):
         return torch.relu(out + self.bias)
 
     def data(self, batch_size: int = 1024, nonempty: bool = False) -> SparseFeatures:
-        """Create the source of batches [batch_size, n_features]."""
+        """Create the source of batches [batch_size, n_features].
+
+        Args:
+            batch_size: samples in a batch.
+            nonempty: leave out samples with no feature on.
+        """
         return SparseFeatures(self.n_features, self.probability, batch_size=batch_size, nonempty=nonempty)
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """Inputs and settings of the decompositions in chapters 1 and 7: `decompose(target, **target.recipe)`.
+        """Inputs and settings of the decompositions in chapters 1 and 7, for `decompose(target, **target.recipe)`.
 
         They were found on target seeds from 100 up; the defaults of `decompose` are those of 40-10. At other sizes, k
         and C are scaled; experiments/sizes.py lists what was tried and how often every feature was owned.
@@ -158,12 +163,12 @@ class TMS(nn.Module):
             why = "at 7-3 the recipe owned 5, 7 and 7 features of three targets; more restarts may help"
         else:
             return ""
-        pairs = ", ".join(f"{i} and {j}" for i, j in lines[:5])
+        pairs = ", ".join(f"{i} and {j}" for i, j in lines[:5]) + (", ..." if lines[5:] else "")
         return why + (f"; features on one line ({pairs}) are the first to end in one component" if lines else "")
 
     @property
     def same_line(self) -> list[tuple[int, int]]:
-        """Pairs of features whose rows of W lie on one line, |cosine| at least 0.99: most often opposite ones.
+        """Pairs of features whose rows of W lie on one line, |cosine| at least 0.99, most often opposite ones.
 
         One component of rank one can represent both without an error on inputs with one of them, so that only the
         simplicity loss favours two components (chapter 12). Features shorter than 1% of the longest are left out.
@@ -209,6 +214,9 @@ class TMS(nn.Module):
     @torch.no_grad()
     def rotate(self, seed: int = 0) -> TMS:
         """Rotate its input basis by a random orthogonal matrix; the function it computes stays the same.
+
+        Args:
+            seed: of the rotation.
 
         Returns:
             TMS: itself.

@@ -19,7 +19,12 @@ def numbers(seed: int, **least: tuple[Any, int]) -> list[int]:
 
 @torch.no_grad()
 def xavier(weight: Tensor, generator: torch.Generator) -> None:
-    """Start a weight as Xavier normal, in place; drawn on the CPU, so that it is the same on every device."""
+    """Start a weight as Xavier normal, in place; drawn on the CPU, so that it is the same on every device.
+
+    Args:
+        weight: [d_out, d_in].
+        generator: on the CPU.
+    """
     drawn = nn.init.xavier_normal_(torch.empty(weight.shape, dtype=weight.dtype), generator=generator)
     weight.copy_(drawn)
 

@@ -60,7 +60,13 @@ class Questions:
 
 
 class Block(nn.Module):
-    """Causal attention and an MLP, each added to the residual stream [B, T, d]; no biases, no LayerNorm."""
+    """Causal attention and an MLP, each added to the residual stream [B, T, d]; no biases, no LayerNorm.
+
+    Args:
+        d: width of the residual stream.
+        n_heads: attention heads, a divisor of d.
+        neurons: of the MLP.
+    """
 
     def __init__(self, d: int, n_heads: int, neurons: int) -> None:
         super().__init__()
@@ -118,7 +124,14 @@ class Transformer(nn.Module):
         self.unembed = nn.Linear(d, n_tokens, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map tokens [B, 9] to the logits of every position [B, 9, n_letters + 6]."""
+        """Map tokens [B, 9] to the logits of every position [B, 9, n_letters + 6].
+
+        Args:
+            x: a task, then eight letters.
+
+        Raises:
+            TypeError, ValueError: no whole numbers, or another shape.
+        """
         self._tokens(x)
         stream = self.embed(x) + self.position
         for block in self.blocks:
@@ -133,7 +146,14 @@ class Transformer(nn.Module):
             )
 
     def answers(self, x: Tensor) -> Tensor:
-        """Compute the right answers [B] to questions [B, 9]."""
+        """Compute the right answers [B] to questions [B, 9].
+
+        Args:
+            x: a task, then eight letters.
+
+        Raises:
+            TypeError, ValueError: no tokens, or a row that is no question.
+        """
         self._tokens(x)
         n = self.n_letters
         if not ((x[:, 0] >= n) & (x[:, 0] < n + len(TASKS)) & (x[:, 1:] < n).all(1) & (x[:, 1:] >= 0).all(1)).all():
@@ -154,7 +174,12 @@ class Transformer(nn.Module):
         return torch.cat(by_task, dim=1).gather(1, task)[:, 0]
 
     def data(self, batch_size: int = 128, tasks: tuple[int, ...] = tuple(range(len(TASKS)))) -> Questions:
-        """Create the source of batches [batch_size, 9]."""
+        """Create the source of batches [batch_size, 9].
+
+        Args:
+            batch_size: rows in a batch.
+            tasks: indices of the tasks.
+        """
         return Questions(self.n_letters, batch_size, tasks)
 
     def fit(self, seed: int = 0, steps: int = 1200, batch_size: int = 256) -> Transformer:
@@ -191,7 +216,7 @@ class Transformer(nn.Module):
 
     @property
     def weights(self) -> list[str]:
-        """The parameter paths to decompose: all of attention and MLPs, six matrices a block."""
+        """The parameter paths to decompose, those of all of attention and MLPs, six matrices a block."""
         parts = ("q", "k", "v", "o", "up", "down")
         return [f"blocks.{i}.{part}.weight" for i in range(len(self.blocks)) for part in parts]
 
