@@ -132,7 +132,9 @@ def test_gradients_that_are_never_formed_do_what_formed_ones_do(name: str) -> No
     lacking = torch.randn(one.network(x).shape, generator=g, dtype=torch.float64)
     formed, products = missing(one.network, x, lacking), Products(_sides(one.network, x, lacking))
     shares = torch.rand(len(x), generator=g, dtype=torch.float64)
-    first, second = torch.nn.functional.normalize(torch.randn(2, formed.shape[1], generator=g, dtype=torch.float64))
+    random = torch.randn(formed.shape[1], generator=g, dtype=torch.float64)
+    longest = formed[formed.norm(dim=1).argmax()]  # without its direction, another one is the longest
+    first, second = torch.nn.functional.normalize(torch.stack([longest, longest / longest.norm() + random]))
     for v in (first, second):
         torch.testing.assert_close(products.longest(), formed[formed.norm(dim=1).argmax()])
         torch.testing.assert_close(products.along(second), formed @ second)
