@@ -198,7 +198,9 @@ def diagnose(
         raise ValueError("all components are zero: there is nothing to look at")
     network = as_network(target, components)
     x = checks.inputs(x)
-    shapes, C = shapes_of(network, x), components.n_components
+    C = components.n_components
+    with checks.running(x, f"components of {components.parameters()[0].dtype}"):
+        shapes = shapes_of(network, x)
 
     def derivatives(part: Tensor) -> Tensor:
         return gradient(network, components, part, at=at, per_output=True)  # [B, C, n_out]
