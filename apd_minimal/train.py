@@ -121,9 +121,9 @@ class Run:
         return self.local.samples(torch.cat(batches))
 
     def attributions(self, x: Tensor, components: Components) -> Tensor:
-        """Score this process's components on its samples: [R, B, (positions,) C]."""
+        """Score this process's components on its samples, as many at a time as a step has: [R, B, (positions,) C]."""
         scores = []
-        for part in x.split(self.micro_batch or len(x)):
+        for part in x.split(self.micro_batch or self.batch_size):
             scores.append(self.attribution(self.network, components.map(Tensor.detach), part))
             expected = [self.config.restarts, len(part), ..., components.n_components]
             checks.tensor("attributions", scores[-1], *expected, finite=False)

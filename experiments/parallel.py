@@ -1,6 +1,6 @@
 """Create data/parallel.json, runs on several processes (chapter 22): equal results, seconds, memory, messages.
 
-python -m experiments.parallel [--only runs | times] [--again]     (about 6 minutes of both cores)
+python -m experiments.parallel [--only runs | times | jump] [--again]     (about 10 minutes of both cores)
 
 Run nothing else meanwhile. torchrun starts the same script on every rank: --rank selects the part of the work.
 """
@@ -34,6 +34,7 @@ from experiments.experiment import DATA, Row, Study
 MESHES = ((1, 1), (2, 1), (1, 2), (2, 2))  # ranks along data, ranks along components
 TIMED = ((1, 1), (2, 1), (1, 2))  # no more processes than cores
 SEEDS = (0, 1)
+JUMP = {"seed": 1, "data": 1, "components": 2, "until": 720}  # the run that jumps, and past where
 WIDTHS = (256, 1024, 1024, 32)
 SIZE: dict[str, Any] = {"n_components": 256, "rank": 4, "top_k": 8.0, "tidy_every": 0.0, "steps": 10_000}
 BATCH, WARM_UP, STEPS = 256, 3, 10
@@ -93,6 +94,47 @@ def same(n_ranks: int, components: int, seed: int, folder: Path) -> dict[str, An
         "largest": max(float(t.abs().max()) for t in snapshots.values()),
         "owned": int(own.owned.sum()), "score": min(result.scores), "chosen": result.chosen, "seconds": seconds,
     }  # fmt: skip
+
+
+def jump(n_ranks: int, components: int, folder: Path) -> dict[str, Any]:
+    """Run again until past a jump, and compare entry by entry, matrix by matrix, and after matching the components."""
+    target = TMS().fit(seed=JUMP["seed"])
+    ranks = processes.Ranks(None if n_ranks == 1 else processes.mesh(components)["components"])
+    snapshots: dict[str, Tensor] = {}
+
+    def record(step: int, losses: dict[str, list[float]], own: apd.Components) -> None:
+        if step > JUMP["until"]:
+            raise Enough
+        columns = [len(part) for part in torch.arange(target.recipe["n_components"]).tensor_split(ranks.size)]
+        for i, t in enumerate(own.parameters()):
+            snapshots[f"{step}.{i}"] = ranks.join(t, 1, columns).clone()
+
+    try:
+        settings = {**target.recipe, "seed": JUMP["seed"], "progress": False, "callback": record}
+        decomposer(n_ranks, components)(target, **settings)
+    except Enough:
+        pass
+    if n_ranks == 1:
+        store.write_tensors(folder / "jump", "seen", snapshots, {})
+        return {}
+    expected = store.read_tensors(folder / "jump", "seen")[0]
+    (path,) = target.weights
+    steps = sorted({int(name.split(".")[0]) for name in snapshots})
+    found: dict[str, Any] = {**JUMP, "steps": steps, "factors": [], "matrices": [], "matched": [], "cosine": []}
+    for s in steps:
+        one, other = (apd.Components({path: seen[f"{s}.0"]}, {path: seen[f"{s}.1"]}) for seen in (expected, snapshots))
+        pairs = zip(one.parameters(), other.parameters(), strict=True)
+        found["factors"].append(max(float((a - b).abs().max()) for a, b in pairs))
+        found["matrices"].append(float((one.matrices(path) - other.matrices(path)).abs().max()))
+        apart, alike = [], []
+        for r in range(target.recipe["restarts"]):
+            match = apd.metrics.match_weights(one.restart(r), other.restart(r), n_draws=1)
+            first, second = one.restart(r).subset(match.first), other.restart(r).subset(match.second)
+            apart.append(float((first.matrices(path) - second.matrices(path)).abs().max()))
+            alike.append(float(match.similarity.min()))
+        found["matched"].append(max(apart))
+        found["cosine"].append(min(alike))
+    return found
 
 
 class Talk(TorchDispatchMode):
@@ -157,8 +199,10 @@ def rank(what: str, components: int, folder: Path) -> None:
     n_ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if n_ranks > 1:
         processes.mesh(components)
-    jobs = [same(n_ranks, components, seed, folder) for seed in SEEDS] if what == "same" else []
-    results = jobs or timed(n_ranks, components)
+    if what == "same":
+        results: Any = [same(n_ranks, components, seed, folder) for seed in SEEDS]
+    else:
+        results = jump(n_ranks, components, folder) if what == "jump" else timed(n_ranks, components)
     if n_ranks == 1 or dist.get_rank() == 0:
         (folder / "found.json").write_text(json.dumps(results))
     if n_ranks > 1:
@@ -189,10 +233,18 @@ def runs() -> list[Row]:
         return [{"data": d, "components": c, **r} for d, c in MESHES for r in start("same", d, c, Path(folder))]
 
 
+def jumps() -> Row:
+    """Look at the run that jumps, beside the one of a single process."""
+    with tempfile.TemporaryDirectory() as folder:
+        start("jump", 1, 1, Path(folder))
+        found: Row = start("jump", JUMP["data"], JUMP["components"], Path(folder))
+        return found
+
+
 STUDY = Study(
     "parallel",
     lists={},
-    measurements={"runs": runs, "times": times},
+    measurements={"runs": runs, "times": times, "jump": jumps},
     about=lambda processes: {"widths": WIDTHS, "batch": BATCH, "steps": STEPS, **SIZE},
 )
 

@@ -210,6 +210,23 @@ def test_the_second_singular_value_is_a_share_of_the_first() -> None:
     torch.testing.assert_close(shares, torch.tensor([0.5, 0.5, 0.1]))
 
 
+@pytest.mark.parametrize("numbers", [1, 5000])
+def test_a_few_samples_at_a_time_find_the_same(monkeypatch: pytest.MonkeyPatch, numbers: int) -> None:
+    components, x = apd.Components.from_matrices({PATH: torch.cat([Z[:2].sum(0, keepdim=True), 0.9 * Z[1:]])}), X[:300]
+    whole = diagnose(TARGET, components, x, K)
+    monkeypatch.setattr("apd_minimal.study.diagnose.NUMBERS", numbers)
+    seen: list[int] = []
+    handle = TARGET.register_forward_hook(lambda module, args, out: seen.append(len(args[0])))
+    parts = diagnose(TARGET, components, x, K)
+    handle.remove()
+    assert max(seen) <= max(numbers // (len(Z) * 2), 1), "a component has two numbers in each layer"
+    assert parts.suspects == whole.suspects
+    for name in ("share", "other_effects", "cosine", "overlap", "stray", "factor"):
+        torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=1e-4, atol=1e-5)
+    for name in ("remainder", "sparse", "scrubbed", "anti_scrubbed"):
+        assert getattr(parts, name) == pytest.approx(getattr(whole, name), rel=1e-4)
+
+
 def test_the_table() -> None:
     found = look(torch.cat([Z[:2].sum(0, keepdim=True), Z[2:], torch.zeros(1, 5, 2)]))
     lines = str(found).splitlines()

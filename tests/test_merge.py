@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import apd_minimal as apd
-from apd_minimal.tidy.merge import merge_and_prune, merge_by_bits
+from apd_minimal.tidy.merge import cosines, merge_and_prune, merge_by_bits, pieces
 
 SHAPES = {"a": (4, 3), "b": (3, 5)}
 
@@ -150,3 +150,21 @@ def test_low_precision_merges_as_single_does(dtype: torch.dtype) -> None:
     assert low.A["w"].dtype == dtype
     torch.testing.assert_close(low.sum("w").float(), single.sum("w"), rtol=0.05, atol=0.05)
     assert torch.equal(merge_by_bits(low, mask, 2.0), merge_by_bits(single, mask, 2.0))
+
+
+@pytest.mark.parametrize("numbers", [1, 2 * 62, 10_000])
+def test_lengths_and_cosines_a_few_components_at_a_time(monkeypatch: pytest.MonkeyPatch, numbers: int) -> None:
+    """Two weights, 62 entries; seven components, of which one is zero."""
+    shapes = {"a": (4, 8), "b": (6, 5)}
+    components = apd.Components.random(shapes, 7, 2, std=1.0, generator=torch.Generator().manual_seed(0))
+    for factor in components.parameters():
+        factor[3] = 0
+    flat = components.flat()
+    sizes = [len(piece) for _, piece in pieces(components, numbers)]
+    assert sizes == {1: [1] * 7, 124: [2, 2, 2, 1], 10_000: [7]}[numbers]
+    torch.testing.assert_close(torch.cat([piece for _, piece in pieces(components, numbers)]), flat)
+    monkeypatch.setattr("apd_minimal.tidy.merge.pieces", lambda own: pieces(own, numbers))
+    length, table = cosines(components)
+    torch.testing.assert_close(length, flat.norm(dim=1))
+    expected = torch.nn.functional.cosine_similarity(flat[:, None], flat, dim=2)
+    torch.testing.assert_close(table, expected, rtol=1e-5, atol=1e-6)

@@ -103,17 +103,27 @@ def test_a_mask_may_come_per_sample() -> None:
     assert_same(apd.decompose(mlp(), **settings, micro_batch=4), expected)
 
 
-def test_attributions_are_asked_for_pieces() -> None:
+@pytest.mark.parametrize(("micro_batch", "most"), [(8, 8), (None, 33)])
+def test_attributions_are_asked_for_pieces(micro_batch: int | None, most: int) -> None:
+    """Also in tidying and scoring: of as many samples as a step has, without those at rest."""
     seen: list[int] = []
 
     def watched(network: apd.Network, components: apd.Components, x: Tensor) -> Tensor:
         seen.append(len(x))
         return gradient(network, components, x)
 
-    settings = ALL_LOSSES | {"batches": batches, "weights": ["0.weight", "2.weight"], "tidy_every": 0.0, "steps": 2}
-    apd.decompose(mlp(), **settings, attribution=watched, micro_batch=8)
-    assert max(seen) == 8
-    assert sum(seen) > 90, "scoring the restarts is in it"
+    settings = ALL_LOSSES | {"batches": batches, "weights": ["0.weight", "2.weight"], "tidy_every": 0.5, "steps": 2}
+    apd.decompose(mlp(), **settings, attribution=watched, micro_batch=micro_batch)
+    assert max(seen) == most
+    assert sum(seen) > 90 + 60, "scoring the restarts and tidying is in it"
+
+
+def test_pieces_have_the_same_attributions() -> None:
+    config = apd.Config(6, 2.0, restarts=2, tidy_every=0.0)
+    run = begin(apd.Network(mlp(), ["0.weight", "2.weight"]), batches, config, "mse", None)
+    x = run.many_inputs(90, torch.Generator().manual_seed(0))
+    assert run.batch_size < len(x)
+    torch.testing.assert_close(run.attributions(x, run.components), gradient(run.network, run.components, x))
 
 
 class Kept:

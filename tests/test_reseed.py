@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.func import grad
 
 import apd_minimal as apd
-from apd_minimal.tidy.reseed import missing, reseed
+from apd_minimal.tidy.reseed import Products, _sides, held, missing, reseed
 
 N, D, FREE = 4, 3, 2
 both = pytest.mark.parametrize("rotated", [False, True])
@@ -122,6 +122,42 @@ def test_what_each_sample_asks_for_is_a_gradient(name: str) -> None:
 
         gradient = grad(asked)(own)
         torch.testing.assert_close(got[b], torch.cat([gradient[path].flatten() for path in own]))
+
+
+@pytest.mark.parametrize("name", ["mlp", "rotated tms", "tied embedding, by its head", "conv2d", "sequence", "twice"])
+def test_gradients_that_are_never_formed_do_what_formed_ones_do(name: str) -> None:
+    """Two directions, not at right angles, are taken away in between."""
+    one = case(name)
+    x, g = one.x(), torch.Generator().manual_seed(0)
+    lacking = torch.randn(one.network(x).shape, generator=g, dtype=torch.float64)
+    formed, products = missing(one.network, x, lacking), Products(_sides(one.network, x, lacking))
+    shares = torch.rand(len(x), generator=g, dtype=torch.float64)
+    random = torch.randn(formed.shape[1], generator=g, dtype=torch.float64)
+    longest = formed[formed.norm(dim=1).argmax()]  # without its direction, another one is the longest
+    first, second = torch.nn.functional.normalize(torch.stack([longest, longest / longest.norm() + random]))
+    for v in (first, second):
+        torch.testing.assert_close(products.longest(), formed[formed.norm(dim=1).argmax()])
+        torch.testing.assert_close(products.along(second), formed @ second)
+        torch.testing.assert_close(products.added(shares), shares @ formed)
+        products.remove(v)
+        formed = formed - (formed @ v)[:, None] * v
+    torch.testing.assert_close(products.longest(), formed[formed.norm(dim=1).argmax()])
+    torch.testing.assert_close(products.along(first), formed @ first)
+    torch.testing.assert_close(products.added(shares), shares @ formed)
+
+
+def test_gradients_are_held_in_the_form_that_takes_less() -> None:
+    """A layer of 200 x 300 on 64 samples: 500 numbers a sample and not 60,000, and 10 samples in a pass."""
+    network = apd.Network(torch.nn.Linear(200, 300), ["weight"])
+    x, lacking = torch.randn(64, 200), torch.randn(64, 300)
+    seen: list[int] = []
+    network.target.register_forward_hook(lambda module, args, out: seen.append(len(args[0])))
+    products = held(network, x, lacking, torch.float32, most=5_000)
+    assert isinstance(products, Products) and max(seen) == 10
+    assert sum(t.numel() for side in products.sides for t in side) == 64 * 500
+    whole = held(network, x, lacking, torch.float32, most=64 * 60_000)
+    torch.testing.assert_close(products.longest(), whole.longest())
+    assert not isinstance(whole, Products)
 
 
 @pytest.mark.parametrize("size", [1, 300, 5000])

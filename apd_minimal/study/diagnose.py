@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..attributions import Attribution, gradient
+from ..attributions.choose import shapes_of
 from ..components import Components, usable
 from ..losses import Divergence, mse
 from ..network import Network, as_network
 from ..selection import FinalSelection, Selection, final_selection
+from ..tidy.merge import cosines
 from .metrics import relative_faithfulness
 
 SIGNS = {
@@ -36,6 +38,7 @@ SIGNS = {
     "scrubbed": (0.1, "not independent: random inactive components add at least this error"),
 }
 """Thresholds by which `diagnose` names suspects, and what each means. They were set on toy models (chapter 12)."""
+NUMBERS = 2**21  # of derivatives, and of what a layer's components are, that are worked on at a time
 COARSE, FINE = torch.arange(0.5, 2.01, 0.1), torch.arange(-0.08, 0.09, 0.02)  # factors tried, and around the best
 
 
@@ -194,16 +197,37 @@ def diagnose(
     if not length.any():
         raise ValueError("all components are zero: there is nothing to look at")
     network = as_network(target, components)
-    signed = gradient(network, components, x, at=at, per_output=True)  # [B, C, n_out]
-    scores = signed.square().mean(-1).sqrt() if attribution is None else attribution(network, components, x)
-    checks.tensor("attributions", scores, len(x), components.n_components)
+    x = checks.inputs(x)
+    C = components.n_components
+    with checks.running(x, f"components of {components.parameters()[0].dtype}"):
+        shapes = shapes_of(network, x)
+
+    def derivatives(part: Tensor) -> Tensor:
+        return gradient(network, components, part, at=at, per_output=True)  # [B, C, n_out]
+
+    def score(part: Tensor) -> Tensor:
+        return (
+            derivatives(part).square().mean(-1).sqrt()
+            if attribution is None
+            else attribution(network, components, part)
+        )
+
+    size = max(1, NUMBERS // (C * shapes.n_out))  # all derivatives at once would be many times what a step takes
+    scores = torch.cat([score(part) for part in x.split(size)])
+    checks.tensor("attributions", scores, len(x), C)
     # A zero component can be kept when there are too few attributions above zero; it does nothing.
     gates = selection.gates(scores).to(scores) * (length > 0)
     on = selection.mask(scores) & (length > 0)
-    wanted = network(x)
+    # Only those of the active pairs are kept: [pairs, n_out], sample by sample.
+    signed = torch.cat([derivatives(part)[here] for part, here in zip(x.split(size), on.split(size), strict=True)])
+    active = on.nonzero()[:, 1]
+    inner = max(T * (d + e + C * components.A[path].shape[-1]) for path, T, d, e in shapes.uses)
+    n = max(1, NUMBERS // inner)
+    wanted = torch.cat([network(part) for part in x.split(n)])
 
     def errors(gates: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:
-        return divergence(network(x[rows], components, gates), wanted[rows])
+        parts = zip(x[rows].split(n), gates.split(n), wanted[rows].split(n), strict=True)
+        return torch.cat([divergence(network(part, components, g), right) for part, g, right in parts])
 
     def mean_error(rows: Tensor, gates: Tensor) -> Tensor:
         return errors(gates, rows).mean()
@@ -214,9 +238,8 @@ def diagnose(
     sparse = errors(gates)
     generator = torch.Generator().manual_seed(seed)
     coin, half = ((torch.rand(gates.shape, generator=generator) < 0.5).to(gates) for _ in range(2))
-    cosine, partner = _closest(components.flat())
+    cosine, partner = _largest(cosines(components)[1])
     overlap, companion = _together(on)
-    C = components.n_components
     stray, factor, other = length.new_zeros(C), length.new_ones(C), length.new_zeros(C)
     for c in length.nonzero().flatten().tolist():
         rows = ~on[:, c]
@@ -227,7 +250,7 @@ def diagnose(
         rows = on[:, c]
         if rows.any():
             factor[c] = _best_factor(partial(mean_error, rows), gates[rows], c)
-            s = torch.linalg.svdvals(signed[rows, c]).square()
+            s = torch.linalg.svdvals(signed[active == c]).square()
             other[c] = 1 - s[0] / s.sum().clamp_min(1e-30)
     return Diagnosis(
         length=length,
@@ -246,13 +269,6 @@ def diagnose(
         anti_scrubbed=float(errors(gates * half + (1 - gates) * coin).mean()) / all_off,
         thresholds={sign: value for sign, (value, _) in SIGNS.items()} | thresholds,
     )
-
-
-def _closest(flat: Tensor) -> tuple[Tensor, Tensor]:
-    """Find, for each row of [C, N], the cosine of largest size with another one, and that one's index."""
-    length = flat.norm(dim=1, keepdim=True)
-    unit = flat / length.clamp_min(1e-12)
-    return _largest(unit @ unit.T)
 
 
 def _together(on: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,11 +20,47 @@ costs more than the shorter indices save. The objective counts bits only: it has
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from ..components import Components
+
+NUMBERS = 2**20  # of components as vectors [C, N] that are held at a time
+
+
+def pieces(components: Components, numbers: int = NUMBERS) -> Iterator[tuple[slice, Tensor]]:
+    """Give the components as vectors, a few at a time, since at low rank they are far larger than their factors.
+
+    Args:
+        components: C components, without restarts.
+        numbers: that a piece has at most, but for one of a single component.
+
+    Yields:
+        tuple[slice, Tensor]: which components, and their part of `Components.flat`, [n, N].
+    """
+    size = max(1, numbers // components.n_entries)
+    for start in range(0, components.n_components, size):
+        part = slice(start, start + size)
+        yield part, components.map(lambda t: t[part]).flat()  # noqa: B023
+
+
+def cosines(components: Components) -> tuple[Tensor, Tensor]:
+    """Compute the lengths of components without restarts [C], and the cosine of each with each [C, C]."""
+    C = components.n_components
+    like = components.parameters()[0]
+    length, table = like.new_zeros(C), like.new_zeros(C, C)
+    for rows, flat in pieces(components):
+        length[rows] = flat.norm(dim=-1)
+        unit = _unit(flat)
+        for columns, others in pieces(components):
+            table[rows, columns] = unit @ _unit(others).T
+    return length, table
+
+
+def _unit(flat: Tensor) -> Tensor:
+    return flat / flat.norm(dim=-1, keepdim=True).clamp_min(1e-12)
 
 
 @torch.no_grad()
@@ -43,16 +79,15 @@ def merge_and_prune(components: Components, mask: Tensor, min_cosine: float = 0.
     use = mask.flatten(1, -2).mean(1)  # [R, C]
     dead = use < dead_share * use.mean(1, keepdim=True)
     changed = dead.clone()
-    flat = components.flat()
-    unit = flat / flat.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-    close = unit @ unit.transpose(1, 2) >= min_cosine
     for r in range(len(use)):
+        length, table = cosines(components.restart(r))
+        close = table >= min_cosine
         # In order of decreasing norm: each absorbs all shorter ones of similar direction.
-        order = flat[r].norm(dim=-1).argsort(descending=True).tolist()
+        order = length.argsort(descending=True).tolist()
         for i, keep in enumerate(order):
             if dead[r, keep]:
                 continue
-            group = [c for c in order[i + 1 :] if close[r, keep, c] and not dead[r, c]]
+            group = [c for c in order[i + 1 :] if close[keep, c] and not dead[r, c]]
             if group:
                 _merge(components, r, [keep, *group])
                 dead[r, group] = True

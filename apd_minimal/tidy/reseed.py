@@ -10,10 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..attributions.choose import shapes_of
 from ..components import Components
 from ..losses import Divergence
 from ..network import Network
 from ..sites import Use
+from .merge import NUMBERS, pieces
 
 POWER_STEPS = 20
 
@@ -29,17 +31,100 @@ def missing(network: Network, x: Tensor, lacking: Tensor) -> Tensor:
     Returns:
         Tensor: gradients [B, N], in the order of `Components.flat`.
     """
+    gradients = [(left.mT @ right).flatten(1) for left, right in _sides(network, x, lacking)]
+    return torch.cat(gradients, dim=1)
+
+
+def _sides(network: Network, x: Tensor, lacking: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Find, for each weight, of what these gradients [d_in, d_out] are products: [B, T, d_in] and [B, T, d_out]."""
     record: list[Use] = []
     with torch.enable_grad():
         out = network(x, record=record)
-    deltas = torch.autograd.grad(out, [use.shift for use in record], lacking, allow_unused=True)
-    gradients = {path: weight.new_zeros(len(x), *weight.shape) for path, weight in network.weights.items()}
+    deltas = torch.autograd.grad(out, [use.shift for use in record], lacking, materialize_grads=True)
+    found: dict[str, list[tuple[Tensor, Tensor]]] = {path: [] for path in network.weights}
     for use, delta in zip(record, deltas, strict=True):
-        if delta is not None:
-            rows, delta = (t.detach().reshape(len(x), -1, t.shape[-1]) for t in (use.rows, delta))
-            gradient = rows.mT @ delta
-            gradients[use.site.path] += gradient.mT if use.site.transposed else gradient
-    return torch.cat([matrix.flatten(1) for matrix in gradients.values()], dim=1)
+        rows, delta = (t.detach().reshape(len(x), -1, t.shape[-1]) for t in (use.rows, delta))
+        found[use.site.path].append((delta, rows) if use.site.transposed else (rows, delta))
+    # A weight with several uses counts as one with as many positions.
+    return [(torch.cat([u for u, _ in uses], 1), torch.cat([v for _, v in uses], 1)) for uses in found.values()]
+
+
+class Whole:
+    """Gradients [B, N] as they are."""
+
+    def __init__(self, gradients: Tensor) -> None:
+        self.gradients = gradients
+
+    def longest(self) -> Tensor:
+        """Return the one of the largest length, [N]."""
+        return self.gradients[self.gradients.norm(dim=1).argmax()]
+
+    def along(self, v: Tensor) -> Tensor:
+        """Multiply each by a vector [N]: [B]."""
+        return self.gradients @ v
+
+    def added(self, shares: Tensor) -> Tensor:
+        """Add them up with the given shares [B]: [N]."""
+        return shares @ self.gradients
+
+    def remove(self, v: Tensor) -> None:
+        """Take away what they have along a unit vector [N]."""
+        self.gradients = self.gradients - (self.gradients @ v)[:, None] * v
+
+
+class Products:
+    """The same where all gradients would take far more memory than a step: by the sides of which they are products."""
+
+    def __init__(self, sides: list[tuple[Tensor, Tensor]]) -> None:
+        self.sides = sides  # of each weight, [B, T, d_in] and [B, T, d_out]
+        squares = [((left @ left.mT) * (right @ right.mT)).sum((1, 2)) for left, right in sides]
+        self.squares = torch.stack(squares).sum(0)  # [B]
+        self.removed: list[tuple[Tensor, Tensor]] = []  # vectors [N], and how much of them each gradient had [B]
+
+    def longest(self) -> Tensor:
+        """Return the one of the largest length, [N]."""
+        shares = torch.zeros_like(self.squares)
+        shares[self.squares.argmax()] = 1
+        return self.added(shares)
+
+    def along(self, v: Tensor) -> Tensor:
+        """Multiply each by a vector [N]: [B]."""
+        shapes = [(left.shape[-1], right.shape[-1]) for left, right in self.sides]
+        parts = v.split([d_in * d_out for d_in, d_out in shapes])
+        matrices = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+        products = zip(self.sides, matrices, strict=True)
+        found = torch.stack([(left @ matrix * right).sum((1, 2)) for (left, right), matrix in products]).sum(0)
+        for removed, lengths in self.removed:
+            found = found - lengths * (removed @ v)
+        return found
+
+    def added(self, shares: Tensor) -> Tensor:
+        """Add them up with the given shares [B]: [N]."""
+        weighed = [(left * shares[:, None, None]).flatten(0, 1) for left, _ in self.sides]
+        pairs = zip(weighed, self.sides, strict=True)
+        total = torch.cat([(left.mT @ right.flatten(0, 1)).flatten() for left, (_, right) in pairs])
+        for removed, lengths in self.removed:
+            total = total - (shares @ lengths) * removed
+        return total
+
+    def remove(self, v: Tensor) -> None:
+        """Take away what they have along a unit vector [N]."""
+        lengths = self.along(v)
+        self.squares = self.squares - lengths.square()
+        self.removed.append((v, lengths))
+
+
+def held(network: Network, x: Tensor, lacking: Tensor, dtype: torch.dtype, most: int = 2 * NUMBERS) -> Whole | Products:
+    """Compute what `missing` does, in the form that takes less memory if it takes more than `most` numbers."""
+    n_entries = sum(weight.numel() for weight in network.weights.values())
+    sides = sum(T * (d + e) for _, T, d, e in shapes_of(network, x).uses)
+    parts = list(zip(x.split(max(1, most // sides)), lacking.split(max(1, most // sides)), strict=True))
+    if n_entries < sides or n_entries * len(x) <= most:
+        return Whole(torch.cat([missing(network, *part) for part in parts]).to(dtype))
+    found = zip(*[_sides(network, *part) for part in parts], strict=True)
+    return Products(
+        [(torch.cat([u for u, _ in uses]).to(dtype), torch.cat([v for _, v in uses]).to(dtype)) for uses in found]
+    )
 
 
 @torch.no_grad()
@@ -75,28 +160,35 @@ def reseed(
         part = slice(i, i + (size or len(x)))
         parts.append(_lacking(network, components, gates[:, part], x[part], divergence))
     errors, lacking = (torch.cat(pieces, dim=1) for pieces in zip(*parts, strict=True))  # [R, B], [R, B, *rest]
-    flat = components.flat()
-    flat = flat.to(torch.promote_types(flat.dtype, torch.float32))  # torch cannot factorise half precision
-    theta = torch.cat([weight.flatten() for weight in network.weights.values()]).to(flat)
-    started = torch.zeros(flat.shape[:2], dtype=torch.bool, device=flat.device)
-    for r in range(len(flat)):
-        free = (flat[r].norm(dim=-1) == 0).nonzero().flatten().tolist()
+    # torch cannot factorise half precision.
+    dtype = torch.promote_types(components.parameters()[0].dtype, torch.float32)
+    theta = torch.cat([weight.flatten() for weight in network.weights.values()]).to(dtype)
+    started = torch.zeros(mask.shape[0], components.n_components, dtype=torch.bool, device=theta.device)
+    for r in range(len(started)):
+        own = components.restart(r)
+        free = torch.cat([flat.norm(dim=-1) == 0 for _, flat in pieces(own)]).nonzero().flatten().tolist()
         if not free:
             continue
         worst = errors[r].topk(min(n_worst, len(x))).indices
-        gradients = missing(network, x[worst], lacking[r, worst]).to(flat)
+        gradients = held(network, x[worst], lacking[r, worst], dtype)
         for c in free[:most]:
             v = _strong_direction(gradients, network)
-            gradients = gradients - (gradients @ v)[:, None] * v
+            gradients.remove(v)
             length = theta @ v
-            alive = flat[r][flat[r].norm(dim=-1) > 0]
-            cosines = alive @ v / alive.norm(dim=-1)
-            if length <= 0 or (cosines > max_cosine).any():
+            if length <= 0 or _largest_cosine(own, v) > max_cosine:
                 continue
-            flat[r, c] = length * v
             started[r, c] = True
-            _put(components, r, c, flat[r, c], network)
+            _put(components, r, c, length * v, network)
     return started
+
+
+def _largest_cosine(components: Components, v: Tensor) -> float:
+    """Find the largest cosine of a unit vector [N] with a nonzero component; -1 if there is none."""
+    cosines = [v.new_tensor([-1.0])]
+    for _, flat in pieces(components):
+        alive = flat[flat.norm(dim=-1) > 0].to(v)
+        cosines.append(alive @ v / alive.norm(dim=-1))
+    return float(torch.cat(cosines).max())
 
 
 def _lacking(
@@ -110,12 +202,12 @@ def _lacking(
         return errors.detach(), -torch.autograd.grad(errors.sum(), outputs)[0]
 
 
-def _strong_direction(gradients: Tensor, network: Network) -> Tensor:
-    """Find a unit vector [N], of rank one in every weight, along which a few `gradients` [B, N] are large."""
-    v = gradients[gradients.norm(dim=1).argmax()]
+def _strong_direction(gradients: Whole | Products, network: Network) -> Tensor:
+    """Find a unit vector [N], of rank one in every weight, along which a few of the gradients are large."""
+    v = gradients.longest()
     for _ in range(POWER_STEPS):
         # The third power gives the samples that agree most with the direction the largest weights.
-        v = (gradients @ v).clamp_min(0).pow(3) @ gradients
+        v = gradients.added(gradients.along(v).clamp_min(0).pow(3))
         parts = []
         for part, (d_in, d_out) in zip(_split(v, network), network.shapes.values(), strict=True):
             U, S, Vh = torch.linalg.svd(part.view(d_in, d_out), full_matrices=False)

@@ -23,6 +23,7 @@ def tidy(run: Run) -> None:
         run: between two steps; its selection says which components are used.
     """
     config = run.config
+    run.optimiser.zero_grad()  # room for the copy; the next step makes its own gradients
     components = run.whole(run.components)  # a copy, so that Ctrl-C cannot fall in between
     with run.alone():
         x = run.many_inputs(TIDY_SAMPLES, run.generator)
