@@ -7,7 +7,8 @@ cosine as in the recipe, or not at all; and TMS 5-2 on three seeds, with two res
 from the start, and with two features that are always on together. Afterwards, each result is shortened by description
 length with each alpha. The main alpha, 4, was fixed before any run: log2 of the initial 20 components is 4.3, so that a
 rank costs about as much as an index. TMS 40-10 has batches of 128 and one restart. There both rules merge from the
-start of a run, as the recipe has it, and from 40% of it on, which was chosen for the bits on seed 100; and bits have the largest alpha too, which is what that rule of thumb says for 160 components.
+start of a run, as the recipe has it, and from 40% of it on, which was chosen for the bits on seed 100; and bits have
+the largest alpha too, which is what that rule of thumb says for 160 components.
 """
 
 from __future__ import annotations
