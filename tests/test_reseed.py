@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.func import grad
 
 import apd_minimal as apd
-from apd_minimal.tidy.reseed import Products, _sides, held, missing, reseed
+from apd_minimal.tidy.reseed import _held, _Products, _sides, missing, reseed
 
 N, D, FREE = 4, 3, 2
 both = pytest.mark.parametrize("rotated", [False, True])
@@ -130,7 +130,7 @@ def test_gradients_that_are_never_formed_do_what_formed_ones_do(name: str) -> No
     one = case(name)
     x, g = one.x(), torch.Generator().manual_seed(0)
     lacking = torch.randn(one.network(x).shape, generator=g, dtype=torch.float64)
-    formed, products = missing(one.network, x, lacking), Products(_sides(one.network, x, lacking))
+    formed, products = missing(one.network, x, lacking), _Products(_sides(one.network, x, lacking))
     shares = torch.rand(len(x), generator=g, dtype=torch.float64)
     random = torch.randn(formed.shape[1], generator=g, dtype=torch.float64)
     longest = formed[formed.norm(dim=1).argmax()]  # without its direction, another one is the longest
@@ -152,12 +152,12 @@ def test_gradients_are_held_in_the_form_that_takes_less() -> None:
     x, lacking = torch.randn(64, 200), torch.randn(64, 300)
     seen: list[int] = []
     network.target.register_forward_hook(lambda module, args, out: seen.append(len(args[0])))
-    products = held(network, x, lacking, torch.float32, most=5_000)
-    assert isinstance(products, Products) and max(seen) == 10
+    products = _held(network, x, lacking, torch.float32, most=5_000)
+    assert isinstance(products, _Products) and max(seen) == 10
     assert sum(t.numel() for side in products.sides for t in side) == 64 * 500
-    whole = held(network, x, lacking, torch.float32, most=64 * 60_000)
+    whole = _held(network, x, lacking, torch.float32, most=64 * 60_000)
     torch.testing.assert_close(products.longest(), whole.longest())
-    assert not isinstance(whole, Products)
+    assert not isinstance(whole, _Products)
 
 
 @pytest.mark.parametrize("size", [1, 300, 5000])

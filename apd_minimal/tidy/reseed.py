@@ -49,7 +49,7 @@ def _sides(network: Network, x: Tensor, lacking: Tensor) -> list[tuple[Tensor, T
     return [(torch.cat([u for u, _ in uses], 1), torch.cat([v for _, v in uses], 1)) for uses in found.values()]
 
 
-class Whole:
+class _Whole:
     """Gradients [B, N] as they are."""
 
     def __init__(self, gradients: Tensor) -> None:
@@ -72,7 +72,7 @@ class Whole:
         self.gradients = self.gradients - (self.gradients @ v)[:, None] * v
 
 
-class Products:
+class _Products:
     """The same where all gradients would take far more memory than a step: by the sides of which they are products."""
 
     def __init__(self, sides: list[tuple[Tensor, Tensor]]) -> None:
@@ -114,15 +114,17 @@ class Products:
         self.removed.append((v, lengths))
 
 
-def held(network: Network, x: Tensor, lacking: Tensor, dtype: torch.dtype, most: int = 2 * NUMBERS) -> Whole | Products:
+def _held(
+    network: Network, x: Tensor, lacking: Tensor, dtype: torch.dtype, most: int = 2 * NUMBERS
+) -> _Whole | _Products:
     """Compute what `missing` does, in the form that takes less memory if it takes more than `most` numbers."""
     n_entries = sum(weight.numel() for weight in network.weights.values())
     sides = sum(T * (d + e) for _, T, d, e in shapes_of(network, x).uses)
     parts = list(zip(x.split(max(1, most // sides)), lacking.split(max(1, most // sides)), strict=True))
     if n_entries < sides or n_entries * len(x) <= most:
-        return Whole(torch.cat([missing(network, *part) for part in parts]).to(dtype))
+        return _Whole(torch.cat([missing(network, *part) for part in parts]).to(dtype))
     found = zip(*[_sides(network, *part) for part in parts], strict=True)
-    return Products(
+    return _Products(
         [(torch.cat([u for u, _ in uses]).to(dtype), torch.cat([v for _, v in uses]).to(dtype)) for uses in found]
     )
 
@@ -170,7 +172,7 @@ def reseed(
         if not free:
             continue
         worst = errors[r].topk(min(n_worst, len(x))).indices
-        gradients = held(network, x[worst], lacking[r, worst], dtype)
+        gradients = _held(network, x[worst], lacking[r, worst], dtype)
         for c in free[:most]:
             v = _strong_direction(gradients, network)
             gradients.remove(v)
@@ -202,7 +204,7 @@ def _lacking(
         return errors.detach(), -torch.autograd.grad(errors.sum(), outputs)[0]
 
 
-def _strong_direction(gradients: Whole | Products, network: Network) -> Tensor:
+def _strong_direction(gradients: _Whole | _Products, network: Network) -> Tensor:
     """Find a unit vector [N], of rank one in every weight, along which a few of the gradients are large."""
     v = gradients.longest()
     for _ in range(POWER_STEPS):
