@@ -186,7 +186,7 @@ def reseed(
 
 def _largest_cosine(components: Components, v: Tensor) -> float:
     """Find the largest cosine of a unit vector [N] with a nonzero component; -1 if there is none."""
-    cosines = [v.new_tensor([-1.0])]
+    cosines = [v.new_full((1,), -1.0)]
     for _, flat in pieces(components):
         alive = flat[flat.norm(dim=-1) > 0].to(v)
         cosines.append(alive @ v / alive.norm(dim=-1))
