@@ -61,7 +61,8 @@ class Decomposition:
         restarts: the components of all restarts, stacked; stored if `save` is asked to.
         threshold: the attribution above which a component is active, as the selection gave it at the end of the run;
             None if it gave none.
-        selection: what chose the active components of the run, in all restarts; not stored (None after `load`).
+        selection: what chose the active components of the run, in all restarts; None after `load`, and `active` says
+            what then needs doing.
         attribution: name of the run's own attribution; None for gradients.
         selection_name: name of the selection's class; None for one loaded from a file of an earlier version.
     """
@@ -83,7 +84,8 @@ class Decomposition:
     def final_selection(self) -> FinalSelection:
         """The run's selection as it is at its end, for attributions of the chosen restart.
 
-        After `load`, it is the top k of the settings.
+        After `load`, it is the top k of the settings. A selection of the run's own is not stored: put it back first,
+        with `dataclasses.replace(decomposition, selection=...)`.
 
         Raises:
             ValueError: the decomposition was loaded, and its run had a selection of its own, which is not stored.
@@ -132,6 +134,10 @@ class Decomposition:
     def active(self, target: nn.Module | Network, x: Tensor, attribution: Any = None) -> Tensor:
         """Say which components are active on each sample, whatever else is in the batch.
 
+        A loaded decomposition has only the name of its run's selection. If that was the top k of the settings, or gave
+        a `threshold`, which is stored, nothing needs doing. Otherwise put the selection back first:
+        `dataclasses.replace(decomposition, selection=...)`.
+
         Args:
             target: the network that was decomposed.
             x: inputs [B, ...].
@@ -141,8 +147,8 @@ class Decomposition:
             Tensor: boolean [B, C], or [B, positions, C] where the run has attributions for each position.
 
         Raises:
-            ValueError: the run's selection says nothing about a sample alone (`Selection.active`), or is missing; the
-                run had an attribution of its own and none is given; or the inputs do not fit.
+            ValueError: the run's selection says nothing about a sample alone (`Selection.active`), or is missing and
+                gave no threshold; the run had an attribution of its own and none is given; or the inputs do not fit.
         """
         scores = self.attributions(target, x, attribution)
         if self.selection is None and self.threshold is not None and not self.config.per_sample:
