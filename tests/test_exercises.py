@@ -62,6 +62,11 @@ RIGHT: dict[str, list[Callable[..., Any]]] = {
         lambda A, B, p: (A.square().sum(1) * B.square().sum(2)).pow(p / 2).sum(1),
         lambda A, B, p: (A.norm(dim=1) * B.norm(dim=2)).pow(p).sum(-1),
     ],
+    "scrub_gates": [
+        lambda mask, u: torch.maximum(mask, (u < 0.5).to(mask)),
+        lambda mask, u: torch.where(mask > 0, mask, (u < 0.5).float()),
+        lambda mask, u: (mask + (u < 0.5)).clamp(max=1),
+    ],
 }
 WRONG: dict[str, dict[str, Callable[..., Any]]] = {
     "gap": {
@@ -119,6 +124,15 @@ WRONG: dict[str, dict[str, Callable[..., Any]]] = {
         "before the power": lambda A, B, p: (A.norm(dim=1) * B.norm(dim=2)).sum(1) ** p,
         "1 / p": lambda A, B, p: (A.norm(dim=1) * B.norm(dim=2)).pow(p).sum(1) ** (1 / p),
     },
+    "scrub_gates": {
+        "active ones as well": lambda mask, u: (u < 0.5).float(),
+        "switched off": lambda mask, u: mask * (u < 0.5),
+        "gate 2": lambda mask, u: mask + (u < 0.5),
+        "turns components over": lambda mask, u: (mask - (u < 0.5).float()).abs(),
+        "every other": lambda mask, u: torch.ones_like(mask),
+        "mask itself": lambda mask, u: mask,
+        "exchanged": lambda mask, u: torch.maximum(mask, (u >= 0.5).float()),
+    },
 }
 NAMES = [name for name, thing in vars(exercises).items() if getattr(thing, "__module__", "") == exercises.__name__]
 CHECKS = [name for name in NAMES if not name.startswith("_")]
@@ -164,7 +178,7 @@ def test_a_check_cannot_be_fooled_by_changing_its_inputs() -> None:
     assert not exercises.gap(lazy)
 
 
-@pytest.mark.parametrize("path", CHAPTERS[:5], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", CHAPTERS[:6], ids=lambda path: path.stem)
 def test_a_chapter_asks_and_its_solution_passes(path: Path) -> None:
     """The cell as stored has three dots and says so; the folded solution calls the same check, and passes."""
     cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]

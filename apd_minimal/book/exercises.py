@@ -294,3 +294,48 @@ def price(answer: Callable[..., Any]) -> Verdict:
         },
         "It is never below the true price for p up to 1.",
     )
+
+
+def scrub_gates(answer: Callable[..., Any]) -> Verdict:
+    """Check the gates of the scrub loss (chapter 6).
+
+    Args:
+        answer: a function of a mask [B, C] of zeros and ones and of uniform numbers [B, C] in [0, 1) that gives gates
+            [B, C]. A number below one half is heads.
+
+    Returns:
+        Verdict: right or not, and in words why.
+    """
+
+    def gates(rule: Callable[[bool, bool], float]) -> Callable[[Tensor, Tensor], Tensor]:
+        """Apply a rule for one component, from whether it is active and whether its coin shows heads."""
+        return lambda mask, u: torch.tensor(
+            [[rule(bool(m), float(v) < 0.5) for m, v in zip(*rows, strict=True)] for rows in zip(mask, u, strict=True)]
+        )
+
+    numbers = torch.rand(2, 6, 5, generator=torch.Generator().manual_seed(3))
+    return judge(
+        answer,
+        [((numbers[0] < 0.4).float(), numbers[1]), ((numbers[1] < 0.3).float(), numbers[0])],
+        gates(lambda active, heads: float(active or heads)),
+        {
+            "coins are tossed for the active ones as well. What is active stays on.": gates(
+                lambda _, heads: float(heads)
+            ),
+            "nothing inactive joins in: these are active ones, some of them switched off.": gates(
+                lambda active, heads: float(active and heads)
+            ),
+            "an active component whose coin shows heads has the gate 2. On is 1.": gates(
+                lambda active, heads: float(active) + float(heads)
+            ),
+            "the coin turns components over: an active one with heads goes off.": gates(
+                lambda active, heads: float(active != heads)
+            ),
+            "every other component joins in. Each should do so by its own coin.": gates(lambda active, heads: 1.0),
+            "nothing joins in: this is the mask itself.": gates(lambda active, heads: float(active)),
+            "heads and tails are exchanged: below one half is heads.": gates(
+                lambda active, heads: float(active or not heads)
+            ),
+        },
+        "What is active stays, and every other component joins with probability one half.",
+    )
