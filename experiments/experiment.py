@@ -244,6 +244,12 @@ def factors(components: apd.Components, start: str, dtype: torch.dtype = torch.f
     return {f"{start}{path}.{f}": t.to(dtype).contiguous() for f, own in both for path, t in own.items()}
 
 
+def ownership_lists(own: apd.metrics.Ownership) -> Row:
+    """Give what was measured for each true mechanism: whether it is owned, and the three measures behind that."""
+    names = ("owned", "cosine", "length_ratio", "purity")
+    return {name: getattr(own, name).tolist() for name in names}
+
+
 def ownership_means(own: apd.metrics.Ownership) -> Row:
     """Count the owned mechanisms, and average cosine, length ratio and purity."""
     means = {name: getattr(own, name).mean().item() for name in ("cosine", "length_ratio", "purity")}

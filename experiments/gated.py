@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import apd_minimal as apd
-from experiments.experiment import Row, Rows, Study, Tensors, factors, numbers, prefix, taken_apart
+from experiments.experiment import Row, Rows, Study, Tensors, factors, numbers, ownership_lists, prefix, taken_apart
 
 SEEDS = {"ours": range(10), "plain": range(5)}
 Job = tuple[str, int]  # recipe, seed
@@ -55,10 +55,7 @@ def run(job: Job) -> tuple[list[Row], Tensors]:
     own = owned[result.chosen]
     facts = {
         "seconds": seconds,
-        "owned": own.owned.tolist(),
-        "cosine": own.cosine.tolist(),
-        "length_ratio": own.length_ratio.tolist(),
-        "purity": own.purity.tolist(),
+        **ownership_lists(own),
         "relative_faithfulness": apd.metrics.relative_faithfulness(
             components, apd.Network(target, target.weights).weights
         ).item(),

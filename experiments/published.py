@@ -23,7 +23,7 @@ from torch import Tensor
 
 import apd_minimal as apd
 from apd_minimal.selection import batch_top_k
-from experiments.experiment import Row, Rows, Study, Tensors
+from experiments.experiment import Row, Rows, Study, Tensors, ownership_lists
 from experiments.tms import stored_target
 
 RECIPES: dict[str, Row] = {
@@ -173,10 +173,7 @@ def run(job: Job) -> tuple[list[Row], Tensors]:
             {
                 "seed": seed,
                 "start": number,
-                "owned": own.owned.tolist(),
-                "cosine": own.cosine.tolist(),
-                "length_ratio": own.length_ratio.tolist(),
-                "purity": own.purity.tolist(),
+                **ownership_lists(own),
                 "mmcs": apd.metrics.mmcs(components, truth).item(),
                 "ml2r": apd.metrics.ml2r(components, truth).item(),
                 **{name: value[i].item() for name, value in loss.items()},

@@ -15,7 +15,18 @@ from safetensors.torch import load_file
 
 import apd_minimal as apd
 from apd_minimal.config import at_progress
-from experiments.experiment import Row, Rows, Study, Tensors, factors, numbers, scaled, scrubbing_means, taken_apart
+from experiments.experiment import (
+    Row,
+    Rows,
+    Study,
+    Tensors,
+    factors,
+    numbers,
+    ownership_lists,
+    scaled,
+    scrubbing_means,
+    taken_apart,
+)
 
 SIZES = {"tms-5-2": (5, 2), "tms-40-10": (40, 10)}
 # Not used to find the recipe. For 40-10, 10 to 19 were used in the end: one restart each left one target
@@ -126,10 +137,7 @@ def run(job: Job) -> tuple[list[Row], Tensors]:
     facts = {
         "seconds": seconds,
         "represented": represented,
-        "owned": own.owned.tolist(),
-        "cosine": own.cosine.tolist(),
-        "length_ratio": own.length_ratio.tolist(),
-        "purity": own.purity.tolist(),
+        **ownership_lists(own),
         "mmcs": apd.metrics.mmcs(components, truth).item(),
         "ml2r": apd.metrics.ml2r(components, truth).item(),
         "faithfulness": apd.losses.faithfulness(components, weights).item(),

@@ -337,20 +337,6 @@ def test_axes_read_in_the_light_and_in_the_dark(notebook: Notebook) -> None:
                 assert not faint(svg), "".join(cell["source"])[:300]
 
 
-def test_questions_for_readers_name_chapters() -> None:
-    """Written from what the chapters set out to teach: readers who saw only the pages were asked these."""
-    names = {path.stem for path in [*CHAPTERS, *(ROOT / "chapters").glob("*.md")]}
-    for path in sorted((ROOT / "tests" / "questions").glob("*.yml")):
-        asked = yaml.safe_load(path.read_text())
-        assert isinstance(asked, list) and asked, path.name
-        for one in asked:
-            assert sorted(one) == ["answer", "chapter", "question"], f"{path.name}: {one}"
-            assert all(isinstance(value, str) and value.strip() for value in one.values()), f"{path.name}: {one}"
-            assert one["chapter"] in names, f"{path.name}: {one['chapter']}"
-        questions = [one["question"] for one in asked]
-        assert len(questions) == len(set(questions)), path.name
-
-
 def test_numbers_are_stored_with_all_their_digits(notebook: Notebook) -> None:
     """Beside those that are the same on every machine; an earlier version stored these alone, rounded."""
     for output in outputs(notebook):
