@@ -20,7 +20,7 @@ from .network import Network
 if TYPE_CHECKING:
     from . import attributions, data, store, targets
     from .book import artefacts, frames, glue
-    from .study import diagnose, metrics, plots
+    from .study import diagnose, metrics, plots, rate, tune
 
 __all__ = [
     "Components",
@@ -38,10 +38,12 @@ __all__ = [
     "losses",
     "metrics",
     "plots",
+    "rate",
     "rules",
     "selection",
     "store",
     "targets",
+    "tune",
 ]
 
 __version__ = "0.1.0"
@@ -56,8 +58,10 @@ _LATER = {
     "glue": "book.glue",
     "metrics": "study.metrics",
     "plots": "study.plots",
+    "rate": "study.rate",
     "store": "store",
     "targets": "targets",
+    "tune": "study.tune",
 }
 
 

@@ -22,7 +22,7 @@ from .local import Local
 from .loop import Callback, follow
 from .losses import DIVERGENCES, Divergence
 from .network import Network
-from .outcome import outcome
+from .outcome import Judge, outcome
 from .selection import Selection, TopK
 from .train import Run
 
@@ -44,6 +44,7 @@ def decompose(
     hidden_modules: Sequence[str] = (),
     attribution: Attribution | None = None,
     selection: Selection | None = None,
+    judge: Judge | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 500,
     extend: bool = False,
@@ -73,6 +74,8 @@ def decompose(
             setting `hidden`.
         attribution: (network, components, x) -> [..., B, C]; None takes exact gradient attributions.
         selection: who is active, in place of the top k (`apd_minimal.selection`).
+        judge: (network, components, inputs) -> a number, by which restarts are compared: the smallest is chosen.
+            None for the sparse reconstruction error; `apd.rate.Judge` counts bits (chapter 25).
         checkpoint: a file from which an interrupted run of the same settings resumes, bit for bit. It knows
             functions by their names alone, and the batches not at all (`checkpoint.identity`); a generator that
             an attribution draws from is not in it.
@@ -100,8 +103,8 @@ def decompose(
     losses, merging and the choice among restarts stay in the precision of the weights.
 
     Returns:
-        Decomposition: the restart with the smallest held-out sparse reconstruction error. After Ctrl-C, the
-        state so far, marked unfinished.
+        Decomposition: the restart with the smallest held-out sparse reconstruction error, or by `judge`. After
+        Ctrl-C, the state so far, marked unfinished.
 
     Raises:
         KeyError, TypeError, ValueError: input that does not fit; the message names what was given and expected.
@@ -119,7 +122,9 @@ def decompose(
     most = n_components if top_k is None else top_k
     config = Config.from_dict({"n_components": n_components, "top_k": most, **settings})
     check(config, divergence, hidden_modules, micro_batch, attribution)
-    check_rest(batches, output, attribution, callback, checkpoint, checkpoint_every)
+    check_rest(batches, output, attribution, callback, checkpoint, checkpoint_every, judge)
+    if judge is not None and mesh is not None:
+        raise ValueError("a judge needs all components on one process: give judge or mesh, got both")
     checks.kind("log", log, (str, os.PathLike, type(None)), "a path or None")
     recompute, progress = checks.flag("recompute", recompute), checks.flag("progress", progress)
     if checks.flag("extend", extend) and checkpoint is None:
@@ -131,6 +136,7 @@ def decompose(
     local = None if mesh is None else Shared(mesh, checkpoint)
     with nullcontext() if local is None else local.answering():  # else a rank that is gone is named
         run = begin(network, batches, config, divergence, attribution, micro_batch, selection, local)
+        run.judge = judge
         if checkpoint is not None and Path(checkpoint).exists():
             from .checkpoint import resume
 
@@ -188,7 +194,9 @@ def check(
         checks.number("micro_batch", micro_batch, 1, whole=True)
 
 
-def check_rest(batches: Any, output: Any, attribution: Any, callback: Any, checkpoint: Any, every: Any) -> None:
+def check_rest(
+    batches: Any, output: Any, attribution: Any, callback: Any, checkpoint: Any, every: Any, judge: Any
+) -> None:
     """Check the functions and the checkpoint.
 
     Raises:
@@ -199,7 +207,8 @@ def check_rest(batches: Any, output: Any, attribution: Any, callback: Any, check
             f"batches must be a function, batches(step, generator) -> inputs [B, ...], got {checks.given(batches)}; "
             "of a list, or of items = list(loader) for a DataLoader: lambda step, generator: items[step % len(items)]"
         )
-    for name, value in (("output", output), ("attribution", attribution), ("callback", callback)):
+    functions = {"output": output, "attribution": attribution, "callback": callback, "judge": judge}
+    for name, value in functions.items():
         checks.function(name, value)
     checks.kind("checkpoint", checkpoint, (str, os.PathLike, type(None)), "a path or None")
     checks.number("checkpoint_every", every, 1, whole=True)

@@ -53,8 +53,8 @@ class Decomposition:
         components: C components, those of the chosen restart.
         config: the settings.
         history: "step" and every loss, logged along the run; each loss is a list over restarts.
-        scores: held-out sparse reconstruction error of each restart, by which one was chosen; NaN if a run broke
-            and they could not be computed, and then the first was chosen.
+        scores: held-out sparse reconstruction error of each restart, or what the run's judge gave, by which one was
+            chosen; NaN if a run broke and they could not be computed, and then the first was chosen.
         chosen: index of that restart.
         finished: False if the run was stopped before its last step.
         fingerprint: hash of the target's parameters and buffers.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -11,17 +12,23 @@ from . import checks
 from .components import Components
 from .decomposition import Decomposition, fingerprint, name_of
 from .losses import minimality
+from .network import Network
 from .train import Run
 
 HELD_OUT_SAMPLES = 8192
+Judge = Callable[[Network, Components, Tensor], float]  # (network, components without restarts, x) -> less is better
 
 
 @torch.no_grad()
 def scores(run: Run, components: Components) -> tuple[Tensor, Tensor | None]:
-    """Work out the sparse reconstruction error of each restart on held-out inputs, and its threshold: [R] each."""
+    """Judge each restart on held-out inputs, by its sparse error if by nothing else, and find thresholds: [R] each."""
     x = run.many_inputs(HELD_OUT_SAMPLES, torch.Generator().manual_seed(run.config.seed + 1_000_003))
     with torch.autocast(run.device.type, enabled=False):
-        errors = held_out_errors(run, x, components)
+        if run.judge is None:
+            errors = held_out_errors(run, x, components)
+        else:
+            every = [components.restart(i) for i in range(run.config.restarts)]
+            errors = torch.tensor([float(run.judge(run.network, one, x)) for one in every], dtype=torch.double)
         return errors, run.selection.threshold(run.local.all_scores(run.attributions(x, components)))
 
 
@@ -53,7 +60,8 @@ def outcome(run: Run, components: Components | None = None, errors: Tensor | Non
         errors, threshold = scores(run, components or run.components)
     elif errors is None:
         errors = torch.full((run.config.restarts,), torch.nan)
-    if done and not (finite and errors.isfinite().all()):
+    # A judge may find a restart infinitely bad, an error may not be.
+    if done and not (finite and (errors.isfinite() if run.judge is None else ~errors.isnan()).all()):
         raise checks.NonFiniteLoss(
             f"step {run.step}: the components or their scores {errors.tolist()} are NaN or infinite; the last "
             "finite state is in .result",

@@ -40,6 +40,9 @@ class Run:
         local: what of the run is on this process; None for everything.
     """
 
+    judge: Any = None
+    """By which its restarts are compared (`outcome.Judge`); None for the held-out error."""
+
     def __init__(
         self,
         network: Network,

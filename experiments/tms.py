@@ -166,6 +166,8 @@ def stored_target(name: str, seed: int) -> apd.targets.TMS:
     """Load one of the stored targets, for other studies."""
     target, start = apd.targets.TMS(*SIZES[name]), prefix((name, False, False, "ours", seed)) + "target."
     state = {n.removeprefix(start): t for n, t in load_file(STUDY.arrays).items() if n.startswith(start)}
+    if not state:
+        raise ValueError(f"no target {name} with seed {seed} is stored in {STUDY.arrays.name}")
     target.load_state_dict(state, strict=False)  # the decoder is tied
     return target
 

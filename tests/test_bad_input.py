@@ -74,6 +74,10 @@ ELSEWHERE = {
     "metrics.Matching": "made by the package",
     "metrics.Ownership": "made by the package",
     "metrics.Scrubbing": "made by the package",
+    "rate.NEVER": "a constant",
+    "rate.Cost": "made by the package",
+    "tune.Tuned": "made by the package",
+    **{f"tune.Each.{name}": "called by the package" for name in ("choose", "threshold")},
     "selection.Selection": "a protocol: its methods are called by the package",
     **{
         f"selection.Selection.{name}": "called by the package"
@@ -213,6 +217,20 @@ VALID: dict[str, tuple[Any, dict[str, Any]]] = {  # name: (self or None, argumen
     "data.SparseFeatures": (None, {"n_features": 3}),
     "data.SparseFeatures.__call__": (apd.data.SparseFeatures(3), {"step": 0, "generator": generator()}),
     "diagnose.diagnose": (None, ATTRIBUTION | {"top_k": 1.0}),
+    "rate.costs": (None, ATTRIBUTION),
+    "rate.curve": (None, ATTRIBUTION),
+    "rate.Judge": (None, {}),
+    "rate.Judge.__call__": (
+        apd.rate.Judge(),
+        {"network": apd.Network(TARGET, ["encode.weight"]), "components": components(), "x": X},
+    ),
+    "rate.Cost.bits": (apd.rate.Cost(0.1, 1.0, 1.0, 2), {"alpha": 1.0}),
+    "tune.Each": (None, {"selections": [apd.selection.TopK(1.0)]}),
+    "tune.tune": (
+        None,
+        {"target": TARGET, "batches": stream, "weights": ["encode.weight"], "n_components": 3}
+        | {"steps": 1, "progress": False, "minutes": 0},
+    ),
     "losses.faithfulness": (
         None,
         {"components": components(), "weights": {"encode.weight": torch.ones(5, 2)}},
@@ -462,6 +480,10 @@ KINDS: dict[str, Strategy] = {
     "p": number(0, above=True),
     "epsilon": number(0),
     "alpha": number(0),
+    "epsilons": st.one_of(but(list, tuple), NOTHING, st.just([]), number(0, above=True).map(lambda bad: [0.1, bad])),
+    "rank_threshold": number(0, 1, below=True),
+    "minutes": number(0).filter(lambda v: not (isinstance(v, float) and v == float("inf"))),
+    "tries": but(dict),
     "min_cosine": number(-1, 1),
     "min_purity": number(-1, 1),
     "length_range": st.one_of(
@@ -493,6 +515,7 @@ KINDS: dict[str, Strategy] = {
     "low": number(None, 1.0),
     "high": number(0.0),
     "attribution": function(none=True),
+    "judge": function(none=True),
     "callback": function(none=True),
     "n_draws": SIZE,
     "selection": st.one_of(function(none=True), st.sampled_from([1, "top_k", len])),
@@ -659,6 +682,13 @@ OWN_KINDS: dict[str, dict[str, Strategy]] = {
     "targets.GatedInputs.__call__": {"generator": source(none=False)},
     "targets.Questions.__call__": {"generator": source(none=False)},
     "diagnose.diagnose": ALONE,
+    **{
+        f"rate.{name}": ALONE | {"divergence": st.one_of(function(), st.just("hinge"))}
+        for name in ("costs", "curve", "Judge", "Judge.__call__")
+    },
+    "rate.curve": ALONE | {"divergence": st.one_of(function(), st.just("hinge")), "points": number(2, whole=True)},
+    "tune.Each": {"selections": st.one_of(but(list, tuple), NOTHING, but().map(lambda bad: [bad]))},
+    "tune.tune": {"batches": batches()},
     "losses.faithfulness": {"components": bad_components(finite=False)},
     "losses.hidden": {
         name: st.one_of(but(list, tuple), NOTHING, st.just([]), but(Tensor).map(lambda bad: [bad]))

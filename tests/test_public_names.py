@@ -9,16 +9,18 @@ import apd_minimal as apd
 
 NAMES = {
     "": "Components Config Decomposition Network NonFiniteLoss artefacts attributions data decompose diagnose frames "
-    "glue losses metrics plots rules selection store targets",
+    "glue losses metrics plots rate rules selection store targets tune",
     "attributions": "ablation activation gradient integrated_gradients path_shapley shapley",
     "data": "SparseFeatures",
     "diagnose": "Diagnosis diagnose",
     "losses": "DIVERGENCES faithfulness hidden kl minimality mse simplicity simplicity_exact",
     "metrics": "Matching Ownership Scrubbing cosines description_length match_use match_weights ml2r mmcs output_error "
     "ownership relative_faithfulness responsible scrubbing",
+    "rate": "NEVER Cost Judge costs curve",
     "rules": "Rule TransposedLinear rule",
     "store": "FORMAT StoreError read_tensors reading write write_tensors",
     "targets": "GatedFunctions GatedInputs Questions ResidualMLP TMS Transformer",
+    "tune": "Each Tuned tune",
     "selection": "FinalSelection Selection TopK batch_top_k final_selection sample_top_k",
 }
 
@@ -44,9 +46,9 @@ def parameters(function: object) -> list[str]:
 
 def test_arguments() -> None:
     assert (
-        parameters(apd.decompose)[:18]
+        parameters(apd.decompose)[:19]
         == (
-            "target batches weights n_components top_k output divergence hidden_modules attribution selection "
+            "target batches weights n_components top_k output divergence hidden_modules attribution selection judge "
             "checkpoint checkpoint_every extend mesh micro_batch recompute callback log"
         ).split()
     )

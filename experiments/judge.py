@@ -1,0 +1,84 @@
+"""Create data/judge.json: bits at fixed errors of decompositions made with k too small, right and too large.
+
+python -m experiments.judge [--only tms-5-2 | tms-40-10] [--processes N]
+
+Chapters 24 and 25. The recipes of `TMS.recipe` with k times a factor, everything else as it is; every restart is a row,
+with what it owns of the truth, its held-out sparse error, and its costs (`rate.costs`) on 2,048 inputs. Seeds 10 to
+19 (TMS 5-2, also with rotated inputs) and 20 to 24 (TMS 40-10), fixed before looking; none was used to make the judge.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import torch
+
+import apd_minimal as apd
+from apd_minimal.config import at_progress
+from apd_minimal.study import rate
+from experiments.experiment import Row, Rows, Study, Tensors, numbers, scaled, taken_apart
+from experiments.tms import stored_target
+
+FACTORS = (0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0)
+SEEDS = {"tms-5-2": range(10, 20), "tms-5-2 rotated": range(10, 20), "tms-40-10": range(20, 25)}
+EPSILONS = (0.001, 0.003, 0.01, 0.03, 0.1)
+Job = tuple[str, float, int]  # target, factor, seed
+
+
+def target_of(kind: str, seed: int) -> apd.targets.TMS:
+    """Load a stored target, its inputs rotated or not."""
+    name, *rotated = kind.split()
+    target = stored_target(name, seed)
+    return target.rotate(seed=seed) if rotated else target
+
+
+def held_out(target: apd.targets.TMS, seed: int) -> torch.Tensor:
+    """Draw the inputs on which everything is judged, the same for whatever is compared on a target."""
+    return target.data(2048, nonempty=True)(0, torch.Generator().manual_seed(20_000 + seed))
+
+
+def costs(target: apd.targets.TMS, components: apd.Components, x: torch.Tensor) -> list[Row]:
+    """Measure the cost at each error."""
+    found = rate.costs(target, components, x, EPSILONS, attribution=target.attributions)
+    return [{"epsilon": e, **asdict(cost)} for e, cost in zip(EPSILONS, found, strict=True)]
+
+
+def settings_of(job: Job) -> Row:
+    """Give the recipe with another k."""
+    kind, factor, seed = job
+    recipe = target_of(kind, seed).recipe
+    return {**recipe, "top_k": scaled(recipe["top_k"], factor), "seed": seed}
+
+
+def run(job: Job) -> tuple[list[Row], Tensors]:
+    """Decompose one target with one k, and measure every restart."""
+    kind, _, seed = job
+    target = target_of(kind, seed)
+    result, seconds = taken_apart(target, settings_of(job), attribution=target.attributions)
+    assert result.restarts is not None
+    x, truth, rows = held_out(target, seed), target.mechanisms(), []
+    for i, score in enumerate(result.scores):
+        components = result.restarts.restart(i)
+        rows.append(
+            {
+                "restart": i,
+                "k": at_progress(result.config.top_k, 0.0),
+                "owned": int(apd.metrics.ownership(components, truth).owned.sum()),
+                "error": score,
+                "costs": costs(target, components, x),
+                "seconds": seconds,
+            }
+        )
+    return rows, {}
+
+
+RUNS = Rows(
+    fields=("target", "factor", "seed"),
+    jobs=lambda rows: [(kind, f, seed) for kind, seeds in SEEDS.items() for seed in seeds for f in FACTORS],
+    run=run,
+    settings=lambda job: numbers(settings_of(job)),
+)
+STUDY = Study("judge", {"runs": RUNS}, about=lambda processes: {"processes": processes}, compact=True)
+
+if __name__ == "__main__":
+    STUDY.main(__doc__)

@@ -1,0 +1,187 @@
+"""Bits at fixed errors: closed forms on networks whose decomposition is known, and the judge that uses them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import apd_minimal as apd
+from apd_minimal.study.rate import NEVER, Cost, Judge, costs, curve
+
+PATH = "weight"
+
+
+def identity(n: int, scale: float = 1.0) -> nn.Linear:
+    net = nn.Linear(n, n, bias=False)
+    nn.init.eye_(net.weight).data.mul_(scale)
+    return net
+
+
+def parts(*matrices: Tensor) -> apd.Components:
+    """Components [d_in, d_out], factored by their singular values."""
+    U, S, V = torch.linalg.svd(torch.stack(matrices), full_matrices=False)
+    return apd.Components({PATH: U * S[:, None, :]}, {PATH: V})
+
+
+def features(n: int) -> apd.Components:
+    return parts(*(torch.diag(row) for row in torch.eye(n)))
+
+
+def one_hot(values: Tensor, n: int) -> Tensor:
+    """Sample b has the value b in place b mod n."""
+    return torch.zeros(len(values), n).scatter_(1, (torch.arange(len(values)) % n)[:, None], values[:, None])
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(2, 6), st.integers(8, 90), st.integers(0, 99), st.sampled_from([0.001, 0.02, 0.1, 0.5]))
+def test_the_cost_of_one_hot_inputs(n: int, B: int, seed: int, epsilon: float) -> None:
+    """Leaving out a pair costs its value squared, so that the largest values go first."""
+    values = torch.rand(B, generator=torch.Generator().manual_seed(seed)) + 0.01
+    x = one_hot(values, n)
+    variance = (x - x.mean(0)).square().sum().item()
+    squares = values.square().sort(descending=True).values.tolist()
+    # The number left in: the first at which the rest is small enough; away from a tie.
+    rests = [sum(squares[i:]) / variance for i in range(B + 1)]
+    if min(abs(rest - epsilon) for rest in rests) < 1e-5:
+        return
+    needed = next(i for i in range(B + 1) if rests[i] <= epsilon)
+    (cost,) = costs(identity(n), features(n), x, [epsilon])
+    kept = values.sort(descending=True).indices[:needed] % n
+    assert cost.active * B == pytest.approx(max(needed, 1))
+    assert cost.ranks == pytest.approx(cost.active)
+    if needed:
+        assert cost.error == pytest.approx(rests[needed], abs=1e-5)
+        assert cost.in_use == len(set(kept.tolist()))
+        assert cost.bits(3.0) == pytest.approx(needed / B * (3 + math.log2(cost.in_use)))
+
+
+def test_a_lump_pays_for_its_whole_rank_and_for_no_name() -> None:
+    x = one_hot(torch.ones(40), 4)
+    (lump,), (apart,) = (costs(identity(4), c, x, [0.01]) for c in (parts(torch.eye(4)), features(4)))
+    assert (lump.active, lump.ranks, lump.in_use) == (1.0, 4.0, 1)
+    assert (apart.active, apart.ranks, apart.in_use) == (1.0, 1.0, 4)
+    assert lump.bits(2.0) == 8.0
+    assert apart.bits(2.0) == 4.0
+
+
+def test_the_error_does_not_depend_on_the_scale_of_the_outputs() -> None:
+    x = torch.rand(64, 3, generator=torch.Generator().manual_seed(0))
+    plain, large = (costs(identity(3, s), features(3).map(lambda t, s=s: t * s**0.5), x) for s in (1.0, 100.0))
+    for one, other in zip(plain, large, strict=True):
+        assert one.error == pytest.approx(other.error, rel=1e-4)
+        assert one.active == other.active
+
+
+def test_the_divergence_of_distributions_is_in_bits() -> None:
+    x = torch.eye(2).repeat(10, 1) * 3
+    points = curve(identity(2), features(2), x, divergence="kl", points=4)
+    p = torch.tensor([math.exp(3), 1.0])
+    p = p / p.sum()
+    off = (p * (p * 2).log2()).sum().item()  # from no evidence at all, the uniform distribution
+    for point in points:
+        assert point.error == pytest.approx(max(0, 1 - point.active) * off, abs=1e-5)
+
+
+def test_a_divergence_of_ones_own_is_taken_as_it_is() -> None:
+    x = one_hot(torch.ones(12), 3)
+
+    def largest(outputs: Tensor, wanted: Tensor) -> Tensor:
+        return (outputs - wanted).abs().amax(-1)
+
+    for point in curve(identity(3), features(3), x, divergence=largest, points=5):
+        assert point.error == pytest.approx(max(0, 1 - point.active), abs=1e-6)
+
+
+def test_the_curve_falls_to_the_components_own_error() -> None:
+    net, x = identity(5), torch.rand(80, 5, generator=torch.Generator().manual_seed(1))
+    points = curve(net, features(5), x)
+    errors = [p.error for p in points]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] == pytest.approx(0, abs=1e-9)
+    assert points[-1].active == 5
+
+
+def test_each_position_of_a_sequence_counts() -> None:
+    x = torch.zeros(20, 3, 4)
+    x[:10, 1, 2] = 1
+
+    def attribution(network: Any, components: apd.Components, inputs: Tensor) -> Tensor:
+        return inputs.abs()  # [B, positions, C]
+
+    (cost,) = costs(identity(4), features(4), x, [0.01], attribution=attribution)
+    assert (cost.active, cost.in_use) == (0.5, 1)
+
+
+def test_components_that_do_not_sum_to_the_weights_never_get_there() -> None:
+    x = one_hot(torch.ones(40), 4)
+    half = features(4).map(lambda t: t * 0.5)
+    assert costs(identity(4), half, x, [0.01]) == [NEVER]
+    assert Judge()(apd.Network(identity(4), [PATH]), half, x) == math.inf
+    nothing = features(4).map(torch.zeros_like)
+    assert costs(identity(4), nothing, x, [0.01]) == [NEVER]
+
+
+def test_empty_components_are_neither_active_nor_in_use() -> None:
+    both = apd.Components(
+        {PATH: torch.cat([features(3).A[PATH], torch.zeros(4, 3, 3)])},
+        {PATH: torch.cat([features(3).B[PATH], torch.zeros(4, 3, 3)])},
+    )
+    x = torch.rand(30, 3, generator=torch.Generator().manual_seed(2))
+    assert curve(identity(3), both, x)[-1] == curve(identity(3), features(3), x)[-1]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        ({"epsilons": [0.0]}, ValueError, "epsilons"),
+        ({"epsilons": 0.1}, TypeError, "epsilons"),
+        ({"divergence": "l1"}, ValueError, "divergence"),
+        ({"rank_threshold": 1.0}, ValueError, "threshold"),
+        ({"x": torch.ones(8, 3)}, ValueError, "same on all inputs"),
+        ({"components": features(2)}, ValueError, "weight"),
+        ({"attribution": 3}, TypeError, "attribution"),
+        ({"attribution": lambda network, components, x: x[:, :2]}, ValueError, "attributions"),
+    ],
+)
+def test_bad_input(change: dict[str, Any], error: type[Exception], says: str) -> None:
+    given = {"components": features(3), "x": torch.rand(8, 3), "epsilons": [0.1]} | change
+    with pytest.raises(error, match=says):
+        costs(identity(3), **given)
+
+
+def test_bits_need_a_price() -> None:
+    with pytest.raises(ValueError, match="alpha"):
+        Cost(0.1, 1.0, 1.0, 2).bits(-1)
+
+
+def test_a_run_is_chosen_by_its_judge() -> None:
+    """Held-out error and judge are made to disagree, and infinitely many bits are allowed."""
+    net = identity(3)
+
+    def batches(step: int, generator: torch.Generator) -> Tensor:
+        return torch.rand(16, 3, generator=generator)
+
+    asked: list[Tensor] = []
+
+    def judge(network: apd.Network, components: apd.Components, x: Tensor) -> float:
+        asked.append(components.flat())
+        return [math.inf, 2.0, 1.0, 3.0][len(asked) - 1]
+
+    given = {"weights": [PATH], "n_components": 3, "top_k": 1, "steps": 3, "restarts": 4, "progress": False}
+    result = apd.decompose(net, batches, judge=judge, **given)  # type: ignore[arg-type]
+    assert result.scores == [math.inf, 2.0, 1.0, 3.0]
+    assert result.chosen == 2
+    assert torch.equal(result.components.flat(), asked[2])
+    plain = apd.decompose(net, batches, **given)  # type: ignore[arg-type]
+    assert plain.restarts is not None
+    assert torch.equal(plain.restarts.restart(2).flat(), asked[2]), "a judge changes nothing but the choice"
+    with pytest.raises(TypeError, match="judge"):
+        apd.decompose(net, batches, judge=3, **given)  # type: ignore[arg-type]
+    with pytest.raises(apd.NonFiniteLoss, match="nan"):
+        apd.decompose(net, batches, judge=lambda n, c, x: math.nan, **given)  # type: ignore[arg-type]
