@@ -124,6 +124,21 @@ def test_a_seed_gives_a_target_and_training_helps() -> None:
     assert all(p.grad is None for p in target.parameters())
 
 
+def test_the_first_fifth_of_the_training_asks_for_the_task_of_two_layers_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[set[str]] = []
+    answers = Transformer.answers
+
+    def noted(self: Transformer, x: Tensor) -> Tensor:
+        asked.append({TASKS[i] for i in (x[:, 0] - self.n_letters).tolist()})
+        return answers(self, x)
+
+    monkeypatch.setattr(Transformer, "answers", noted)
+    Transformer(8, 8, 2, 8).fit(steps=20, batch_size=100)
+    assert asked == [{"after"}] * 4 + [set(TASKS)] * 16
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
