@@ -84,6 +84,21 @@ def test_per_position_is_the_derivative_by_gates_at_that_position(at: str, resta
     torch.testing.assert_close(got.sum(-3), signed)
 
 
+def test_per_position_where_most_outputs_are_at_rest() -> None:
+    """By hand: an output at one position has a derivative there alone, if it is on."""
+    target = nn.Sequential(nn.Linear(3, 4), nn.ReLU())
+    with torch.no_grad():
+        target[0].bias.copy_(torch.tensor([-100.0, 0.0, -100.0, -100.0]))
+    one = Case(target, {"0.weight": linear}, lambda b, g: torch.randn(b, 2, 3, generator=g).double())
+    x, components = one.x(6), one.components(C=40)
+    moved = torch.einsum("bti,cio->btco", x, components.matrices("0.weight")) * (target(x) > 0)[:, :, None]
+    expected = torch.zeros(6, 2, 40, 2, 4, dtype=torch.float64)
+    for t in range(2):
+        expected[:, t, :, t] = moved[:, t]
+    got = gradient(one.network, components, x, per_position=True, per_output=True)
+    torch.testing.assert_close(got, expected.flatten(-2))
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 100])
 @both_points
 @all_modes

@@ -24,10 +24,13 @@ def inputs() -> Tensor:
 
 
 def all_but(
-    gone: list[int], rotated: bool, rank: int | None = None
+    gone: list[int], rotated: bool, rank: int | None = None, scale: float = 1.0
 ) -> tuple[apd.Network, apd.Components, Tensor, Tensor]:
     """A network, its true mechanisms but for some, free components, which are active, and all mechanisms [J, N]."""
     target = apd.targets.TMS(N, D, probability=0.1).fit(seed=0, steps=800)
+    with torch.no_grad():  # all outputs are scale^2 times what they were
+        target.encode.weight *= scale
+        target.bias *= scale**2
     if rotated:
         target.rotate(seed=1)
     truth = target.mechanisms()["encode.weight"]
@@ -39,9 +42,10 @@ def all_but(
 
 
 @both
-@pytest.mark.parametrize(("gone", "rank"), [(0, None), (1, 1), (2, 2), (3, None)])
-def test_a_new_start_points_at_the_missing_mechanism(gone: int, rank: int | None, rotated: bool) -> None:
-    network, components, mask, truth = all_but([gone], rotated, rank)
+@pytest.mark.parametrize(("gone", "rank", "scale"), [(0, None, 1.0), (1, 1, 0.1), (2, 2, 1.0), (3, None, 10.0)])
+def test_a_new_start_points_at_the_missing_mechanism(gone: int, rank: int | None, scale: float, rotated: bool) -> None:
+    """However long it is, and whatever rank a component may have."""
+    network, components, mask, truth = all_but([gone], rotated, rank, scale)
     before = components.map(torch.clone)
     started = reseed(network, components, mask, inputs(), apd.losses.mse, most=1)
     new = components.flat()[0][started[0]]

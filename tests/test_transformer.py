@@ -55,6 +55,10 @@ def test_all_tasks_and_places_come_up_alike_and_chosen_ones_alone() -> None:
     assert set(only.tolist()) == {2, 5}
 
 
+def test_questions_are_for_the_transformer_unless_one_says_otherwise() -> None:
+    assert Questions() == Transformer().data()
+
+
 def by_hand(target: Transformer, x: Tensor) -> Tensor:
     """The same logits position by position and head by head, for one row of tokens [T]."""
     stream = target.embed.weight[x] + target.position
