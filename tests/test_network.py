@@ -332,6 +332,9 @@ def test_wrong_shapes_are_named() -> None:
     for gates, message in bad:
         with pytest.raises(ValueError, match=message):
             one.network(x, components, gates)
+    sequence = case("sequence")
+    with pytest.raises(ValueError, match=r"expected positions \[4\] at module 'mix', got gates of shape \[4, 7, 3\]"):
+        sequence.network(sequence.x(), sequence.components(), random_gates(4, 7, 3))
     with pytest.raises(ValueError, match="gates need components"):
         one.network(x, None, random_gates(4, 3))
     with pytest.raises(ValueError, match=r"expected \[2, 4, 3\]"):

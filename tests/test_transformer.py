@@ -150,6 +150,7 @@ def test_the_first_fifth_of_the_training_asks_for_the_task_of_two_layers_alone(
         (lambda: Questions(batch_size=0), "batch_size must be at least 1, got 0"),
         (lambda: Questions(tasks=()), "tasks must be some of 0 to 5"),
         (lambda: Questions(tasks=(6,)), r"got \(6,\)"),
+        (lambda: Questions(tasks=(1.5,)), r"a task must be a whole number.*got 1\.5"),  # type: ignore[arg-type]
         (lambda: Transformer(d=10, n_heads=3), "n_heads must be a divisor of d=10, got 3"),
         *[
             (lambda name=name: Transformer(**{name: 0}), f"{name} must be at least 1, got 0")
