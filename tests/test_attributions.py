@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import jacrev
 
 import apd_minimal as apd
+from apd_minimal.attributions import capture as capturing
 from apd_minimal.attributions import gradient
 from apd_minimal.attributions.capture import capture
 from apd_minimal.attributions.choose import cheapest
@@ -192,18 +193,22 @@ def test_a_padding_row_counts_although_training_would_not_move_it() -> None:
         torch.testing.assert_close(signed.reshape(2, 2, 2).square(), expected)
 
 
-def test_outputs_that_do_not_depend_on_a_layer() -> None:
-    """A layer that is run but does not reach the outputs adds nothing; if none does, that is said."""
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("large", [0, 2**60])
+def test_outputs_that_do_not_depend_on_a_layer(apart: bool, large: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer that is run but does not reach the outputs adds nothing, also where shared gradients are looked for."""
+    monkeypatch.setattr(capturing, "LARGE", large)
 
     class Side(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.main, self.side = nn.Linear(3, 2).double(), nn.Linear(3, 2).double()
 
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.cat([self.main(x), self.side(x)], 1)
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.main(x), self.side(x)
 
-    network = apd.Network(Side(), ["main.weight", "side.weight"], output=lambda y: y[:, :2])
+    outputs = (lambda y: y[0]) if apart else (lambda y: torch.cat(y, 1)[:, :2])
+    network = apd.Network(Side(), ["main.weight", "side.weight"], output=outputs)
     one = Case(Side(), {"main.weight": linear, "side.weight": linear}, lambda b, g: torch.randn(b, 3).double())
     components, x = one.components(), torch.ones(1, 3, dtype=torch.float64)
     expected = (x @ components.matrices("main.weight"))[:, 0].square().mean(-1).sqrt()

@@ -215,6 +215,7 @@ class ResidualMLP(nn.Module):
             length_range: least and largest ratio of lengths.
             min_purity: least share of the owner's squared contributions on its feature.
         """
+        usable(components, alone=True)
         rows = self.contributions()
         truth = rows.new_zeros(self.n_features, *rows.shape)
         truth[torch.arange(self.n_features), torch.arange(self.n_features)] = rows
