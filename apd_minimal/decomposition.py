@@ -65,6 +65,7 @@ class Decomposition:
             what then needs doing.
         attribution: name of the run's own attribution; None for gradients.
         selection_name: name of the selection's class; None for one loaded from a file of an earlier version.
+        active_name: name of the selection's `active`, which may be one of its own; None as above.
     """
 
     components: Components
@@ -79,6 +80,7 @@ class Decomposition:
     selection: Selection | None = None
     attribution: str | None = None
     selection_name: str | None = None
+    active_name: str | None = None
 
     @property
     def final_selection(self) -> FinalSelection:
@@ -134,8 +136,8 @@ class Decomposition:
     def active(self, target: nn.Module | Network, x: Tensor, attribution: Any = None) -> Tensor:
         """Say which components are active on each sample, whatever else is in the batch.
 
-        A loaded decomposition has only the name of its run's selection. If that was the top k of the settings, or gave
-        a `threshold`, which is stored, nothing needs doing. Otherwise put the selection back first:
+        A loaded decomposition has only the name of its run's selection. If that was the top k of the settings, or went
+        by its `threshold`, which is stored, nothing needs doing. Otherwise put the selection back first:
         `dataclasses.replace(decomposition, selection=...)`.
 
         Args:
@@ -148,12 +150,14 @@ class Decomposition:
 
         Raises:
             ValueError: the run's selection says nothing about a sample alone (`Selection.active`), or is missing and
-                gave no threshold; the run had an attribution of its own and none is given; or the inputs do not fit.
+                did not go by a threshold; the run had an attribution of its own and none is given; or the inputs do
+                not fit.
         """
         scores = self.attributions(target, x, attribution)
-        if self.selection is None and self.threshold is not None and not self.config.per_sample:
-            # Loaded: the threshold is all that is needed, whatever the selection was.
-            return scores > self.threshold
+        early = self.selection_name is None and not self.config.per_sample  # all that such a file can tell
+        if self.selection is None and self.threshold is not None:
+            if early or self.active_name == name_of(Selection.active):
+                return scores > self.threshold
         return self.final_selection.active(scores)
 
     def save(self, folder: str | os.PathLike[str], restarts: bool = False) -> None:

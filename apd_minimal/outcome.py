@@ -81,6 +81,7 @@ def outcome(run: Run, components: Components | None = None, errors: Tensor | Non
         selection=run.selection,
         attribution=name_of(run.given[0]),
         selection_name=name_of(run.selection),
+        active_name=name_of(run.selection.active),
     )
 
 

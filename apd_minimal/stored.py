@@ -69,6 +69,7 @@ def _facts(decomposition: Decomposition) -> dict[str, Any]:
         "threshold": decomposition.threshold,
         "attribution": decomposition.attribution,
         "selection": decomposition.selection_name,
+        "active": decomposition.active_name,
     }
 
 
@@ -114,6 +115,7 @@ def load(folder: str | os.PathLike[str], target: nn.Module) -> Decomposition:
             # Files of earlier versions have none.
             attribution=facts.get("attribution"),
             selection_name=checks.kind("selection", facts.get("selection"), (str, type(None)), "a name or None"),
+            active_name=checks.kind("active", facts.get("active"), (str, type(None)), "a name or None"),
             threshold=None if (found := facts.get("threshold")) is None else checks.number("threshold", found),
         )
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import jacrev
 
 import apd_minimal as apd
+from apd_minimal.attributions import capture as capturing
 from apd_minimal.attributions import gradient
 from apd_minimal.attributions.capture import capture
 from apd_minimal.attributions.choose import cheapest
@@ -82,6 +83,21 @@ def test_per_position_is_the_derivative_by_gates_at_that_position(at: str, resta
             torch.testing.assert_close(part, expected.permute(1, 2, 0))
     signed = gradient(one.network, components, x, at=at, per_output=True)
     torch.testing.assert_close(got.sum(-3), signed)
+
+
+def test_per_position_where_most_outputs_are_at_rest() -> None:
+    """By hand: an output at one position has a derivative there alone, if it is on."""
+    target = nn.Sequential(nn.Linear(3, 4), nn.ReLU())
+    with torch.no_grad():
+        target[0].bias.copy_(torch.tensor([-100.0, 0.0, -100.0, -100.0]))
+    one = Case(target, {"0.weight": linear}, lambda b, g: torch.randn(b, 2, 3, generator=g).double())
+    x, components = one.x(6), one.components(C=40)
+    moved = torch.einsum("bti,cio->btco", x, components.matrices("0.weight")) * (target(x) > 0)[:, :, None]
+    expected = torch.zeros(6, 2, 40, 2, 4, dtype=torch.float64)
+    for t in range(2):
+        expected[:, t, :, t] = moved[:, t]
+    got = gradient(one.network, components, x, per_position=True, per_output=True)
+    torch.testing.assert_close(got, expected.flatten(-2))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 100])
@@ -177,18 +193,22 @@ def test_a_padding_row_counts_although_training_would_not_move_it() -> None:
         torch.testing.assert_close(signed.reshape(2, 2, 2).square(), expected)
 
 
-def test_outputs_that_do_not_depend_on_a_layer() -> None:
-    """A layer that is run but does not reach the outputs adds nothing; if none does, that is said."""
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("large", [0, 2**60])
+def test_outputs_that_do_not_depend_on_a_layer(apart: bool, large: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer that is run but does not reach the outputs adds nothing, also where shared gradients are looked for."""
+    monkeypatch.setattr(capturing, "LARGE", large)
 
     class Side(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.main, self.side = nn.Linear(3, 2).double(), nn.Linear(3, 2).double()
 
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.cat([self.main(x), self.side(x)], 1)
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.main(x), self.side(x)
 
-    network = apd.Network(Side(), ["main.weight", "side.weight"], output=lambda y: y[:, :2])
+    outputs = (lambda y: y[0]) if apart else (lambda y: torch.cat(y, 1)[:, :2])
+    network = apd.Network(Side(), ["main.weight", "side.weight"], output=outputs)
     one = Case(Side(), {"main.weight": linear, "side.weight": linear}, lambda b, g: torch.randn(b, 3).double())
     components, x = one.components(), torch.ones(1, 3, dtype=torch.float64)
     expected = (x @ components.matrices("main.weight"))[:, 0].square().mean(-1).sqrt()

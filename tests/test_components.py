@@ -58,6 +58,7 @@ def test_ranks_are_counted_against_the_largest_of_the_weight() -> None:
     components = apd.Components.from_matrices({"w": P})
     assert components.ranks(0.1)["w"].tolist() == [2, 1, 0, 0]
     assert components.ranks(0.01)["w"].tolist() == [3, 1, 3, 0]
+    assert components.ranks()["w"].tolist() == [2, 1, 0, 0], "a tenth, unless one says otherwise"
     stacked = apd.Components.from_matrices({"w": torch.stack([P, P / 100])})
     assert stacked.ranks(0.1)["w"].tolist() == [[2, 1, 0, 0]] * 2, "each restart by its own largest"
 

@@ -203,8 +203,9 @@ def test_soft_gates_that_are_half_open_ask_for_twice_the_length() -> None:
 
 
 def test_the_second_singular_value_is_a_share_of_the_first() -> None:
-    """The largest share over the weights; a weight where a component is all but zero does not count."""
+    """The largest share over the weights; a weight where a component is all but zero does not count, nor do all."""
     pairs = {"a": ((10.0, 5.0), (2.0, 0.5), (1e-3, 1e-3)), "b": ((0.0, 0.0), (4.0, 2.0), (8.0, 0.8))}
+    pairs["c"] = ((0.0, 0.0), (0.0, 0.0), (0.0, 0.0))
     matrices = {path: torch.stack([torch.diag(torch.tensor(s)) for s in values]) for path, values in pairs.items()}
     shares = _second_singular(apd.Components.from_matrices(matrices))
     torch.testing.assert_close(shares, torch.tensor([0.5, 0.5, 0.1]))

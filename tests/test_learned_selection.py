@@ -284,6 +284,40 @@ def test_a_learned_selection_with_a_threshold(tmp_path: Path) -> None:
         activity(target, {"all": loaded}, x)  # not that every component is active
 
 
+def test_a_threshold_that_the_selection_overrules_does_not_speak_for_it_after_load(tmp_path: Path) -> None:
+    class Both(WithThreshold):
+        """It has a threshold, and asks for more than that."""
+
+        def active(self, scores: Tensor, threshold: Tensor | None) -> Tensor:
+            return super().active(scores, threshold) & (scores == scores.amax(-1, keepdim=True))
+
+    target, x, selection = runs.tms(), images(), Both()
+    result = decompose(selection)
+    together = result.active(target, x)
+    assert result.threshold is not None
+    assert not torch.equal(together, result.attributions(target, x) > result.threshold), "a test that tells"
+    result.save(tmp_path / "first")
+    apd.Decomposition.load(tmp_path / "first", target).save(tmp_path / "again")
+    for folder in ("first", "again"):
+        loaded = apd.Decomposition.load(tmp_path / folder, target)
+        with pytest.raises(ValueError, match=r"\.Both, which is not stored: put it back with dataclasses\.replace"):
+            loaded.active(target, x)
+        assert torch.equal(dataclasses.replace(loaded, selection=selection).active(target, x), together)
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_a_run_stored_before_selections_were_named_goes_by_its_threshold(per_sample: bool, tmp_path: Path) -> None:
+    target, x = runs.tms(), images()
+    result = runs.decompose(steps=2, top_k=1.0, per_sample=per_sample)
+    result.save(tmp_path)
+    file = tmp_path / "components.safetensors"
+    tensors, facts = apd.store.read_tensors(file, "decomposition")
+    del facts["selection"], facts["active"]
+    facts["threshold"] = facts["threshold"] or 0.0  # there was one of a k per sample, too
+    apd.store.write_tensors(file, "decomposition", tensors, facts)
+    assert torch.equal(apd.Decomposition.load(tmp_path, target).active(target, x), result.active(target, x))
+
+
 def test_a_loaded_run_says_which_selection_it_had(tmp_path: Path) -> None:
     """Where top_k is all components, the settings alone cannot tell; files of earlier versions have only these."""
     target, x = runs.tms(), images()
@@ -298,7 +332,7 @@ def test_a_loaded_run_says_which_selection_it_had(tmp_path: Path) -> None:
     for name in ("own", "every"):
         file = tmp_path / name / "components.safetensors"
         tensors, facts = apd.store.read_tensors(file, "decomposition")
-        del facts["selection"]
+        del facts["selection"], facts["active"]
         apd.store.write_tensors(file, "decomposition", tensors, facts)
         old = apd.Decomposition.load(tmp_path / name, target)
         assert old.selection_name is None
@@ -306,6 +340,9 @@ def test_a_loaded_run_says_which_selection_it_had(tmp_path: Path) -> None:
             old.final_selection  # noqa: B018
         apd.store.write_tensors(file, "decomposition", tensors, facts | {"selection": 3})
         with pytest.raises(apd.store.StoreError, match="selection must be a name or None, got 3"):
+            apd.Decomposition.load(tmp_path / name, target)
+        apd.store.write_tensors(file, "decomposition", tensors, facts | {"active": 3})
+        with pytest.raises(apd.store.StoreError, match="active must be a name or None, got 3"):
             apd.Decomposition.load(tmp_path / name, target)
 
 

@@ -52,6 +52,8 @@ def test_it_says_who_owns_what_and_saves_the_picture(
     error = (results[0].components.sum("encode.weight") - target.encode.weight.detach().T).square().mean()
     assert f"mean squared weight error {float(error):.1e}\n" in printed
     assert printed.endswith(f"picture: {name}\n")
+    for said in ("5 features in 2 dimensions", "apart"):  # what one waits for
+        assert said in printed
     assert [path.name for path in tmp_path.iterdir()] == [name]
     image = matplotlib.image.imread(tmp_path / name)
     assert min(image.shape[:2]) > 100

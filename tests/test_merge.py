@@ -76,6 +76,16 @@ def test_the_least_cosine_decides(angle: float, merges: bool) -> None:
     assert bool(merge_and_prune(components, torch.ones(1, 8, 2), min_cosine=0.8).any()) == merges
 
 
+def test_a_cosine_of_exactly_the_least_one_is_enough() -> None:
+    """Of single entries, so that it is 1 without rounding."""
+    corner = {
+        path: torch.zeros(shape).index_put_((torch.tensor(0), torch.tensor(0)), torch.tensor(2.0))
+        for path, shape in SHAPES.items()
+    }
+    components = stacked({"a": corner["a"], "b": 0 * corner["b"]}, {"a": 2 * corner["a"], "b": 0 * corner["b"]})
+    assert merge_and_prune(components, torch.ones(1, 8, 2), min_cosine=1.0).all()
+
+
 @pytest.mark.parametrize("length", [0.5, 1.5])
 def test_what_is_used_less_than_a_tenth_of_the_mean_becomes_zero_and_joins_nothing(length: float) -> None:
     P, Q = drawn(0), drawn(1)

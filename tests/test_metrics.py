@@ -67,6 +67,16 @@ def test_faults_that_were_put_there(rotated: bool) -> None:
     assert metrics.ownership(components(doubled), truth).complete is False
 
 
+def test_the_bounds_of_ownership_belong_to_it() -> None:
+    """Single entries that are powers of four, so that nothing is rounded: "least" and "largest" are still allowed."""
+    Z = torch.diag_embed(torch.eye(3))
+    own = torch.tensor([0.25, 1.0, 4.0])[:, None, None] * Z
+    bounds = {"min_cosine": 1.0, "min_purity": 1.0}
+    assert metrics.ownership(components(own), {"encode.weight": Z}, length_range=(0.25, 4.0), **bounds).complete
+    found = metrics.ownership(components(own), {"encode.weight": Z}, length_range=(0.5, 2.0), **bounds)
+    assert found.owned.tolist() == [False, True, False]
+
+
 def test_impure_components_by_hand() -> None:
     truth = target().mechanisms()
     Z = truth["encode.weight"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -121,6 +123,31 @@ def test_masks_may_be_boolean() -> None:
     for remainder in (False, True):
         got = one.network(x, components, mask, remainder)
         torch.testing.assert_close(got, one.network(x, components, mask.double(), remainder))
+
+
+@pytest.mark.parametrize("positions", [(), (1,), (3,)])
+def test_what_is_the_same_for_all_samples_may_come_once(positions: tuple[int, ...]) -> None:
+    """As learned positions do, rows [1, (T,) d] in front of all samples."""
+
+    class Once(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 2)
+            self.once = nn.Parameter(torch.randn(1, *positions, 3, generator=torch.Generator().manual_seed(0)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(torch.tanh(x + self.first(self.once)))
+
+    one = Case(
+        Once(),
+        {"first.weight": linear, "second.weight": linear},
+        lambda b, g: torch.randn(b, *positions, 3, generator=g).double(),
+    )
+    x, components = one.x(), one.components()
+    one.network.check(x)
+    g = random_gates(len(x), 3)
+    expected = gated(one, components, {path: g for path in components.paths}, x)
+    torch.testing.assert_close(one.network(x, components, g), expected)
 
 
 def test_components_of_some_weights_leave_the_others_as_they_are() -> None:
@@ -305,6 +332,9 @@ def test_wrong_shapes_are_named() -> None:
     for gates, message in bad:
         with pytest.raises(ValueError, match=message):
             one.network(x, components, gates)
+    sequence = case("sequence")
+    with pytest.raises(ValueError, match=r"expected positions \[4\] at module 'mix', got gates of shape \[4, 7, 3\]"):
+        sequence.network(sequence.x(), sequence.components(), random_gates(4, 7, 3))
     with pytest.raises(ValueError, match="gates need components"):
         one.network(x, None, random_gates(4, 3))
     with pytest.raises(ValueError, match=r"expected \[2, 4, 3\]"):
@@ -325,6 +355,21 @@ def test_the_check_accepts_every_supported_network(name: str) -> None:
     one.target.float()
     x = one.x()
     apd.Network(one.target, list(one.stored)).check(x.float() if x.is_floating_point() else x)
+
+
+@pytest.mark.parametrize("always", [False, True])
+def test_the_check_tries_with_the_remainder_and_without(always: bool) -> None:
+    class Deaf(apd.Network):
+        """It adds the remainder always or never."""
+
+        def __call__(self, x: Tensor, *given: Any, **named: Any) -> Tensor:
+            components, gates = (*given, None, None)[:2]
+            named.pop("remainder", None)
+            return super().__call__(x, components, gates, always and components is not None, **named)
+
+    one = case("mlp")
+    with pytest.raises(ValueError, match="the network uses this weight in a way that its modules' calls do not show"):
+        Deaf(one.target, list(one.stored)).check(one.x())
 
 
 def test_the_check_knows_the_precision_of_bfloat16() -> None:

@@ -68,6 +68,13 @@ def test_arguments() -> None:
     assert parameters(apd.targets.TMS) == "n_features d_hidden identity probability".split()
 
 
+def test_a_seed_that_is_not_given_is_zero() -> None:
+    things = [getattr(getattr(apd, part) if part else apd, name) for part in NAMES for name in NAMES[part].split()]
+    things += [method for kind in things if inspect.isclass(kind) for method in vars(kind).values()]
+    seeds = [inspect.signature(thing).parameters.get("seed") for thing in things if inspect.isfunction(thing)]
+    assert {seed.default for seed in seeds if seed is not None} - {inspect.Parameter.empty} == {0}
+
+
 def test_fields() -> None:
     def fields(kind: type) -> list[str]:
         return [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
@@ -77,7 +84,7 @@ def test_fields() -> None:
         fields(apd.Decomposition)
         == (
             "components config history scores chosen finished fingerprint restarts threshold selection attribution "
-            "selection_name"
+            "selection_name active_name"
         ).split()
     )
     assert fields(apd.metrics.Scrubbing) == "top_k scrubbed anti_scrubbed nonempty".split()

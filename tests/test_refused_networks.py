@@ -93,6 +93,11 @@ REFUSED: dict[str, tuple[Forward, tuple[int, ...], str]] = {
         (5, 4),
         r"samples mix.* first seen in the output of module '' \(Net\)",
     ),
+    "a layer more for more than one sample": (
+        lambda net, x: (net.b(net.a(x)) if len(x) == 1 else net.a(net.b(net.a(x))))[:, :2],
+        (5, 4),
+        "samples mix: the output of one depends on the others",
+    ),
     "a weight that is squared": (
         lambda net, x: net.b(2 * F.linear(x, net.a.weight.square()) + net.a(x)),
         (5, 4),

@@ -23,23 +23,29 @@ def inputs() -> Tensor:
     return apd.data.SparseFeatures(N, 0.1, batch_size=2000, nonempty=True)(0, torch.Generator().manual_seed(0))
 
 
-def all_but(gone: list[int], rotated: bool) -> tuple[apd.Network, apd.Components, Tensor, Tensor]:
+def all_but(
+    gone: list[int], rotated: bool, rank: int | None = None, scale: float = 1.0
+) -> tuple[apd.Network, apd.Components, Tensor, Tensor]:
     """A network, its true mechanisms but for some, free components, which are active, and all mechanisms [J, N]."""
     target = apd.targets.TMS(N, D, probability=0.1).fit(seed=0, steps=800)
+    with torch.no_grad():  # all outputs are scale^2 times what they were
+        target.encode.weight *= scale
+        target.bias *= scale**2
     if rotated:
         target.rotate(seed=1)
     truth = target.mechanisms()["encode.weight"]
     P = torch.cat([truth, torch.zeros(FREE, N, D)])
     P[gone] = 0
-    components = apd.Components.from_matrices({"encode.weight": P}).stacked()
+    components = apd.Components.from_matrices({"encode.weight": P}, rank=rank).stacked()
     mask = torch.cat([(inputs() > 0).float(), torch.zeros(2000, FREE)], dim=1)[None]
     return apd.Network(target, target.weights), components, mask, truth.flatten(1)
 
 
 @both
-@pytest.mark.parametrize("gone", range(N))
-def test_a_new_start_points_at_the_missing_mechanism(gone: int, rotated: bool) -> None:
-    network, components, mask, truth = all_but([gone], rotated)
+@pytest.mark.parametrize(("gone", "rank", "scale"), [(0, None, 1.0), (1, 1, 0.1), (2, 2, 1.0), (3, None, 10.0)])
+def test_a_new_start_points_at_the_missing_mechanism(gone: int, rank: int | None, scale: float, rotated: bool) -> None:
+    """However long it is, and whatever rank a component may have."""
+    network, components, mask, truth = all_but([gone], rotated, rank, scale)
     before = components.map(torch.clone)
     started = reseed(network, components, mask, inputs(), apd.losses.mse, most=1)
     new = components.flat()[0][started[0]]

@@ -64,6 +64,13 @@ def test_it_learns_to_add_the_relu() -> None:
     assert learned < 0.2 * untouched, "as many neurons as features: nearly all can be computed"
 
 
+def test_the_sizes_are_those_of_the_paper_unless_one_says_otherwise() -> None:
+    """Compressed computation: 100 features, 50 neurons, a residual stream of 1000 (braun2025)."""
+    target = ResidualMLP()
+    assert target.embedding.shape == (100, 1000)
+    assert [read.weight.shape for read in target.read] == [(50, 1000)]
+
+
 def test_labels() -> None:
     x = torch.tensor([[-0.5, 0.0, 0.25]])
     assert ResidualMLP.labels(x).tolist() == [[-0.5, 0.0, 0.5]]

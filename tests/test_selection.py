@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from apd_minimal.selection import batch_top_k, sample_top_k
+from apd_minimal.selection import TopK, batch_top_k, sample_top_k
 
 
 def scores(*shape: int, seed: int = 0) -> Tensor:
@@ -68,6 +70,22 @@ def test_k_out_of_range(k: float) -> None:
     for function in (batch_top_k, sample_top_k):
         with pytest.raises(ValueError, match="k must be above 0 and at most the number of components, 4; got"):
             function(scores(5, 4), k)
+
+
+@given(st.integers(1, 3), st.integers(2, 20), st.sampled_from([(), (3,)]), st.integers(1, 6), st.floats(0.1, 0.9))
+def test_the_threshold_keeps_as_many_as_the_batch_had(
+    restarts: int, batch: int, positions: tuple[int, ...], C: int, share: float
+) -> None:
+    """Among distinct scores, of each restart, and half-way to the next; one is kept at least, and one left out."""
+    values = scores(restarts, batch, *positions, C)
+    top, k = TopK(share * C), share * C
+    threshold = top.threshold(values)
+    assert threshold is not None
+    n = min(max(1, int(k * batch * math.prod(positions) + 1e-6)), values[0].numel() - 1)
+    for r in range(restarts):
+        ordered = values[r].flatten().sort(descending=True).values
+        torch.testing.assert_close(threshold[r], (ordered[n - 1] + ordered[n]) / 2)
+        assert int(top.active(values, threshold)[r].sum()) == n
 
 
 def test_k_per_sample_is_whole() -> None:

@@ -55,6 +55,10 @@ def test_all_tasks_and_places_come_up_alike_and_chosen_ones_alone() -> None:
     assert set(only.tolist()) == {2, 5}
 
 
+def test_questions_are_for_the_transformer_unless_one_says_otherwise() -> None:
+    assert Questions() == Transformer().data()
+
+
 def by_hand(target: Transformer, x: Tensor) -> Tensor:
     """The same logits position by position and head by head, for one row of tokens [T]."""
     stream = target.embed.weight[x] + target.position
@@ -124,6 +128,21 @@ def test_a_seed_gives_a_target_and_training_helps() -> None:
     assert all(p.grad is None for p in target.parameters())
 
 
+def test_the_first_fifth_of_the_training_asks_for_the_task_of_two_layers_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[set[str]] = []
+    answers = Transformer.answers
+
+    def noted(self: Transformer, x: Tensor) -> Tensor:
+        asked.append({TASKS[i] for i in (x[:, 0] - self.n_letters).tolist()})
+        return answers(self, x)
+
+    monkeypatch.setattr(Transformer, "answers", noted)
+    Transformer(8, 8, 2, 8).fit(steps=20, batch_size=100)
+    assert asked == [{"after"}] * 4 + [set(TASKS)] * 16
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -131,6 +150,7 @@ def test_a_seed_gives_a_target_and_training_helps() -> None:
         (lambda: Questions(batch_size=0), "batch_size must be at least 1, got 0"),
         (lambda: Questions(tasks=()), "tasks must be some of 0 to 5"),
         (lambda: Questions(tasks=(6,)), r"got \(6,\)"),
+        (lambda: Questions(tasks=(1.5,)), r"a task must be a whole number.*got 1\.5"),  # type: ignore[arg-type]
         (lambda: Transformer(d=10, n_heads=3), "n_heads must be a divisor of d=10, got 3"),
         *[
             (lambda name=name: Transformer(**{name: 0}), f"{name} must be at least 1, got 0")

@@ -208,8 +208,11 @@ def _strong_direction(gradients: _Whole | _Products, network: Network) -> Tensor
     """Find a unit vector [N], of rank one in every weight, along which a few of the gradients are large."""
     v = gradients.longest()
     for _ in range(POWER_STEPS):
-        # The third power gives the samples that agree most with the direction the largest weights.
-        v = gradients.added(gradients.along(v).clamp_min(0).pow(3))
+        # The third power gives the samples that agree most with the direction the largest weights; before, a power of
+        # two, by which nothing is rounded, takes out how long the gradients are.
+        shares = gradients.along(v).clamp_min(0)
+        shares = torch.ldexp(shares, -torch.frexp(shares.max()).exponent)
+        v = gradients.added(shares.pow(3))
         parts = []
         for part, (d_in, d_out) in zip(_split(v, network), network.shapes.values(), strict=True):
             U, S, Vh = torch.linalg.svd(part.view(d_in, d_out), full_matrices=False)
