@@ -196,7 +196,16 @@ def at_progress(schedule: Schedule, t: float) -> float:
 
 
 def schedule(name: str, value: Any, check: Callable[[str, Any], float]) -> Schedule:
-    """Check a number, or points (progress, value) in order of progress, and each of their values."""
+    """Check a number, or points (progress, value) in order of progress, and each of their values.
+
+    Args:
+        name: of the setting.
+        value: as it was given.
+        check: (name, value) -> the value as a number, or an error that names it.
+
+    Raises:
+        TypeError, ValueError: neither a number nor such points.
+    """
     if not isinstance(value, (list, tuple)):
         return check(name, value)
     if not value or any(not isinstance(point, (list, tuple)) or len(point) != 2 for point in value):

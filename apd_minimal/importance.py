@@ -33,7 +33,7 @@ class _LeakyClamp(torch.autograd.Function):
         return value.clamp(0, 1)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (value,) = ctx.saved_tensors
         below, above = value <= 0, value >= 1
         back = (below & (gradient < 0)) | (above & (gradient > 0))
@@ -55,7 +55,7 @@ def leaky_clamp(value: Tensor, leak: float = 0.01) -> Tensor:
         Tensor: of the same shape, in [0, 1].
     """
     checks.tensor("value", value, ..., finite=False)
-    clamped: Tensor = _LeakyClamp.apply(value, checks.number("leak", leak, 0, 1))  # type: ignore[no-untyped-call]
+    clamped: Tensor = _LeakyClamp.apply(value, checks.number("leak", leak, 0, 1))
     return clamped
 
 

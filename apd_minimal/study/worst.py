@@ -83,14 +83,25 @@ class Corners:
 
     @torch.no_grad()
     def search(self, n_draws: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Try random corners: the mean error, and the largest, [B] each."""
+        """Try random corners: the mean error, and the largest, [B] each.
+
+        Args:
+            n_draws: corners.
+            generator: draws them.
+        """
         errors = [
             self.error((torch.rand(self.gates.shape, generator=generator) < 0.5).to(self.gates)) for _ in range(n_draws)
         ]
         return torch.stack(errors).mean(0), torch.stack(errors).amax(0)
 
     def ascend(self, steps: int, size: float, generator: torch.Generator) -> Tensor:
-        """Go up by the gradient's sign from a random point; the largest error over the nearest corners passed: [B]."""
+        """Go up by the gradient's sign from a random point; the largest error over the nearest corners passed: [B].
+
+        Args:
+            steps: of the attack.
+            size: of a step, where gates go from 0 to 1.
+            generator: draws the first point.
+        """
         at = torch.rand(self.gates.shape, generator=generator).to(self.gates)
         worst = self.error((at > 0.5).to(at)).detach()
         for _ in range(steps):
