@@ -18,7 +18,7 @@ from .decomposition import Decomposition
 from .network import Network
 
 if TYPE_CHECKING:
-    from . import attributions, data, store, targets
+    from . import attributions, data, importance, store, targets
     from .book import artefacts, frames, glue
     from .study import diagnose, metrics, plots, rate, tune
 
@@ -35,6 +35,7 @@ __all__ = [
     "diagnose",
     "frames",
     "glue",
+    "importance",
     "losses",
     "metrics",
     "plots",
@@ -56,6 +57,7 @@ _LATER = {
     "diagnose": "study.diagnose",
     "frames": "book.frames",
     "glue": "book.glue",
+    "importance": "importance",
     "metrics": "study.metrics",
     "plots": "study.plots",
     "rate": "study.rate",

@@ -113,8 +113,8 @@ class Config:
             self._put(name, checks.flag(name, getattr(self, name)))
         checks.choice("attribute_at", self.attribute_at, ("target", "components"))
         for name in self.schedules:
-            self._put(name, _schedule(name, getattr(self, name), partial(checks.number, low=0)))
-        self._put("top_k", _schedule("top_k", self.top_k, self._k))
+            self._put(name, schedule(name, getattr(self, name), partial(checks.number, low=0)))
+        self._put("top_k", schedule("top_k", self.top_k, self._k))
         if self.per_weight is not None:
             checks.kind("per_weight", self.per_weight, (list, tuple), "whole numbers, one for each weight, or None")
             self._put("per_weight", tuple(checks.number("per_weight", n, whole=True) for n in self.per_weight))
@@ -195,8 +195,17 @@ def at_progress(schedule: Schedule, t: float) -> float:
     return float(np.interp(t, times, values))
 
 
-def _schedule(name: str, value: Any, check: Callable[[str, Any], float]) -> Schedule:
-    """Check a number, or points (progress, value) in order of progress, and each of their values."""
+def schedule(name: str, value: Any, check: Callable[[str, Any], float]) -> Schedule:
+    """Check a number, or points (progress, value) in order of progress, and each of their values.
+
+    Args:
+        name: of the setting.
+        value: as it was given.
+        check: (name, value) -> the value as a number, or an error that names it.
+
+    Raises:
+        TypeError, ValueError: neither a number nor such points.
+    """
     if not isinstance(value, (list, tuple)):
         return check(name, value)
     if not value or any(not isinstance(point, (list, tuple)) or len(point) != 2 for point in value):

@@ -65,6 +65,18 @@ class Selection:
         """
         return torch.maximum(gates.to(noise), (noise < 0.5).to(noise))
 
+    def penalty(self, gates: Tensor, t: float) -> Tensor | None:
+        """Give a loss of the selection's own, which is added to the step's with weight 1; None if there is none.
+
+        Args:
+            gates: as `choose` gave them; only through these does it train the parameters.
+            t: progress of the run, in [0, 1].
+
+        Returns:
+            Tensor: [R], a sum over components and a mean over samples, so that several processes can share it.
+        """
+        return None
+
     def threshold(self, scores: Tensor) -> Tensor | None:
         """Give the score above which a component is active once the run is over, [R]; None if there is none.
 

@@ -188,7 +188,7 @@ class Run:
     def advance(self) -> dict[str, list[float]]:
         """Take one step; gives the losses of each restart."""
         config, t = self.config, self.step / self.config.steps
-        weight = {name: at_progress(getattr(config, name), t) for name in config.schedules}
+        weight = {name: at_progress(getattr(config, name), t) for name in config.schedules} | {"penalty": 1.0}
         totals = self.local.totals(self.components)
         x = self.local.samples(self.next_batch(self.step, self.generator))
         batch = self.prepare(x, bool(weight["scrub"]))
@@ -199,6 +199,9 @@ class Run:
         dense = {"faithfulness": faithfulness(totals, self.network.weights)}
         if weight["simplicity"]:
             dense["simplicity"] = batch.share * simplicity(totals, batch.gates, config.p)
+        if (own := self.selection.penalty(batch.gates, t)) is not None:
+            name = f"{type(self.selection).__name__}.penalty"
+            dense["penalty"] = batch.share * checks.tensor(name, own, config.restarts, finite=False)
         losses = {name: value.detach() for name, value in dense.items()}
         self.optimiser.zero_grad()
         pieces = batch.pieces(self.micro_batch)
@@ -238,8 +241,8 @@ class Run:
             NonFiniteLoss: one is NaN or infinite.
         """
         losses = self.local.losses(losses)
-        config = self.config
-        values = {name: losses[name].tolist() for name in config.schedules if name in losses}
+        config, names = self.config, [*self.config.schedules, "penalty"]
+        values = {name: losses[name].tolist() for name in names if name in losses}
         for name, per_restart in values.items():
             if not all(map(math.isfinite, per_restart)):
                 raise checks.NonFiniteLoss(
@@ -248,7 +251,7 @@ class Run:
                 )
         if config.logs(self.step):
             self.history["step"].append(self.step)
-            for name in config.schedules:
+            for name in names:
                 if name in values or name in self.history:
                     none = [None] * config.restarts  # for steps at which this loss is not in force
                     rows = self.history.setdefault(name, [none] * (len(self.history["step"]) - 1))

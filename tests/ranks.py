@@ -15,6 +15,7 @@ import runs
 import torch
 import torch.distributed as dist
 from oracles import case
+from test_importance import Penalised
 from test_learned_selection import Learned
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -67,6 +68,7 @@ CASES: dict[str, Callable[[Decompose], apd.Decomposition]] = {
     # Every rank has all of the selection's parameters, and the gradient through its own gates alone.
     # Without merging, since what Adam does with a component that is all but empty, rounding decides.
     "learned selection": lambda d: tms(d, top_k=None, selection=Learned(), simplicity=0.5, tidy_every=0.0),
+    "learned with a penalty": lambda d: tms(d, source=half_empty, top_k=None, selection=Penalised(), tidy_every=0.0),
     "learned with empty shares": lambda d: tms(
         d, source=half_empty, top_k=None, selection=Learned(), micro_batch=9, tidy_every=0.0
     ),

@@ -81,11 +81,15 @@ ELSEWHERE = {
     "selection.Selection": "a protocol: its methods are called by the package",
     **{
         f"selection.Selection.{name}": "called by the package"
-        for name in ("start", "choose", "draw", "threshold", "active", "parameters", "forget")
+        for name in ("start", "choose", "draw", "penalty", "threshold", "active", "parameters", "forget")
     },
     "selection.TopK": "made by the package from `top_k`",
     **{f"selection.TopK.{name}": "called by the package" for name in ("choose", "threshold", "active")},
     "selection.FinalSelection": "made by the package",
+    **{
+        f"importance.Importance.{name}": "called by the package"
+        for name in ("start", "choose", "draw", "penalty", "active", "parameters", "forget")
+    },
     "store.reading": "used by the package around what it reads",
     "rules.Rule": "functions of whoever adds a kind of module",
     "rules.Rule.rows": "a field",
@@ -214,6 +218,7 @@ VALID: dict[str, tuple[Any, dict[str, Any]]] = {  # name: (self or None, argumen
     "plots.history": (None, {"result": decomposition()}),
     "plots.masks": (None, {"mask": torch.eye(3)}),
     **{f"attributions.{name}": (None, ATTRIBUTION) for name in NAMES["attributions"].split()},
+    "attributions.inner_activation": (None, ATTRIBUTION | {"components": components(m=1)}),
     "data.SparseFeatures": (None, {"n_features": 3}),
     "data.SparseFeatures.__call__": (apd.data.SparseFeatures(3), {"step": 0, "generator": generator()}),
     "diagnose.diagnose": (None, ATTRIBUTION | {"top_k": 1.0}),
@@ -231,6 +236,8 @@ VALID: dict[str, tuple[Any, dict[str, Any]]] = {  # name: (self or None, argumen
         {"target": TARGET, "batches": stream, "weights": ["encode.weight"], "n_components": 3}
         | {"steps": 1, "progress": False, "minutes": 0},
     ),
+    "importance.Importance": (None, {"coefficient": 0.1, "p": 1.0}),
+    "importance.leaky_clamp": (None, {"value": torch.rand(4, 3)}),
     "losses.faithfulness": (
         None,
         {"components": components(), "weights": {"encode.weight": torch.ones(5, 2)}},
@@ -625,6 +632,14 @@ OWN_KINDS: dict[str, dict[str, Strategy]] = {
         "alpha": number(0, above=True, none=True),
         "min_cosine": number(0, above=True),
     },
+    "importance.Importance": {
+        "coefficient": schedule(),
+        "p": schedule(0.0),
+        "gamma": st.just(1.0),  # with p
+        "hidden": SIZE,
+        "alive": number(0, 1, below=True),
+    },
+    "importance.leaky_clamp": {"value": but(Tensor), "leak": SHARE},
     "Config.from_dict": {
         "settings": st.one_of(
             but(dict), NOTHING, st.sampled_from([{}, {"top_k": 1}, {"n_components": 3, "top_k": 1, "no": 1}])

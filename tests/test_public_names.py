@@ -9,10 +9,11 @@ import apd_minimal as apd
 
 NAMES = {
     "": "Components Config Decomposition Network NonFiniteLoss artefacts attributions data decompose diagnose frames "
-    "glue losses metrics plots rate rules selection store targets tune",
-    "attributions": "ablation activation gradient integrated_gradients path_shapley shapley",
+    "glue importance losses metrics plots rate rules selection store targets tune",
+    "attributions": "ablation activation gradient inner_activation integrated_gradients path_shapley shapley",
     "data": "SparseFeatures",
     "diagnose": "Diagnosis diagnose",
+    "importance": "Importance leaky_clamp",
     "losses": "DIVERGENCES faithfulness hidden kl minimality mse simplicity simplicity_exact",
     "metrics": "Matching Ownership Scrubbing cosines description_length match_use match_weights ml2r mmcs output_error "
     "ownership relative_faithfulness responsible scrubbing",

@@ -21,6 +21,8 @@ own; since the target's own product is worked out beside it, it costs about two 
     shapley               n_samples (C - 1) + 2 forward, or 2^C for all coalitions
     path_shapley          as gradient, n_samples times; the components are met only once
     activation            1 forward
+
+`inner_activation` is none of the six: it is signed, and says nothing of outputs. Learned importances look at it.
 """
 
 from importlib import import_module
@@ -30,7 +32,7 @@ from .gradients import MODES, Attribution, gradient
 
 if TYPE_CHECKING:
     from .ablations import ablation
-    from .activations import activation
+    from .activations import activation, inner_activation
     from .integrated import METHODS, integrated_gradients
     from .shapley_values import path_shapley, shapley
 
@@ -41,6 +43,7 @@ __all__ = [
     "ablation",
     "activation",
     "gradient",
+    "inner_activation",
     "integrated_gradients",
     "path_shapley",
     "shapley",
@@ -51,6 +54,7 @@ _LATER = {
     "METHODS": "integrated",
     "ablation": "ablations",
     "activation": "activations",
+    "inner_activation": "activations",
     "integrated_gradients": "integrated",
     "path_shapley": "shapley_values",
     "shapley": "shapley_values",

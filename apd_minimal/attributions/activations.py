@@ -1,4 +1,8 @@
-"""Activation: how much every component adds to the layers that it is in, whatever the outputs make of it."""
+"""Activation: how much every component adds to the layers that it is in, whatever the outputs make of it.
+
+And the signed inner activation of components of rank one, which is no measure of what a component matters, but what
+learned importances look at (`importance`).
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..components import Components
-from ..network import Network
+from ..network import Network, as_network
 from ..sites import Use
 from .arguments import checked
 from .capture import by_sample
@@ -55,3 +59,43 @@ def activation(
         return (torch.stack(squares).sum(0).sqrt(),)
 
     return game.over_samples(scores, x)[0]
+
+
+@checked
+def inner_activation(target: nn.Module | Network, components: Components, x: Tensor) -> Tensor:
+    """Work out the signed inner activation x_l A_c of every component of rank one.
+
+    The input x_l is the target's, where the component's weight is used first; a second use, such as that of a tied
+    decoder, does not count. Over several weights the activations are summed, which is meant for components that are
+    confined to one weight each (`per_weight`): there all other terms are zero.
+
+    Args:
+        target: the network, plain or wrapped.
+        components: C components of rank one, with or without restarts.
+        x: inputs [B, ...].
+
+    Returns:
+        Tensor: [B, C], or [B, *positions, C] where the weights' inputs have positions; with a leading axis of restarts
+        if the components have one. Detached.
+
+    Raises:
+        ValueError: components of a higher rank, or weights whose inputs have different positions.
+    """
+    if any(a.shape[-1] > 1 for a in components.A.values()):
+        ranks = {path: a.shape[-1] for path, a in components.A.items()}
+        raise ValueError(
+            f"inner activations are of components of rank one: rank=1 for decompose; got factors of {ranks}"
+        )
+    record: list[Use] = []
+    found: dict[str, Tensor] = {}
+    with torch.no_grad():
+        as_network(target, components)(x, record=record)
+        for use in record:
+            if use.site.path not in found:
+                first = use.site.factors(components)[0][..., 0]  # [(R,) C, d]
+                found[use.site.path] = torch.einsum("b...d,rcd->rb...c", use.rows, first.reshape(-1, *first.shape[-2:]))
+        shapes = {path: list(inner.shape[1:-1]) for path, inner in found.items()}
+        if len({tuple(shape) for shape in shapes.values()}) > 1:
+            raise ValueError(f"the weights' inputs have different positions, [B, *positions]: {shapes}")
+        summed = torch.stack(list(found.values())).sum(0)
+    return summed if components.restarts is not None else summed[0]

@@ -277,9 +277,10 @@ class Shared(Local):
         return self.data.sum(values) / self.data.size
 
     def losses(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Sum simplicity over components, and average everything over samples."""
-        if "simplicity" in losses:
-            losses["simplicity"] = self.ranks.sum(losses["simplicity"])
+        """Sum simplicity and the selection's penalty over components, and average everything over samples."""
+        for name in ("simplicity", "penalty"):
+            if name in losses:
+                losses[name] = self.ranks.sum(losses[name])
         return dict(zip(losses, self.mean(torch.stack(list(losses.values()))), strict=True))
 
     def reduce(self, parameters: list[Tensor]) -> None:

@@ -1,0 +1,256 @@
+"""Create data/spd.*: stochastic parameter decomposition (bushnaq2025) of the targets of chapter 7 and of an OR.
+
+python -m experiments.spd [--only tms-5-2 | tms-40-10 | or] [--processes N]     (about 25 minutes on one core)
+
+The targets are those of experiments/tms.py. "tied" takes them as they are, with one matrix that is used twice; "untied"
+gives the decoder a matrix of its own, with components of its own, as published. Settings were chosen on target seed
+100, which is not reported. "short" has about the processor time of the recipe of chapter 7, "long" seven times as many
+steps; a third and three times the coefficient, the smooth penalty and rotated inputs are run in between. "published"
+has the steps, batch, learning rate and coefficient of the published configuration, on one target.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import apd_minimal as apd
+from apd_minimal.attributions import Attribution, inner_activation
+from apd_minimal.config import Schedule
+from apd_minimal.importance import Importance
+from apd_minimal.losses import minimality
+from experiments.experiment import Row, Rows, Study, Tensors, factors, ownership_lists, prefix, taken_apart
+from experiments.tms import stored_target
+
+Job = tuple[str, str, str, int]  # target, tied or untied, setting, seed
+STEPS = {
+    "tms-5-2": {"short": 1200, "middle": 3000, "long": 8000, "published": 10_000},
+    "tms-40-10": {"short": 2500, "long": 10_000},
+}
+COEFFICIENT = {"tms-5-2": 1e-3, "tms-40-10": 3e-4}
+FACTOR = {"a third": 1 / 3, "three times": 3.0}
+
+
+class Untied(nn.Module):
+    """The function of a TMS with a decoder of its own: relu((x Q) W D Q^T + b), D = W^T."""
+
+    def __init__(self, tms: apd.targets.TMS) -> None:
+        super().__init__()
+        self.encode, self.decode = (nn.Linear(n, d, bias=False) for n, d in _sizes(tms))
+        with torch.no_grad():
+            self.encode.weight.copy_(tms.encode.weight)
+            self.decode.weight.copy_(tms.encode.weight.T)
+        self.bias, self.rotation = nn.Parameter(tms.bias.detach().clone()), tms.rotation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Reconstruct x [..., n_features]."""
+        Q = self.rotation
+        out: Tensor = self.decode(self.encode(x if Q is None else x @ Q))
+        return torch.relu((out if Q is None else out @ Q.T) + self.bias)
+
+
+def _sizes(tms: apd.targets.TMS) -> tuple[tuple[int, int], tuple[int, int]]:
+    return (tms.n_features, tms.d_hidden), (tms.d_hidden, tms.n_features)
+
+
+def after_warm_up(value: float, steps: int) -> Schedule:
+    """Give a schedule of 0 for 200 steps, in which only faithfulness is trained, and then of this value."""
+    start = min(0.1, 200 / steps)
+    return ((0.0, 0.0), (start, 0.0), (start + 1e-6, value))
+
+
+def recipe(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the settings of `decompose`, and those of `Importance`."""
+    name, kind, setting, seed = job
+    small = name == "tms-5-2"
+    steps = STEPS[name].get(setting) or STEPS[name]["middle"]
+    importance: dict[str, Any] = {"coefficient": COEFFICIENT[name] * FACTOR.get(setting, 1.0), "p": 1.0}
+    if setting == "published":
+        importance["coefficient"] = 3e-3
+    if setting == "smooth":
+        importance = {"coefficient": COEFFICIENT[name], "gamma": ((0.0, 1.0), (1.0, 0.01))}
+    C = 20 if small else 60
+    settings = {
+        "n_components": C if kind == "tied" else 2 * C,
+        "rank": 1,
+        "per_weight": None if kind == "tied" else (C, C),
+        "steps": steps,
+        "lr": 1e-3 if setting == "published" else 1e-2,
+        "warmup": 0.0,
+        "init_std": 0.3,
+        "faithfulness": 1.0,
+        "minimality": 0.0,
+        "simplicity": 0.0,
+        "scrub": after_warm_up(1.0, steps),
+        "tidy_every": 0.0,
+        "reseed_until": 0.0,
+        "restarts": 2 if small and setting != "published" else 1,
+        "seed": seed,
+    }
+    return settings, importance | {"coefficient": after_warm_up(importance["coefficient"], steps)}
+
+
+def settings_of(job: Job) -> Row:
+    """Return a run's settings, as they are stored."""
+    settings, importance = recipe(job)
+    config = asdict(apd.Config.from_dict(settings | {"top_k": settings["n_components"]}))
+    return config | {"batch_size": batch_size(job), "importance": importance}
+
+
+def batch_size(job: Job) -> int:
+    """Return the number of samples in a batch, empty ones included."""
+    if job[2] == "published":
+        return 4096
+    return 1024 if job[0] == "tms-5-2" else 512
+
+
+def target_of(name: str, kind: str, seed: int, rotated: bool = False) -> tuple[apd.targets.TMS, nn.Module, list[str]]:
+    """Return a stored target, the network that is decomposed, and its weights."""
+    tms = stored_target(name, seed)
+    if rotated:
+        tms = apd.targets.TMS(tms.n_features, tms.d_hidden)
+        tms.load_state_dict(stored_target(name, seed).state_dict())
+        tms.rotate(seed=seed)
+    if kind == "tied":
+        return tms, tms, tms.weights
+    return tms, Untied(tms), ["encode.weight", "decode.weight"]
+
+
+def encoder(components: apd.Components, C: int) -> apd.Components:
+    """Keep the first C components, those of the encoder, and of these the encoder's factors."""
+    path = "encode.weight"
+    return apd.Components({path: components.A[path][:C]}, {path: components.B[path][:C]})
+
+
+def run(job: Job) -> tuple[list[Row], Tensors]:
+    """Decompose one target, and measure."""
+    name, kind, setting, seed = job
+    tms, network, weights = target_of(name, kind, seed, setting.endswith("rotated"))
+    settings, importance = recipe(job)
+    selection = Importance(**importance)
+    result, seconds = taken_apart(
+        network,
+        settings | {"batches": tms.data(batch_size(job)), "weights": weights, "selection": selection},
+        attribution=inner_activation,
+    )
+    C, truth, every = len(selection.parameters()[0][0]), tms.mechanisms(), result.restarts
+    assert every is not None
+    C = C if kind == "tied" else C // 2
+    own = apd.metrics.ownership(encoder(result.components, C), truth)
+    x = tms.data(8192)(0, torch.Generator().manual_seed(10_000 + seed))
+    with torch.no_grad():
+        gates = result.final_selection.gates(inner_activation(network, result.components, x))
+        wrapped = apd.Network(network, weights)
+        wanted, coin = wrapped(x), torch.rand(gates.shape, generator=torch.Generator().manual_seed(seed))
+        masks = {"sparse": gates, "rounded": (gates > 0.1).float(), "drawn": gates + (1 - gates) * coin}
+        masks["scrubbed"] = torch.maximum(masks["rounded"], (coin < 0.5).float())
+        errors = {f"{k}_error": float(minimality(wrapped(x, result.components, m), wanted)) for k, m in masks.items()}
+    on = (gates > 0.1)[(x > 0).any(1)].float()
+    facts = {
+        "seconds": seconds,
+        **ownership_lists(own),
+        "mmcs": apd.metrics.mmcs(encoder(result.components, C), truth).item(),
+        "ml2r": apd.metrics.ml2r(encoder(result.components, C), truth).item(),
+        "faithfulness": result.history["faithfulness"][-1][result.chosen],
+        **errors,
+        "active": [float(part.sum(1).mean()) for part in on.split(C, dim=1)],
+        "used": [int((part.mean(0) > 0.001).sum()) for part in on.split(C, dim=1)],
+        "scores": result.scores,
+        "restarts_owned": [
+            int(apd.metrics.ownership(encoder(every.restart(r), C), truth).owned.sum())
+            for r in range(len(result.scores))
+        ],
+    }
+    learned = {f"{prefix(job)}importance.{i}": p.detach()[result.chosen] for i, p in enumerate(selection.parameters())}
+    return [facts], factors(result.components, prefix(job)) | {k: t.contiguous() for k, t in learned.items()}
+
+
+def jobs() -> list[Job]:
+    """List every run on TMS."""
+    small, large = STEPS
+    seeds = range(10, 20)
+    listed: list[Job] = [(small, kind, "short", seed) for kind in ("tied", "untied") for seed in seeds]
+    listed += [(small, "untied", "long", seed) for seed in seeds[:5]]
+    listed += [(small, "tied", "long", seed) for seed in seeds[:3]]
+    listed += [(small, "untied", s, seed) for s in ("a third", "middle", "three times", "smooth") for seed in seeds[:3]]
+    listed += [(small, "untied", "middle rotated", seed) for seed in seeds[:3]]
+    listed.append((small, "untied", "published", 10))
+    return [*listed, *[(large, "untied", "short", seed) for seed in range(20, 23)], (large, "untied", "long", 20)]
+
+
+class Either(nn.Module):
+    """A or B, and C apart: x [B, n] -> [B, 2], the first output min(1, h_0 + h_1), the second h_2, h = relu(W x).
+
+    With two readers of one input, h_0 and h_1 both read A, and each alone would do.
+    """
+
+    def __init__(self, readers: int = 1) -> None:
+        super().__init__()
+        matrix = torch.eye(3) if readers == 1 else torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+        self.read = nn.Linear(matrix.shape[1], 3, bias=False)
+        with torch.no_grad():
+            self.read.weight.copy_(matrix)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute [..., 2] from x [..., n]."""
+        h = torch.relu(self.read(x))
+        both = h[..., 0] + h[..., 1]
+        return torch.stack([both - torch.relu(both - 1), h[..., 2]], -1)
+
+
+def either_settings(job: tuple[str, int, str, int]) -> Row:
+    """Return the settings of a run on `Either`: by APD's top k at the mean number of inputs that are on, or by SPD."""
+    _, readers, method, seed = job
+    common = {"n_components": 6, "rank": 1, "steps": 1500, "restarts": 4, "seed": seed}
+    if method == "top k":
+        return common | {"top_k": 0.3 * (4 - readers), "simplicity": ((0.0, 1.0), (0.7, 0.0))}
+    spd = {"minimality": 0.0, "simplicity": 0.0, "tidy_every": 0.0, "warmup": 0.0, "init_std": 0.5}
+    return common | spd | {"scrub": after_warm_up(1.0, 1500), "coefficient": after_warm_up(1e-2, 1500), "p": 1.0}
+
+
+def run_either(job: tuple[str, int, str, int]) -> tuple[list[Row], Tensors]:
+    """Decompose `Either`, and say who is active on each of its inputs."""
+    _, readers, method, _ = job
+    settings = either_settings(job)
+    target, n = Either(readers), 4 - readers
+    data = apd.data.SparseFeatures(n, 0.3, 1.0, 1.0, batch_size=128)
+    learned = method != "top k"
+    attribution: Attribution = inner_activation if learned else apd.attributions.gradient
+    if learned:
+        settings = settings | {"selection": Importance(settings.pop("coefficient"), p=settings.pop("p"))}
+    given = {"batches": data, "weights": ["read.weight"], "attribution": inner_activation if learned else None}
+    result, seconds = taken_apart(target, settings | given)
+    x = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * n)  # all inputs
+    network = apd.Network(target, ["read.weight"])
+    scores = attribution(network, result.components, x)
+    gates = result.final_selection.gates(scores) if learned else result.final_selection.active(scores).float()
+    with torch.no_grad():
+        errors = (network(x, result.components, gates) - network(x)).abs()
+    facts = {"seconds": seconds, "inputs": x.tolist(), "gates": gates.tolist(), "errors": errors.tolist()}
+    return [facts | {"scores": result.scores}], factors(result.components, prefix(job))
+
+
+def either_jobs() -> list[tuple[str, int, str, int]]:
+    """List every run on `Either`; settings were tried on seed 100."""
+    return [("or", readers, method, s) for readers in (1, 2) for method in ("top k", "importance") for s in range(3)]
+
+
+EITHER = Rows(
+    fields=("target", "readers", "method", "seed"),
+    jobs=lambda rows: either_jobs(),
+    run=run_either,
+    settings=either_settings,
+)
+RUNS = Rows(
+    fields=("target", "kind", "setting", "seed"),
+    jobs=lambda rows: jobs(),
+    run=run,
+    settings=settings_of,
+)
+STUDY = Study("spd", {"runs": RUNS, "either": EITHER}, about=lambda processes: {"processes": processes})
+
+if __name__ == "__main__":
+    STUDY.main(__doc__)

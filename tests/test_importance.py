@@ -1,0 +1,283 @@
+"""Learned importances (bushnaq2025), a selection's own penalty, and the inner activations that importances look at."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runs
+import torch
+from oracles import case
+from test_learned_selection import Learned
+from torch import Tensor, nn
+
+import apd_minimal as apd
+from apd_minimal.importance import Importance, leaky_clamp
+from apd_minimal.selection import Selection
+
+SETTINGS: dict[str, Any] = {
+    "top_k": None, "steps": 24, "rank": 1, "attribution": apd.attributions.inner_activation, "scrub": 1.0,
+    "minimality": 0.0, "simplicity": 0.0, "tidy_every": 0.0,
+}  # fmt: skip
+
+
+class Penalised(Learned):
+    """A learned threshold with a loss of its own: the mean square of its gates, summed over components."""
+
+    def penalty(self, gates: Tensor, t: float) -> Tensor:
+        return 0.3 * gates.square().sum(-1).flatten(1).mean(1)
+
+
+def factors(result: apd.Decomposition) -> list[Tensor]:
+    assert result.restarts is not None
+    return result.restarts.parameters()
+
+
+def penalised(selection: Selection, **changes: Any) -> apd.Decomposition:
+    return runs.decompose(selection=selection, **{"top_k": None, "steps": 24, "scrub": 0.5, **changes})
+
+
+# A selection's own penalty.
+
+
+def test_the_penalty_is_one_of_the_step_s_losses() -> None:
+    """The first step's gradient with respect to the gates, against the losses written out."""
+    seen: list[Tensor] = []
+
+    class Noted(Penalised):
+        def choose(self, scores: Tensor, t: float, share: float = 1.0) -> Tensor:
+            gates = super().choose(scores, t, share)
+            if gates.requires_grad:
+                gates.register_hook(lambda g: seen.append(g.clone()))
+            return gates
+
+    def half_empty(step: int, generator: torch.Generator) -> Tensor:
+        x = runs.batches(step, generator)
+        return torch.cat([x, torch.zeros_like(x)])
+
+    result = runs.decompose(
+        half_empty, selection=Noted(), top_k=None, steps=1, scrub=0.0, simplicity=0.0, tidy_every=0.0, minimality=2.0
+    )
+    target, config = runs.tms(), apd.Config(n_components=6, top_k=6.0, restarts=2)
+    generator, network = torch.Generator().manual_seed(config.seed), apd.Network(target, ["encode.weight"])
+    components = apd.Components.random(network.shapes, 6, None, 2, config.init_std, generator)
+    x = half_empty(0, generator)[:64]  # on the others nothing is active
+    gates = torch.sigmoid(20 * (apd.attributions.gradient(network, components, x) - 0.05)).requires_grad_()
+    error = apd.losses.minimality(network(x, components, gates), network(x))
+    own = 0.3 * gates.square().sum(-1).mean(1)
+    (expected,) = torch.autograd.grad((2 * error + own).sum() / 2, gates)
+    torch.testing.assert_close(seen[0], expected, rtol=1e-3, atol=1e-8)
+    assert result.history["penalty"][0] == pytest.approx((own / 2).tolist())
+
+
+@pytest.mark.parametrize("micro_batch", [7, 64])
+def test_the_penalty_in_pieces(micro_batch: int) -> None:
+    whole, pieces = Penalised(), Penalised()
+    a, b = penalised(whole), penalised(pieces, micro_batch=micro_batch)
+    torch.testing.assert_close(whole.cut, pieces.cut, rtol=1e-3, atol=1e-5)
+    assert a.history["penalty"][-1] == pytest.approx(b.history["penalty"][-1], rel=1e-3)
+
+
+def test_a_killed_run_with_importances_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    class Killed(Exception):
+        pass
+
+    def kill(step: int, losses: dict[str, list[float]], components: apd.Components) -> None:
+        if step == 14:
+            raise Killed
+
+    given: dict[str, Any] = {"checkpoint": tmp_path / "run.safetensors", "checkpoint_every": 5}
+    whole, again = Importance(0.1, p=1.0), Importance(0.1, p=1.0)
+    expected = runs.decompose(selection=whole, **SETTINGS)
+    with pytest.raises(Killed):
+        runs.decompose(selection=Importance(0.1, p=1.0), callback=kill, **SETTINGS, **given)
+    result = runs.decompose(selection=again, **SETTINGS, **given)
+    pairs = zip(factors(expected) + whole.parameters(), factors(result) + again.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert expected.history == result.history
+
+
+def test_a_penalty_that_is_not_finite_is_named() -> None:
+    class Broken(Penalised):
+        def penalty(self, gates: Tensor, t: float) -> Tensor:
+            return super().penalty(gates, t) * (float("nan") if t > 0.4 else 1.0)
+
+    with pytest.raises(apd.NonFiniteLoss, match="step 10: the penalty loss is"):
+        penalised(Broken())
+
+
+def test_a_penalty_of_another_shape_is_refused() -> None:
+    class Summed(Penalised):
+        def penalty(self, gates: Tensor, t: float) -> Tensor:
+            return super().penalty(gates, t).sum()
+
+    with pytest.raises(ValueError, match=r"Summed\.penalty must be of shape \[2\], got"):
+        penalised(Summed())
+
+
+def test_without_a_penalty_there_is_none() -> None:
+    assert "penalty" not in penalised(Learned()).history
+    assert "penalty" not in runs.decompose(steps=2).history
+
+
+# The importances.
+
+
+def test_the_clamp_leaks_towards_the_inside_alone() -> None:
+    values = torch.tensor([-2.0, -0.5, 0.0, 0.3, 0.9, 1.0, 1.2, 5.0], requires_grad=True)
+    for sign in (1.0, -1.0):
+        (gradient,) = torch.autograd.grad((sign * 3 * leaky_clamp(values, 0.01)).sum(), values)
+        expected = [
+            3 * sign if 0 < v < 1 else 0.03 * sign if (v <= 0 and sign < 0) or (v >= 1 and sign > 0) else 0.0
+            for v in values.tolist()
+        ]
+        torch.testing.assert_close(gradient, torch.tensor(expected))
+    assert torch.equal(leaky_clamp(values), values.clamp(0, 1))
+
+
+@pytest.mark.parametrize("shape", [(2, 7, 3), (1, 4, 5, 3)])
+def test_importances_are_those_of_each_component_s_own_network(shape: tuple[int, ...]) -> None:
+    selection, generator = Importance(1.0, p=1.0, hidden=4), torch.Generator().manual_seed(1)
+    selection.start(shape[0], 3, torch.zeros((), dtype=torch.float64))
+    for p in selection.parameters():
+        p.data += 0.3 * torch.randn(p.shape, generator=generator)  # biases, too
+    scores = torch.randn(shape, generator=generator, dtype=torch.float64)
+    gates = selection.choose(scores, 0.5)
+    first, bias, second, last = selection.parameters()
+    for r in range(shape[0]):
+        for c in range(3):
+            network = nn.Sequential(nn.Linear(1, 4), nn.GELU(), nn.Linear(4, 1)).double()
+            state = [first[r, c, :, None], bias[r, c], second[r, c, None], last[r, c, None]]
+            for p, value in zip(network.parameters(), state, strict=True):
+                p.data.copy_(value)
+            expected = network(scores[r, ..., c, None])[..., 0].clamp(0, 1)
+            torch.testing.assert_close(gates[r, ..., c], expected)
+    assert torch.equal(selection.active(scores, None), gates > 0.1)
+    assert 0 < selection.active(scores, None).float().mean() < 1
+
+
+def test_gates_are_drawn_between_the_importance_and_one() -> None:
+    selection = Importance(1.0, p=1.0)
+    gates, noise = torch.tensor([0.0, 0.25, 1.0]), torch.tensor([0.0, 0.5, 1.0 - 2**-20])
+    drawn = selection.draw(gates[:, None], noise[None])
+    torch.testing.assert_close(drawn, torch.lerp(gates[:, None].expand(3, 3), torch.ones(3, 3), noise.expand(3, 3)))
+    assert torch.equal(drawn[2], torch.ones(3))
+
+
+@pytest.mark.parametrize("positions", [False, True])
+def test_the_penalty_counts_importances(positions: bool) -> None:
+    gates = torch.rand(2, 5, *([4] if positions else []), 3, generator=torch.Generator().manual_seed(0))
+    t, halfway = 0.25, ((0.0, 2.0), (1.0, 0.4))
+    power, smooth = Importance(0.7, p=halfway), Importance(((0.0, 0.0), (1.0, 1.0)), gamma=((0.0, 1.0), (1.0, 0.01)))
+    pairs = gates.numel() // 2 // 3
+    for r in range(2):
+        every = gates[r].flatten().tolist()
+        assert float(power.penalty(gates, t)[r]) == pytest.approx(0.7 * sum(g**1.6 for g in every) / pairs, rel=1e-5)
+        gamma = 0.75 + 0.0025
+        counted = sum(g**2 / (g**2 + gamma**2) for g in every) / pairs
+        assert float(smooth.penalty(gates, t)[r]) == pytest.approx(0.25 * counted, rel=1e-5)
+
+
+def test_forgetting_gives_a_component_its_first_network() -> None:
+    selection = Importance(1.0, p=1.0)
+    selection.start(2, 3, torch.zeros(()))
+    before = [p.detach().clone() for p in selection.parameters()]
+    for p in selection.parameters():
+        p.data += 1
+    changed = torch.zeros(2, 3, dtype=torch.bool)
+    changed[1, 2] = True
+    selection.forget(changed)
+    for p, first in zip(selection.parameters(), before, strict=True):
+        assert torch.equal(p[1, 2], first[1, 2])
+        assert torch.equal(p[~changed], first[~changed] + 1)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "give p or gamma, got p=None and gamma=None"),
+        ({"p": 1.0, "gamma": 1.0}, r"give p or gamma, got p=1\.0 and gamma=1\.0"),
+        ({"p": 0.0}, "p must be .*above 0.*got 0"),
+        ({"gamma": ((0.0, 1.0), (1.0, 0.0))}, "gamma must be .*above 0.*got 0"),
+        ({"p": 1.0, "coefficient": -1}, "coefficient must be .*at least 0.*got -1"),
+        ({"p": 1.0, "hidden": 0}, "hidden must be .*got 0"),
+        ({"p": 1.0, "alive": 1.0}, r"alive must be .*got 1\.0"),
+        ({"p": ((0.5, 1.0), (0.0, 2.0))}, "progress in p must increase"),
+    ],
+)
+def test_settings_that_do_not_fit(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Importance(**{"coefficient": 1.0, **given})
+
+
+def test_three_numbers_are_taken_apart() -> None:
+    """A linear network of three separate numbers, with spare components and no k."""
+    target = nn.Linear(3, 3, bias=False)
+    with torch.no_grad():
+        target.weight.copy_(torch.diag(torch.tensor([1.0, -1.5, 2.0])))
+    source = apd.data.SparseFeatures(3, 0.2, low=-1.0, batch_size=64, nonempty=True)
+    warm = ((0.0, 0.0), (0.1, 0.0), (0.101, 1.0))
+    given = SETTINGS | {"steps": 800, "lr": 2e-2, "warmup": 0.0, "init_std": 0.5, "scrub": warm, "restarts": 4}
+    selection = Importance(((0.0, 0.0), (0.1, 0.0), (0.101, 1e-2)), p=1.0)
+    result = apd.decompose(target, source, ["weight"], 5, selection=selection, progress=False, **given | {"seed": 4})
+    truth = {"weight": torch.diag_embed(torch.diag(target.weight.detach().T).diag())}
+    assert apd.metrics.ownership(result.components, truth).complete
+    x = source(0, torch.Generator().manual_seed(9))
+    on = result.active(target, x, attribution=apd.attributions.inner_activation)
+    assert on.sum(1).float().mean() < 1.5 * (x != 0).sum(1).float().mean()
+
+
+# Inner activations.
+
+
+@pytest.mark.parametrize("restarts", [None, 2])
+def test_inner_activation_is_the_input_times_a(restarts: int | None) -> None:
+    target, x = runs.tms(), runs.batches(0, torch.Generator().manual_seed(0))
+    components = apd.Components.random({"encode.weight": (5, 2)}, 4, 1, restarts, 0.5, torch.Generator())
+    scores = apd.attributions.inner_activation(target, components, x)
+    stacked = components.stacked().A["encode.weight"]
+    for r, own in enumerate(scores if restarts else scores[None]):
+        for c in range(4):
+            torch.testing.assert_close(own[:, c], x @ stacked[r, c, :, 0])
+    assert not scores.requires_grad
+
+
+def test_inner_activation_of_several_weights_and_positions() -> None:
+    one = case("sequence")
+    x = one.inputs(3, torch.Generator().manual_seed(0))
+    network = apd.Network(one.target, list(one.stored))
+    components = apd.Components.random(network.shapes, 4, 1, None, 0.5, torch.Generator()).map(lambda t: t.to(x.dtype))
+    uses: list[Any] = []
+    network(x, record=uses)
+    expected = {}
+    for use in uses:
+        factor = (components.B if use.site.transposed else components.A)[use.site.path]
+        own = factor[:, 0, :] if use.site.transposed else factor[..., 0]
+        expected.setdefault(use.site.path, torch.stack([use.rows @ a for a in own], -1))
+    scores = apd.attributions.inner_activation(network, components, x)
+    torch.testing.assert_close(scores, sum(expected.values()))
+    assert scores.shape == (3, *uses[0].rows.shape[1:-1], 4)
+
+
+def test_inner_activation_is_of_rank_one() -> None:
+    components = apd.Components.random({"encode.weight": (5, 2)}, 4, 2)
+    with pytest.raises(
+        ValueError, match=r"components of rank one: rank=1 for decompose; got factors of \{'encode.weight': 2\}"
+    ):
+        apd.attributions.inner_activation(runs.tms(), components, torch.ones(2, 5))
+
+
+def test_inner_activation_wants_the_same_positions() -> None:
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.each, self.all = nn.Linear(3, 3), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.all(self.each(x).mean(1))
+            return out
+
+    components = apd.Components.random({"each.weight": (3, 3), "all.weight": (3, 2)}, 4, 1)
+    with pytest.raises(ValueError, match=r"different positions, .*\[4, 5\], 'all.weight': \[4\]"):
+        apd.attributions.inner_activation(Pooled(), components, torch.ones(4, 5, 3))
