@@ -20,7 +20,7 @@ from .network import Network
 if TYPE_CHECKING:
     from . import attributions, data, store, targets
     from .book import artefacts, frames, glue
-    from .study import diagnose, metrics, plots
+    from .study import diagnose, leakage, metrics, plots
 
 __all__ = [
     "Components",
@@ -35,6 +35,7 @@ __all__ = [
     "diagnose",
     "frames",
     "glue",
+    "leakage",
     "losses",
     "metrics",
     "plots",
@@ -54,6 +55,7 @@ _LATER = {
     "diagnose": "study.diagnose",
     "frames": "book.frames",
     "glue": "book.glue",
+    "leakage": "study.leakage",
     "metrics": "study.metrics",
     "plots": "study.plots",
     "store": "store",
