@@ -110,9 +110,18 @@ class _Case:
 
     def nearer(self, outputs: Tensor) -> float:
         divergence = kl if self.classes else mse
-        own, its = (divergence(outputs, self.wanted[rows]) for rows in (self.own, self.partner))
-        alike = torch.isclose(its, own, rtol=1e-4, atol=1e-9)  # such as of outputs that are zero
-        return float(torch.where(alike, 0.5, (its < own).to(its)).mean())
+        return nearer(*(divergence(outputs, self.wanted[rows]) for rows in (self.own, self.partner)))
+
+
+def nearer(own: Tensor, its: Tensor) -> float:
+    """Give the share of pairs whose outputs are nearer to the other's than to the own; where both are alike, one half.
+
+    Args:
+        own: distance from the own output [n].
+        its: distance from the other's output [n].
+    """
+    alike = torch.isclose(its, own, rtol=1e-4, atol=1e-9)  # such as of outputs that are zero
+    return float(torch.where(alike, 0.5, (its < own).to(its)).mean())
 
 
 Run = Callable[[Network, Tensor, Tensor], Tensor]  # (network, x, gates) -> outputs
