@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import apd_minimal as apd
-from apd_minimal.study.leakage import Leakage, dealt, information, leakage
+from apd_minimal.study.leakage import Leakage, _only_ordered, dealt, information, leakage
 
 K = 6
 
@@ -222,6 +222,24 @@ def test_dealing_components_of_rank_one_gives_them_another_order_and_turning_oth
     alike = (apd.metrics.cosines(dealt(whole, 1), whole) > 1 - 1e-5).sum(1)
     assert torch.equal(alike, torch.ones(6, dtype=torch.long))
     assert apd.metrics.cosines(dealt(whole, 1, turned=True), whole).abs().max() < 0.99
+
+
+def test_parts_are_turned_where_dealing_changes_nothing() -> None:
+    def parts(*ranks: tuple[int, int]) -> apd.Components:
+        """Components of these ranks in two weights."""
+        generator = torch.Generator().manual_seed(0)
+        whole = apd.Components.random({"one": (6, 7), "two": (7, 5)}, len(ranks), 3, std=1, generator=generator)
+        for c, pair in enumerate(ranks):
+            for path, rank in zip(whole.paths, pair, strict=True):
+                whole.A[path][c, :, rank:] = 0
+        return whole
+
+    for ranks in (((1, 0), (1, 0), (0, 1), (0, 1)), ((1, 0), (1, 0), (0, 3)), ((1, 0), (0, 0), (0, 1))):
+        assert _only_ordered(parts(*ranks)), ranks
+    for ranks in (((1, 1), (1, 1)), ((2, 0), (1, 0)), ((1, 0), (0, 2), (0, 1))):
+        assert not _only_ordered(parts(*ranks)), ranks
+        alike = [apd.metrics.cosines(dealt(parts(*ranks), seed), parts(*ranks)) > 0.99 for seed in range(5)]
+        assert not all(bool(found.any(1).all()) for found in alike), ranks  # some deal makes another component
 
 
 # Bits.

@@ -15,8 +15,8 @@ def dealt(components: Components, seed: int = 0, turned: bool = False, threshold
 
     A component's parts in a weight are its singular directions. In each weight, every component gets as many parts
     back as it had, as many of them large ones, and empty components stay empty: sums and, as a rule, effective ranks
-    are unchanged. Where all components have rank one in a single weight, this only puts them in another order: then
-    `turned` is the control. It replaces the parts a_i b_i of a weight by others with the same sum, sum_i a'_i b'_i
+    are unchanged. Where each component has rank one, and lies in one weight, this only puts them in another order:
+    then `turned` is the control. It replaces the parts a_i b_i of a weight by others with the same sum, sum_i a'_i b'_i
     with a'_i = sum_j Q_ji a_j and b'_i = sum_j Q_ji b_j, for a random orthogonal matrix Q.
 
     Args:

@@ -320,5 +320,10 @@ def _blanks(
 
 
 def _only_ordered(components: Components) -> bool:
-    """Tell whether dealing rank-one parts would only put the components in another order."""
-    return len(components.paths) == 1 and bool((components.ranks()[components.paths[0]] <= 1).all())
+    """Tell whether dealing rank-one parts would only put components in another order.
+
+    So it is if each lies in one weight, and is of rank one or the only one there.
+    """
+    ranks = torch.stack(list(components.ranks().values()))  # [weights, C]
+    alone = (ranks > 0).sum(1, keepdim=True) == 1
+    return bool(((ranks > 0).sum(0) <= 1).all() and ((ranks <= 1) | alone).all())
