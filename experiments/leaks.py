@@ -1,6 +1,6 @@
 """Create data/leakage.json: do the masks of the stored decompositions give answers away (chapter 27)?
 
-python -m experiments.leaks [--only tms-5-2 ...] [--processes N]     (about seven minutes of a core)
+python -m experiments.leaks [--only tms-5-2 ...] [--processes N]     (about ten minutes of a core)
 
 Nothing is trained: components and targets are those of the other studies, and their seeds too. The inputs are drawn
 from streams that no run has seen, and samples without any input on are left out.
@@ -23,7 +23,7 @@ from experiments import gated, larger, residual, tms, unknown
 from experiments.experiment import DATA, Row, Rows, Study, Tensors
 
 SAMPLES = 4096
-FEW = 2048  # where a run takes long
+FEW, FEWER = 2048, 1024  # where a run takes long
 SEED = 0  # of the pairs and of the deal
 Job = tuple[str, int]  # decompositions, seed
 
@@ -165,16 +165,20 @@ def transformer(kind: str, seed: int) -> Row:
         "letters of another": lambda x: torch.cat([x[:, :1], x[:, 1:].roll(1, 0)], dim=1),
     }
     network = apd.Network(target, recipe["weights"], output=last_position)
-    return tables(
-        {"found": apd.Components(A, B)},
-        network,
-        x,
-        recipe["top_k"],
-        outputs="classes",
-        blank=blank,
-        tasks=x[:, 0] - target.n_letters,
-        attribution=answer_shares,
-    )
+    components, k, tasks = apd.Components(A, B), recipe["top_k"], x[:, 0] - target.n_letters
+    how = {"outputs": "classes", "blank": blank}
+    done = tables({"found": components}, network, x, k, tasks=tasks, attribution=answer_shares, **how)
+    if kind == "answer":  # the same components, chosen by other attributions
+        x, tasks = x[:FEWER], tasks[:FEWER]
+        for name, attribution in (("all logits", all_logits), ("activation", apd.attributions.activation)):
+            done |= tables({name: components}, network, x, k, tasks=tasks, attribution=attribution, **how)
+    return done
+
+
+def all_logits(network: apd.Network, components: apd.Components, x: Tensor) -> Tensor:
+    """Compute gradient attributions to all logits, as shares of their sum on each sample: [B, C]."""
+    scores = apd.attributions.gradient(network, components, x, internal_batch_size=32)
+    return scores / scores.sum(-1, keepdim=True)
 
 
 KINDS: dict[str, tuple[range, Callable[[int], Row]]] = {}
