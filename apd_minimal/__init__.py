@@ -20,7 +20,7 @@ from .network import Network
 if TYPE_CHECKING:
     from . import attributions, data, importance, store, targets
     from .book import artefacts, frames, glue
-    from .study import diagnose, metrics, plots, rate, tune
+    from .study import diagnose, leakage, metrics, plots, rate, tune
 
 __all__ = [
     "Components",
@@ -36,6 +36,7 @@ __all__ = [
     "frames",
     "glue",
     "importance",
+    "leakage",
     "losses",
     "metrics",
     "plots",
@@ -58,6 +59,7 @@ _LATER = {
     "frames": "book.frames",
     "glue": "book.glue",
     "importance": "importance",
+    "leakage": "study.leakage",
     "metrics": "study.metrics",
     "plots": "study.plots",
     "rate": "study.rate",

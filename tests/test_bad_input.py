@@ -71,6 +71,7 @@ ELSEWHERE = {
     "NonFiniteLoss": "raised by the package",
     "Decomposition": "made by the package; its methods are tried here",
     "diagnose.Diagnosis": "made by the package",
+    **{f"leakage.{name}": "made by the package" for name in ("Information", "Leakage", "Leakage.__getitem__", "Score")},
     "metrics.Matching": "made by the package",
     "metrics.Ownership": "made by the package",
     "metrics.Scrubbing": "made by the package",
@@ -174,6 +175,7 @@ MATCH = {"components": components(), "truth": TRUTH}
 SLIDER = {"draw": draw, "values": [1, 2], "label": "k"}
 FRAMES = SLIDER | {"alt": str, "caption": "c"}
 PAIR = {"outputs": torch.rand(2, 4, 5), "target_outputs": torch.rand(4, 5)}
+LABELS = torch.arange(12) % 3
 TRAINED = {"seed": 0, "steps": 1, "batch_size": 4}
 VALID: dict[str, tuple[Any, dict[str, Any]]] = {  # name: (self or None, arguments)
     "Components": (None, {"A": components().A, "B": components().B}),
@@ -238,6 +240,9 @@ VALID: dict[str, tuple[Any, dict[str, Any]]] = {  # name: (self or None, argumen
     ),
     "importance.Importance": (None, {"coefficient": 0.1, "p": 1.0}),
     "importance.leaky_clamp": (None, {"value": torch.rand(4, 3)}),
+    "leakage.leakage": (None, ATTRIBUTION | {"top_k": 1.0}),
+    "leakage.dealt": (None, {"components": components()}),
+    "leakage.information": (None, {"mask": LABELS[:, None].float(), "label": LABELS}),
     "losses.faithfulness": (
         None,
         {"components": components(), "weights": {"encode.weight": torch.ones(5, 2)}},
@@ -704,6 +709,19 @@ OWN_KINDS: dict[str, dict[str, Strategy]] = {
     "rate.curve": ALONE | {"divergence": st.one_of(function(), st.just("hinge")), "points": number(2, whole=True)},
     "tune.Each": {"selections": st.one_of(but(list, tuple), NOTHING, but().map(lambda bad: [bad]))},
     "tune.tune": {"batches": batches()},
+    "leakage.leakage": ALONE
+    | {
+        "outputs": choice("values", "classes"),
+        "blank": st.one_of(but(), st.sampled_from([1, True, {"a": None}, X[:, :-1], lambda x: x[:1], lambda x: None])),
+        "tasks": st.one_of(but(), st.just(torch.zeros(4, dtype=torch.long))),  # its outputs are values
+        "control": bad_components(alone=True).filter(lambda c: c is not None),
+    },
+    "leakage.dealt": {"components": bad_components(alone=True, fit=False), "turned": flag()},
+    "leakage.information": {
+        "mask": tensor(torch.ones(12, 3), 1),
+        "label": tensor(LABELS, finite=False),
+        "given": tensor(LABELS, finite=False).filter(lambda t: t is not None),
+    },
     "losses.faithfulness": {"components": bad_components(finite=False)},
     "losses.hidden": {
         name: st.one_of(but(list, tuple), NOTHING, st.just([]), but(Tensor).map(lambda bad: [bad]))

@@ -175,6 +175,32 @@ def test_the_whole() -> None:
     assert loose.suspects == {"not independent": []}
 
 
+def test_a_mask_that_is_the_answer() -> None:
+    """Two outputs that depend on one input, and components that write one of them each, whatever it is."""
+    target = torch.nn.Linear(2, 2, bias=False)
+    target.weight.data = torch.tensor([[4.0, 0], [-4.0, 0]])
+    x = torch.cat([torch.tensor([[1.0], [-1.0]]).repeat(100, 1), torch.ones(200, 1)], dim=1)
+    P = torch.zeros(2, 2, 2)
+    P[0, 1], P[1, 1] = target.weight.data[:, 0], -target.weight.data[:, 0]
+
+    def attribution(network: apd.Network, components: apd.Components, x: Tensor) -> Tensor:
+        return torch.stack([x[:, 0] > 0, x[:, 0] < 0], 1).float()
+
+    spelled = apd.Components.from_matrices({"weight": P})
+    found = diagnose(target, spelled, x, 1, attribution=attribution)
+    assert found.leak == 1 and "leaking" in found.suspects and found.sparse < 1e-6
+    assert "leaking" not in diagnose(target, spelled, x, 1, attribution=attribution, leak=1.1).suspects
+    # The same masks, where the input decides: all of the weight in both.
+    whole = apd.Components.from_matrices({"weight": target.weight.data.T.expand(2, 2, 2)})
+    assert diagnose(target, whole, x, 1, attribution=attribution).leak == 0
+    # Both are needed: with the mask of another nothing comes out, as far from the one as from the other.
+    x = torch.eye(2).repeat(100, 1)
+    halves = apd.Components.from_matrices({"weight": torch.diag_embed(torch.eye(2))})
+    target.weight.data = torch.eye(2)
+    assert diagnose(target, halves, x, 1).leak == 0.5
+    assert diagnose(target, halves, x[:1].repeat(9, 1), 1).leak == 0  # no other output, nothing to tell
+
+
 def test_other_divergences_outputs_and_wrapped_networks() -> None:
     components = apd.Components.from_matrices({PATH: Z})
     by_mse = diagnose(TARGET, components, X, K)
@@ -224,7 +250,7 @@ def test_a_few_samples_at_a_time_find_the_same(monkeypatch: pytest.MonkeyPatch, 
     assert parts.suspects == whole.suspects
     for name in ("share", "other_effects", "cosine", "overlap", "stray", "factor"):
         torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=1e-4, atol=1e-5)
-    for name in ("remainder", "sparse", "scrubbed", "anti_scrubbed"):
+    for name in ("remainder", "sparse", "scrubbed", "anti_scrubbed", "leak"):
         assert getattr(parts, name) == pytest.approx(getattr(whole, name), rel=1e-4)
 
 

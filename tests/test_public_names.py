@@ -9,11 +9,12 @@ import apd_minimal as apd
 
 NAMES = {
     "": "Components Config Decomposition Network NonFiniteLoss artefacts attributions data decompose diagnose frames "
-    "glue importance losses metrics plots rate rules selection store targets tune",
+    "glue importance leakage losses metrics plots rate rules selection store targets tune",
     "attributions": "ablation activation gradient inner_activation integrated_gradients path_shapley shapley",
     "data": "SparseFeatures",
     "diagnose": "Diagnosis diagnose",
     "importance": "Importance leaky_clamp",
+    "leakage": "Information Leakage Score dealt information leakage",
     "losses": "DIVERGENCES faithfulness hidden kl minimality mse simplicity simplicity_exact",
     "metrics": "Matching Ownership Scrubbing cosines description_length match_use match_weights ml2r mmcs output_error "
     "ownership relative_faithfulness responsible scrubbing",
@@ -64,6 +65,12 @@ def test_arguments() -> None:
         parameters(apd.diagnose.diagnose)
         == "target components x top_k divergence at seed attribution thresholds".split()
     )
+    assert (
+        parameters(apd.leakage.leakage)
+        == "target components x top_k outputs blank tasks at seed attribution control".split()
+    )
+    assert parameters(apd.leakage.dealt) == "components seed turned threshold".split()
+    assert parameters(apd.leakage.information) == "mask label given seed".split()
     assert parameters(apd.metrics.scrubbing) == "target components x top_k at seed attribution anti spared".split()
     assert parameters(apd.Decomposition.load) == ["folder", "target"]
     assert parameters(apd.targets.TMS) == "n_features d_hidden identity probability".split()

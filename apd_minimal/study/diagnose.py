@@ -21,6 +21,7 @@ from ..losses import Divergence, mse
 from ..network import Network, as_network
 from ..selection import FinalSelection, Selection, final_selection
 from ..tidy.merge import cosines
+from .leakage import SAME, nearer
 from .metrics import relative_faithfulness
 
 SIGNS = {
@@ -36,6 +37,7 @@ SIGNS = {
     "remainder": (0.01, "unfaithful: the remainder's squared length is at least this share of the weights'"),
     "sparse": (0.1, "not minimal: the error of the active components alone is at least this"),
     "scrubbed": (0.1, "not independent: random inactive components add at least this error"),
+    "leak": (0.75, "leaking: another's active components bring outputs nearer to the other's, at least so often"),
 }
 """Thresholds by which `diagnose` names suspects, and what each means. They were set on toy models (chapter 12)."""
 NUMBERS = 2**21  # of derivatives, and of what a layer's components are, that are worked on at a time
@@ -64,6 +66,9 @@ class Diagnosis:
         sparse: error of the active components alone.
         scrubbed: error with a random half of the inactive ones added.
         anti_scrubbed: error with half of the active ones removed as well.
+        leak: share of samples whose outputs with the active components of another, at random, are nearer to the
+            other's: 0 where the input decides, 1 where the mask does, one half where both are needed
+            (`study.leakage`, chapter 27); 0 if all outputs are the same.
         thresholds: by which suspects are named; the table prints them and what they mean.
     """
 
@@ -81,6 +86,7 @@ class Diagnosis:
     sparse: float
     scrubbed: float
     anti_scrubbed: float
+    leak: float
     thresholds: dict[str, float]
 
     @property
@@ -122,6 +128,7 @@ class Diagnosis:
             "unfaithful": self.remainder >= at["remainder"],
             "not minimal": self.sparse >= at["sparse"],
             "not independent": self.scrubbed - self.sparse >= at["scrubbed"],
+            "leaking": self.leak >= at["leak"],
         }
         return found | {symptom: [] for symptom, there in whole.items() if there}
 
@@ -139,6 +146,7 @@ class Diagnosis:
         lines.append(
             f"errors: sparse {self.sparse:.1e}, scrubbed {self.scrubbed:.1e}, anti-scrubbed {self.anti_scrubbed:.1e}"
         )
+        lines.append(f"another's active components: {self.leak:.2f} of the outputs nearer to the other's")
         whole = [symptom for symptom, members in self.suspects.items() if not members]
         lines.append("of the whole: " + (", ".join(whole) or "no suspect"))
         lines += ["thresholds:", *(f"{self.thresholds[sign]:6g}  {meaning}" for sign, (_, meaning) in SIGNS.items())]
@@ -238,9 +246,17 @@ def diagnose(
     sparse = errors(gates)
     generator = torch.Generator().manual_seed(seed)
     coin, half = ((torch.rand(gates.shape, generator=generator) < 0.5).to(gates) for _ in range(2))
+    # The inputs of some with the active components of others, among those whose outputs differ.
+    partner = torch.randperm(len(x), generator=generator).to(x.device)
+    rows = (divergence(wanted, wanted[partner]) > SAME * all_off).nonzero().flatten()
+    leak, partner = 0.0, partner[rows]
+    if len(rows):
+        exchanged = zip(x[rows].split(n), gates[partner].split(n), strict=True)
+        outputs = torch.cat([network(part, components, g) for part, g in exchanged])
+        leak = nearer(*(divergence(outputs, wanted[whose]) for whose in (rows, partner)))
     cosine, partner = _largest(cosines(components)[1])
     overlap, companion = _together(on)
-    stray, factor, other = length.new_zeros(C), length.new_ones(C), length.new_zeros(C)
+    stray, factor, mixed = length.new_zeros(C), length.new_ones(C), length.new_zeros(C)
     for c in length.nonzero().flatten().tolist():
         rows = ~on[:, c]
         if rows.any():
@@ -251,12 +267,12 @@ def diagnose(
         if rows.any():
             factor[c] = _best_factor(partial(mean_error, rows), gates[rows], c)
             s = torch.linalg.svdvals(signed[active == c]).square()
-            other[c] = 1 - s[0] / s.sum().clamp_min(1e-30)
+            mixed[c] = 1 - s[0] / s.sum().clamp_min(1e-30)
     return Diagnosis(
         length=length,
         share=on.sum(0) / on.any(1).sum().clamp_min(1),
         second_singular=_second_singular(components),
-        other_effects=other,
+        other_effects=mixed,
         cosine=cosine,
         partner=partner,
         overlap=overlap,
@@ -267,6 +283,7 @@ def diagnose(
         sparse=float(sparse.mean()) / all_off,
         scrubbed=float(errors(torch.maximum(gates, coin)).mean()) / all_off,
         anti_scrubbed=float(errors(gates * half + (1 - gates) * coin).mean()) / all_off,
+        leak=leak,
         thresholds={sign: value for sign, (value, _) in SIGNS.items()} | thresholds,
     )
 
