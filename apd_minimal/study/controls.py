@@ -1,4 +1,4 @@
-"""Decompositions that were not learned, or whose parts were dealt anew: what a measure gives these, it gives for nothing.
+"""Decompositions that were not learned, and parts dealt anew: what a measure gives to these, it gives for nothing.
 
 The first sum to the weights exactly, the last to what the components did.
 """

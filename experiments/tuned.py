@@ -1,0 +1,87 @@
+"""Create data/tuned.json: TMS of several sizes decomposed without a k, by one call with the same settings for all.
+
+python -m experiments.tuned [--only 5-2 7-3 ...] [--processes N]
+
+Chapter 25. `tune` chooses k by bits; everything else is the same at every size: three components for each feature, rank
+4, a simplicity loss from 20 to 0, the defaults otherwise. The settings and the search over k were made on target seeds
+90 to 94; the seeds here were fixed before, and run once. The truth is judged on the same inputs, and so are the whole
+network as one lump and its singular directions.
+"""
+
+from __future__ import annotations
+
+import torch
+
+import apd_minimal as apd
+from apd_minimal.study import rate, tune
+from experiments.experiment import Row, Rows, Study, Tensors
+
+SIZES = ("3-2", "5-2", "7-3", "10-4", "20-6")
+SEEDS = range(7300, 7305)
+PATH = "encode.weight"
+BATCH = 512
+Job = tuple[str, int]  # size, seed
+
+
+def settings_of(job: Job) -> Row:
+    """Give the settings: only C follows the size."""
+    n_features = int(job[0].split("-")[0])
+    return {
+        "n_components": 3 * n_features,
+        "rank": 4,
+        "steps": 1500,
+        "simplicity": ((0.0, 20.0), (0.7, 0.0)),
+        "seed": job[1],
+    }
+
+
+def known(target: apd.targets.TMS) -> dict[str, apd.Components]:
+    """Make the decompositions that need no training: the truth, one lump, singular directions."""
+    W = target.encode.weight.detach().T
+    U, S, V = torch.linalg.svd(W, full_matrices=False)
+    matrices = {
+        "truth": target.mechanisms()[PATH],
+        "one lump": W[None],
+        "singular directions": torch.einsum("ir,r,rj->rij", U, S, V),
+    }
+    return {name: apd.Components.from_matrices({PATH: m}, min(m.shape[1:])) for name, m in matrices.items()}
+
+
+def run(job: Job) -> tuple[list[Row], Tensors]:
+    """Train a target, decompose it without a k, and measure."""
+    size, seed = job
+    n, d = map(int, size.split("-"))
+    target = apd.targets.TMS(n, d).fit(seed=seed)
+    batches = target.data(BATCH)
+    found = tune.tune(
+        target, batches, target.weights, attribution=target.attributions, progress=False, **settings_of(job)
+    )
+    x = target.data(4096)(0, torch.Generator().manual_seed(20_000 + seed))
+    judge = rate.Judge(attribution=target.attributions)
+    network = apd.Network(target, target.weights)
+    own = target.ownership(found.best.components)
+    row = {
+        "owned": int(own.owned.sum()),
+        "least_cosine": float(own.cosine.min()),
+        "k": found.k,
+        "mean_active": batches.mean_active,
+        "bits": judge(network, found.best.components, x),
+        "known": {name: judge(network, components, x) for name, components in known(target).items()},
+        "same_line": target.same_line,
+        "tried": [{"k": row["k"], "bits": row["bits"]} for row in found.tried],
+        "seconds": round(found.seconds, 1),
+    }
+    return [row], {}
+
+
+RUNS = Rows(
+    fields=("size", "seed"),
+    jobs=lambda rows: [(size, seed) for size in SIZES for seed in SEEDS],
+    run=run,
+    settings=settings_of,
+    order=lambda job: (SIZES.index(job[0]), job[1]),
+)
+STUDY = Study("tuned", {"runs": RUNS}, about=lambda processes: {"processes": processes}, compact=True)
+
+if __name__ == "__main__":
+    STUDY.main(__doc__)
