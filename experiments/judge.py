@@ -1,10 +1,12 @@
 """Create data/judge.json: bits at fixed errors of decompositions made with k too small, right and too large.
 
-python -m experiments.judge [--only tms-5-2 | tms-40-10] [--processes N]
+python -m experiments.judge [--only tms-5-2 | tms-40-10 | residual] [--processes N]
 
 Chapters 24 and 25. The recipes of `TMS.recipe` with k times a factor, everything else as it is; every restart is a row,
 with what it owns of the truth, its held-out sparse error, and its costs (`rate.costs`) on 2,048 inputs. Seeds 10 to
 19 (TMS 5-2, also with rotated inputs) and 20 to 24 (TMS 40-10), fixed before looking; none was used to make the judge.
+`residual` judges the stored decompositions of the one-layer residual MLP (experiments/residual.py) beside two that need
+no training: one component for each neuron, and the network as one lump.
 """
 
 from __future__ import annotations
@@ -12,16 +14,18 @@ from __future__ import annotations
 from dataclasses import asdict
 
 import torch
+from safetensors.torch import load_file
 
 import apd_minimal as apd
 from apd_minimal.config import at_progress
 from apd_minimal.study import rate
-from experiments.experiment import Row, Rows, Study, Tensors, numbers, scaled, taken_apart
+from experiments.experiment import DATA, Row, Rows, Study, Tensors, numbers, scaled, taken_apart
 from experiments.tms import stored_target
 
 FACTORS = (0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0)
 SEEDS = {"tms-5-2": range(10, 20), "tms-5-2 rotated": range(10, 20), "tms-40-10": range(20, 25)}
 EPSILONS = (0.001, 0.003, 0.01, 0.03, 0.1)
+SEEDS_OF_RESIDUAL = range(5)
 Job = tuple[str, float, int]  # target, factor, seed
 
 
@@ -30,6 +34,15 @@ def target_of(kind: str, seed: int) -> apd.targets.TMS:
     name, *rotated = kind.split()
     target = stored_target(name, seed)
     return target.rotate(seed=seed) if rotated else target
+
+
+def stored_residual(seed: int) -> tuple[apd.targets.ResidualMLP, apd.Components]:
+    """Load a stored residual MLP of one layer, and its decomposition."""
+    target, start = apd.targets.ResidualMLP(neurons=(50,), seed=seed), f"50/{seed}/"
+    tensors = load_file(DATA / "residual.safetensors")
+    target.load_state_dict({path: tensors[f"{start}target.{path}"] for path in target.weights}, strict=False)
+    A, B = ({path: tensors[f"{start}{path}.{f}"].float() for path in target.weights} for f in "AB")
+    return target, apd.Components(A, B)
 
 
 def held_out(target: apd.targets.TMS, seed: int) -> torch.Tensor:
@@ -78,7 +91,32 @@ RUNS = Rows(
     run=run,
     settings=lambda job: numbers(settings_of(job)),
 )
-STUDY = Study("judge", {"runs": RUNS}, about=lambda processes: {"processes": processes}, compact=True)
+
+
+def residual(job: tuple[str, int]) -> tuple[list[Row], Tensors]:
+    """Judge what is stored of one residual MLP, its neurons, and the whole."""
+    target, found = stored_residual(job[1])
+    network = apd.Network(target, target.weights)
+    (read, W_in), (write, W_out) = network.weights.items()
+    eye = torch.eye(W_in.shape[1])
+    by_neuron = apd.Components(
+        {read: W_in.T[:, :, None], write: eye[:, :, None]}, {read: eye[:, None, :], write: W_out[:, None, :]}
+    )
+    lump = apd.Components({read: W_in[None], write: eye[None]}, {read: eye[None], write: W_out[None]})
+    x = target.data(2048)(0, torch.Generator().manual_seed(20_000 + job[1]))
+    rows = []
+    for name, components in {"found": found, "neurons": by_neuron, "one lump": lump}.items():
+        costs = rate.costs(network, components, x, EPSILONS)
+        rows.append(
+            {"name": name, "costs": [{"epsilon": e, **asdict(c)} for e, c in zip(EPSILONS, costs, strict=True)]}
+        )
+    return rows, {}
+
+
+RESIDUAL = Rows(("target", "seed"), lambda rows: [("residual", seed) for seed in SEEDS_OF_RESIDUAL], residual)
+STUDY = Study(
+    "judge", {"runs": RUNS, "residual": RESIDUAL}, about=lambda processes: {"processes": processes}, compact=True
+)
 
 if __name__ == "__main__":
     STUDY.main(__doc__)

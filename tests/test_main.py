@@ -17,6 +17,7 @@ import torch
 
 import apd_minimal as apd
 from apd_minimal import __main__ as command
+from apd_minimal.study.tune import Tuned
 
 
 @pytest.mark.parametrize("arguments", [[], ["--seed", "3", "--out", "mine.png"]])
@@ -24,20 +25,20 @@ def test_it_says_who_owns_what_and_saves_the_picture(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     seeds: list[int] = []
-    results: list[apd.Decomposition] = []
+    results: list[Tuned] = []
     whole = apd.targets.TMS.fit
 
     def fit(self: apd.targets.TMS, seed: int = 0) -> apd.targets.TMS:
         seeds.append(seed)
         return whole(self, seed, steps=20)
 
-    def decompose(*args: Any, **settings: Any) -> apd.Decomposition:
+    def tune(*args: Any, **settings: Any) -> Tuned:
         seeds.append(settings["seed"])
-        results.append(apd.decompose(*args, **{**settings, "steps": 15, "progress": False}))
+        results.append(apd.tune.tune(*args, **{**settings, "steps": 15, "progress": False}))
         return results[-1]
 
     monkeypatch.setattr(apd.targets.TMS, "fit", fit)
-    monkeypatch.setattr(command, "decompose", decompose)
+    monkeypatch.setattr(command, "tune", tune)
     monkeypatch.setattr(sys, "argv", ["apd_minimal", *arguments])
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()
@@ -48,8 +49,10 @@ def test_it_says_who_owns_what_and_saves_the_picture(
     assert seeds == [seed, seed]
     target = whole(apd.targets.TMS(), seed, steps=20)
     printed = capsys.readouterr().out
-    assert str(apd.metrics.ownership(results[0].components, target.mechanisms())) in printed
-    error = (results[0].components.sum("encode.weight") - target.encode.weight.detach().T).square().mean()
+    components = results[0].best.components
+    assert f"k: {results[0].k:.2f} components" in printed
+    assert str(apd.metrics.ownership(components, target.mechanisms())) in printed
+    error = (components.sum("encode.weight") - target.encode.weight.detach().T).square().mean()
     assert f"mean squared weight error {float(error):.1e}\n" in printed
     assert printed.endswith(f"picture: {name}\n")
     for said in ("5 features in 2 dimensions", "apart"):  # what one waits for
