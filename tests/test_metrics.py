@@ -67,6 +67,15 @@ def test_faults_that_were_put_there(rotated: bool) -> None:
     assert metrics.ownership(components(doubled), truth).complete is False
 
 
+def test_a_mechanism_without_a_component_scores_zero() -> None:
+    truth = target().mechanisms()
+    found = metrics.ownership(components(truth["encode.weight"][1:]), truth)
+    assert found.owner.tolist() == [-1, 0, 1, 2, 3]
+    assert found.owned.tolist() == [False, True, True, True, True]
+    for values in (found.cosine, found.length_ratio, found.purity):
+        assert values[0] == 0
+
+
 def test_the_bounds_of_ownership_belong_to_it() -> None:
     """Single entries that are powers of four, so that nothing is rounded: "least" and "largest" are still allowed."""
     Z = torch.diag_embed(torch.eye(3))
