@@ -71,8 +71,8 @@ class Importance(Selection):
         p: the penalty is the sum of (g + 1e-12)^p over components, averaged over samples; a number or points.
         gamma: instead of p, the smooth count g^2 / (g^2 + gamma^2), as in the later code of bushnaq2025.
         per_weight: number of components of each weight, as for `decompose`. Then the masks of one weight alone are
-            drawn as often as those of all weights together, and the other weights run whole. (bushnaq2025 has both losses,
-            and calls the first layerwise.) None always draws all.
+            drawn as often as those of all weights together, and the other weights run whole. (bushnaq2025 has both
+            losses, and calls the first layerwise.) None always draws all.
         hidden: width of each component's network.
         alive: once the run is over, a component is active where its importance is above this.
         seed: of the networks' initial weights.
