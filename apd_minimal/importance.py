@@ -70,17 +70,21 @@ class Importance(Selection):
         coefficient: weight of the penalty, a number or points (progress, value); 0 while there is to be none.
         p: the penalty is the sum of (g + 1e-12)^p over components, averaged over samples; a number or points.
         gamma: instead of p, the smooth count g^2 / (g^2 + gamma^2), as in the later code of bushnaq2025.
+        per_weight: number of components of each weight, as for `decompose`. Then the masks of one weight alone are
+            drawn as often as those of all weights together, and the other weights run whole. (bushnaq2025 has both
+            losses, and calls the first layerwise.) None always draws all.
         hidden: width of each component's network.
         alive: once the run is over, a component is active where its importance is above this.
         seed: of the networks' initial weights.
 
     Raises:
-        TypeError, ValueError: numbers out of range, or both p and gamma.
+        TypeError, ValueError: numbers out of range, or both p and gamma, or neither.
     """
 
     coefficient: Schedule
     p: Schedule | None = None
     gamma: Schedule | None = None
+    per_weight: tuple[int, ...] | None = None
     hidden: int = 16
     alive: float = 0.1
     seed: int = 0
@@ -92,6 +96,9 @@ class Importance(Selection):
         above_zero = partial(checks.number, low=0, above=True)
         self.p = None if self.p is None else schedule("p", self.p, above_zero)
         self.gamma = None if self.gamma is None else schedule("gamma", self.gamma, above_zero)
+        if self.per_weight is not None:
+            checks.kind("per_weight", self.per_weight, (list, tuple), "whole numbers, one for each weight, or None")
+            self.per_weight = tuple(checks.number("per_weight", n, 1, whole=True) for n in self.per_weight)
         self.hidden = checks.number("hidden", self.hidden, 1, whole=True)
         self.alive = checks.number("alive", self.alive, 0, 1, below=True)
         self.seed = checks.number("seed", self.seed, 0, 2**62, whole=True)
@@ -124,13 +131,20 @@ class Importance(Selection):
         return leaky_clamp((hidden * second).sum(-1) + last)
 
     def draw(self, gates: Tensor, noise: Tensor) -> Tensor:
-        """Draw the gates uniformly between the importances and 1.
+        """Draw the gates uniformly between the importances and 1; of some samples, those of one weight alone.
 
         Args:
             gates: importances.
             noise: uniform in [0, 1), of the same shape.
         """
-        return gates + (1 - gates) * noise
+        drawn = gates + (1 - gates) * noise
+        if self.per_weight is None:
+            return drawn
+        n = len(self.per_weight)
+        weight = torch.arange(n, device=gates.device).repeat_interleave(torch.tensor(self.per_weight).to(gates.device))
+        # The later digits of a uniform number are another one: which weight alone; n for all of them.
+        alone = (noise[..., :1] * 1024 % 1 * (n + 1)).long()
+        return torch.where((alone == n) | (alone == weight), drawn, 1.0)
 
     def penalty(self, gates: Tensor, t: float) -> Tensor:
         """Penalise the importances: [R].

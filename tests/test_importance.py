@@ -165,6 +165,23 @@ def test_gates_are_drawn_between_the_importance_and_one() -> None:
     assert torch.equal(drawn[2], torch.ones(3))
 
 
+def test_one_weight_alone_is_drawn_as_often_as_all() -> None:
+    selection, n = Importance(1.0, p=1.0, per_weight=(2, 1, 3)), 40_000
+    noise = torch.rand(1, n, 6, generator=torch.Generator().manual_seed(0))
+    gates = torch.full((1, n, 6), 0.25)
+    drawn = selection.draw(gates, noise)[0]
+    free = drawn == 0.25 + 0.75 * noise[0]  # the others are whole
+    assert ((drawn == 1) | free).all()
+    by_weight = torch.stack([part.float().mean(1) for part in free.split([2, 1, 3], dim=1)], 1)
+    assert ((by_weight < 1e-6) | (by_weight == 1)).all(), "the components of a weight go together"
+    kinds = {(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (1.0, 1.0, 1.0)}
+    patterns, counts = by_weight.unique(dim=0, return_counts=True)
+    assert {tuple(p) for p in patterns.tolist()} == kinds
+    assert counts.tolist() == pytest.approx([n / 4] * 4, rel=0.03)
+    all_drawn = by_weight.min(1).values == 1
+    assert noise[0, all_drawn].mean(0).tolist() == pytest.approx([0.5] * 6, abs=0.02), "whichever that is"
+
+
 @pytest.mark.parametrize("positions", [False, True])
 def test_the_penalty_counts_importances(positions: bool) -> None:
     gates = torch.rand(2, 5, *([4] if positions else []), 3, generator=torch.Generator().manual_seed(0))
@@ -201,6 +218,7 @@ def test_forgetting_gives_a_component_its_first_network() -> None:
         ({"p": 0.0}, "p must be .*above 0.*got 0"),
         ({"gamma": ((0.0, 1.0), (1.0, 0.0))}, "gamma must be .*above 0.*got 0"),
         ({"p": 1.0, "coefficient": -1}, "coefficient must be .*at least 0.*got -1"),
+        ({"p": 1.0, "per_weight": (2, 0)}, "per_weight must be .*at least 1.*got 0"),
         ({"p": 1.0, "hidden": 0}, "hidden must be .*got 0"),
         ({"p": 1.0, "alive": 1.0}, r"alive must be .*got 1\.0"),
         ({"p": ((0.5, 1.0), (0.0, 2.0))}, "progress in p must increase"),
