@@ -13,7 +13,7 @@ NAMES = {
     "attributions": "ablation activation gradient integrated_gradients path_shapley shapley",
     "data": "SparseFeatures",
     "diagnose": "Diagnosis diagnose",
-    "leakage": "Information Leakage Score dealt information leakage",
+    "leakage": "Information Leakage Score dealt information leakage nearer",
     "losses": "DIVERGENCES faithfulness hidden kl minimality mse simplicity simplicity_exact",
     "metrics": "Matching Ownership Scrubbing cosines description_length match_use match_weights ml2r mmcs output_error "
     "ownership relative_faithfulness responsible scrubbing",
