@@ -241,6 +241,7 @@ VALID: dict[str, tuple[Any, dict[str, Any]]] = {  # name: (self or None, argumen
     "importance.Importance": (None, {"coefficient": 0.1, "p": 1.0}),
     "importance.leaky_clamp": (None, {"value": torch.rand(4, 3)}),
     "leakage.leakage": (None, ATTRIBUTION | {"top_k": 1.0}),
+    "leakage.nearer": (None, {"own": torch.rand(4), "its": torch.rand(4)}),
     "leakage.dealt": (None, {"components": components()}),
     "leakage.information": (None, {"mask": LABELS[:, None].float(), "label": LABELS}),
     "losses.faithfulness": (
@@ -719,9 +720,10 @@ OWN_KINDS: dict[str, dict[str, Strategy]] = {
         "tasks": st.one_of(but(), st.just(torch.zeros(4, dtype=torch.long))),  # its outputs are values
         "control": bad_components(alone=True).filter(lambda c: c is not None),
     },
+    "leakage.nearer": {"own": tensor(torch.rand(4)), "its": tensor(torch.rand(4))},
     "leakage.dealt": {"components": bad_components(alone=True, fit=False), "turned": flag()},
     "leakage.information": {
-        "mask": tensor(torch.ones(12, 3), 1),
+        "mask": tensor(torch.ones(12, 3), 1).filter(lambda t: not isinstance(t, Tensor) or t.ndim < 3),
         "label": tensor(LABELS, finite=False),
         "given": tensor(LABELS, finite=False).filter(lambda t: t is not None),
     },

@@ -224,6 +224,20 @@ def test_dealing_components_of_rank_one_gives_them_another_order_and_turning_oth
     assert apd.metrics.cosines(dealt(whole, 1, turned=True), whole).abs().max() < 0.99
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_deal_does_not_depend_on_signs_that_a_processor_chose(
+    monkeypatch: pytest.MonkeyPatch, turned: bool
+) -> None:
+    whole = apd.Components.random({"one": (8, 9)}, 4, 2, std=1, generator=torch.Generator().manual_seed(0))
+    usual, split = dealt(whole, 1, turned), apd.Components.from_matrices
+
+    def flipped(*arguments: object) -> apd.Components:
+        return split(*arguments).map(torch.neg)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(apd.Components, "from_matrices", flipped)
+    torch.testing.assert_close(dealt(whole, 1, turned).A, usual.A)
+
+
 def test_parts_are_turned_where_dealing_changes_nothing() -> None:
     def parts(*ranks: tuple[int, int]) -> apd.Components:
         """Components of these ranks in two weights."""

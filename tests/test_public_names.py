@@ -14,7 +14,7 @@ NAMES = {
     "data": "SparseFeatures",
     "diagnose": "Diagnosis diagnose",
     "importance": "Importance leaky_clamp",
-    "leakage": "Information Leakage Score dealt information leakage",
+    "leakage": "Information Leakage Score dealt information leakage nearer",
     "losses": "DIVERGENCES faithfulness hidden kl minimality mse simplicity simplicity_exact",
     "metrics": "Matching Ownership Scrubbing cosines description_length match_use match_weights ml2r mmcs output_error "
     "ownership relative_faithfulness responsible scrubbing",

@@ -109,26 +109,31 @@ def dealt(components: Components, seed: int = 0, turned: bool = False, threshold
     generator = torch.Generator().manual_seed(checks.number("seed", seed, 0, 2**62, whole=True))
     turned = checks.flag("turned", turned)
     threshold = checks.number("threshold", threshold, 0, 1, below=True)
+    seeds = torch.randint(2**62, (len(components.paths), 2), generator=generator).tolist()
     A, B = {}, {}
-    for path in components.paths:
+    for path, own in zip(components.paths, seeds, strict=True):
         m = components.A[path].shape[-1]
         split = Components.from_matrices({path: components.matrices(path).detach()}, m)  # singular directions
         left, right = split.A[path].mT.flatten(0, 1), split.B[path].flatten(0, 1)  # one row for each part
+        # Their signs are nobody's choice: the largest entry of each left one shall be positive.
+        sign = left.gather(1, left.abs().argmax(1, keepdim=True)).sign()
+        left, right = left * sign, right * sign
         sizes = left.norm(dim=1) * right.norm(dim=1)
         there = sizes > 10 * torch.finfo(sizes.dtype).eps * sizes.max()
         large = there & (sizes > threshold * sizes.max())
-        if turned:
-            # Large parts are turned among themselves: a component that has none must not get a share of them.
-            for hand in (large, there & ~large):
-                Q = torch.linalg.qr(torch.randn(int(hand.sum()), int(hand.sum()), generator=generator))[0].to(left)
-                left[hand], right[hand] = Q.T @ left[hand], Q.T @ right[hand]
-        for hand in (large, there & ~large):
-            left[hand], right[hand] = _shuffled(left[hand], right[hand], generator)
+        # Large and small parts apart, each with a stream of its own: how many tiny ones there are is up to rounding.
+        for hand, stream in zip((large, there & ~large), own, strict=True):
+            left[hand], right[hand] = _dealt(left[hand], right[hand], turned, torch.Generator().manual_seed(stream))
         A[path] = left.unflatten(0, (components.n_components, -1)).mT.contiguous()
         B[path] = right.unflatten(0, (components.n_components, -1))
     return Components(A, B)
 
 
-def _shuffled(left: Tensor, right: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    order = torch.randperm(len(left), generator=generator).to(left.device)
+def _dealt(left: Tensor, right: Tensor, turned: bool, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Put parts [n, d_in], [n, d_out] in a random order, or turn them by a random orthogonal matrix first."""
+    n = len(left)
+    if turned:
+        Q = torch.linalg.qr(torch.randn(n, n, generator=generator))[0].to(left)
+        left, right = Q.T @ left, Q.T @ right
+    order = torch.randperm(n, generator=generator).to(left.device)
     return left[order], right[order]

@@ -54,12 +54,19 @@ def information(mask: Tensor, label: Tensor, given: Tensor | None = None, seed: 
         Information: bits, those of shuffled masks, and the ceiling.
 
     Raises:
-        TypeError, ValueError: fewer than 8 samples, labels that are no whole numbers [B], a mask that is not finite.
+        TypeError, ValueError: fewer than 8 samples, other numbers of labels, labels that are no whole numbers, or a
+            mask that is not finite.
     """
-    checks.tensor("mask", mask, "B", ...)
-    n = len(mask)
+    n = len(checks.tensor("mask", mask, "B", ...))
+    for name, other in (("label", label), ("given", given)):
+        if other is not None and len(checks.tensor(name, other, "B", finite=False)) != n:
+            raise ValueError(
+                f"mask and {name} must be about the same samples, got {checks.given(mask)} and {checks.given(other)}"
+            )
     if n < 8:
-        raise ValueError(f"mask must have at least 8 samples, to fit on some and test on others; got {n}")
+        raise ValueError(
+            f"mask must have at least 8 samples, to fit on some and test on others; got {checks.given(mask)}"
+        )
     label = whole_numbers("label", label, n)
     before = torch.zeros_like(label) if given is None else whole_numbers("given", given, n)
     generator = torch.Generator().manual_seed(checks.number("seed", seed, 0, 2**62, whole=True))

@@ -119,7 +119,14 @@ def nearer(own: Tensor, its: Tensor) -> float:
     Args:
         own: distance from the own output [n].
         its: distance from the other's output [n].
+
+    Raises:
+        TypeError, ValueError: no distances, or other numbers of them.
     """
+    checks.tensor("own", own, "n")
+    checks.tensor("its", its, "n")
+    if len(own) != len(its) or not len(own):
+        raise ValueError(f"own and its must be as many, at least one: {checks.given(own)} and {checks.given(its)}")
     alike = torch.isclose(its, own, rtol=1e-4, atol=1e-9)  # such as of outputs that are zero
     return float(torch.where(alike, 0.5, (its < own).to(its)).mean())
 
