@@ -107,6 +107,16 @@ def test_random_components() -> None:
     assert not torch.equal(different[0], different[1])
 
 
+@pytest.mark.parametrize("std", [0.0, 0.3, 2.0])
+def test_random_factors_are_gaussian(std: float) -> None:
+    """Of 120,000 entries each: the mean, and the second and fourth moments."""
+    drawn = apd.Components.random({"w": (40, 40)}, 75, std=std, generator=torch.Generator().manual_seed(0))
+    for factor in (drawn.A["w"], drawn.B["w"]):
+        for power, moment in ((1, 0.0), (2, std**2), (4, 3 * std**4)):
+            assert float(factor.double().pow(power).mean()) == pytest.approx(moment, rel=0.05, abs=0.01 * std**power)
+    assert std == 0 or abs(float((drawn.A["w"] * drawn.B["w"]).mean())) < 0.02 * std**2, "one says nothing of the other"
+
+
 @pytest.mark.parametrize(
     ("A", "B", "message"),
     [
