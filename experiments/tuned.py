@@ -29,6 +29,7 @@ def settings_of(job: Job) -> Row:
         "n_components": 3 * n_features,
         "rank": 4,
         "steps": 1500,
+        "lr": 1e-2,
         "simplicity": ((0.0, 20.0), (0.7, 0.0)),
         "seed": job[1],
     }

@@ -93,8 +93,9 @@ def test_one_job_really() -> None:
     rows = failures.STUDY.lists["runs"]
     (stored,) = [row for row in failures.STUDY.stored()["runs"] if rows.job_of(row) == ("too few steps", 10)]
     (found,), _ = rows.run(("too few steps", 10))
-    assert found["chosen"] == stored["chosen"]
     assert found["scores"] == pytest.approx(stored["scores"], rel=0.01)
+    # Two of them are within 1% of each other: which one is less, rounding may decide.
+    assert found["scores"][found["chosen"]] == min(found["scores"])
 
 
 def test_no_report_is_lost_while_a_search_is_made_again() -> None:

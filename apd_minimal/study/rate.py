@@ -193,6 +193,9 @@ def curve(
 
     Returns:
         list[Cost]: from few active components to all.
+
+    Raises:
+        TypeError, ValueError: as `costs`, or components that are all zero.
     """
     points = checks.number("points", points, 2, whole=True)
     cost = _Costs(target, components, x, divergence, attribution, at, rank_threshold)
