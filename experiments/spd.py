@@ -191,7 +191,7 @@ class Either(nn.Module):
 def either_settings(job: tuple[str, int, str, int]) -> Row:
     """Return the settings of a run on `Either`: by APD's top k at the mean number of inputs that are on, or by SPD."""
     _, readers, method, seed = job
-    common = {"n_components": 6, "rank": 1, "steps": 1500, "restarts": 4, "seed": seed}
+    common = {"n_components": 6, "rank": 1, "steps": 1500, "lr": 1e-2, "restarts": 4, "seed": seed}
     if method == "top k":
         return common | {"top_k": 0.3 * (4 - readers), "simplicity": ((0.0, 1.0), (0.7, 0.0))}
     spd = {"minimality": 0.0, "simplicity": 0.0, "tidy_every": 0.0, "warmup": 0.0, "init_std": 0.5}
