@@ -48,6 +48,7 @@ def picture(figure: Figure, i: int = 0) -> np.ndarray:
 
 
 MASK = torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+TRIED = [{"k": k, "bits": bits} for k, bits in ((0.1, 5.0), (0.5, 2.0), (1.0, float("inf")), (2.0, 3.0))]
 FIGURES: dict[str, tuple[Callable[[apd.Decomposition], Figure], tuple[str, str]]] = {
     "columns": (
         lambda r: apd.plots.columns({"W": torch.eye(2)}),
@@ -57,6 +58,7 @@ FIGURES: dict[str, tuple[Callable[[apd.Decomposition], Figure], tuple[str, str]]
     "components, with a truth": (lambda r: apd.plots.components(r, TRUTH), ("true mechanism", "component")),
     "history": (lambda r: apd.plots.history(r), ("step", "loss")),
     "masks": (lambda r: apd.plots.masks(MASK), ("component", "sample")),
+    "tuned": (lambda r: apd.plots.tuned(TRIED), ("k", "bits of a sample")),
 }
 
 
@@ -135,3 +137,14 @@ def test_columns_reach_to_every_arrow_and_masks_are_what_was_given() -> None:
     assert [tuple(arrow.xy) for arrow in ax.texts] == [(3.0, 0.0), (0.0, -4.0), (1.0, 1.0)]
     assert ax.get_xlim() == ax.get_ylim() == pytest.approx((-4.6, 4.6))
     np.testing.assert_array_equal(picture(apd.plots.masks(MASK)), MASK)
+
+
+def test_the_best_of_what_was_tried_is_filled() -> None:
+    every, best = apd.plots.tuned(TRIED).axes[0].lines
+    assert sorted(zip(every.get_xdata(), every.get_ydata(), strict=True)) == [(0.1, 5.0), (0.5, 2.0), (2.0, 3.0)]
+    assert (list(best.get_xdata()), list(best.get_ydata())) == ([0.5], [2.0])
+    assert every.get_markerfacecolor() == "none" != best.get_markerfacecolor()
+    with pytest.raises(ValueError, match="finite bits"):
+        apd.plots.tuned(TRIED[2:3])
+    with pytest.raises(ValueError, match="rows with k and bits"):
+        apd.plots.tuned([{"k": 1.0}])

@@ -5,8 +5,10 @@ Each function draws on given axes or creates a figure, and returns the figure.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -180,4 +182,34 @@ def masks(mask: Tensor, ax: Axes | None = None) -> Figure:
         ax = _axes(ax, (4, 3))
         ax.imshow(mask.detach(), cmap="Blues", vmin=0, vmax=1.3, aspect="auto", interpolation="nearest")
         ax.set(xlabel="component", ylabel="sample")
+    return _figure(ax)
+
+
+def tuned(tried: Sequence[Mapping[str, Any]], ax: Axes | None = None) -> Figure:
+    """Draw the bits of every k that `tune` tried; the best is filled.
+
+    Args:
+        tried: rows with "k" and "bits", as in `Tuned.tried`; infinite bits are left out.
+        ax: where to draw; None makes a figure.
+
+    Returns:
+        Figure: logarithmic in k.
+
+    Raises:
+        TypeError, ValueError: no rows, or none with finite bits.
+    """
+    checks.kind("tried", tried, (list, tuple), "rows with k and bits, as in Tuned.tried")
+    for row in tried:
+        checks.kind("tried", row, Mapping, "rows with k and bits, as in Tuned.tried")
+        if not {"k", "bits"} <= set(row):
+            raise ValueError(f"tried must be rows with k and bits, got {dict(row)}")
+    there = sorted((row["bits"], row["k"]) for row in tried if row["bits"] != math.inf)
+    if not there:
+        raise ValueError("tried has no row with finite bits: there is nothing to draw")
+    with plt.style.context(STYLE):
+        ax = _axes(ax, (4, 3))
+        bits, ks = zip(*there, strict=True)
+        ax.plot(ks, bits, "o", mfc="none", color="C0")
+        ax.plot(ks[:1], bits[:1], "o", color="C0")
+        ax.set(xscale="log", xlabel="k", ylabel="bits of a sample")
     return _figure(ax)
