@@ -185,3 +185,10 @@ def test_a_run_is_chosen_by_its_judge() -> None:
         apd.decompose(net, batches, judge=3, **given)  # type: ignore[arg-type]
     with pytest.raises(apd.NonFiniteLoss, match="nan"):
         apd.decompose(net, batches, judge=lambda n, c, x: math.nan, **given)  # type: ignore[arg-type]
+
+
+def test_the_judge_is_the_mean_over_its_errors() -> None:
+    net, x = identity(4), torch.rand(60, 4, generator=torch.Generator().manual_seed(3))
+    each = [cost.bits(2.0) for cost in costs(net, features(4), x, [0.02, 0.2])]
+    assert each[0] > each[1]
+    assert Judge((0.02, 0.2), alpha=2.0)(apd.Network(net, [PATH]), features(4), x) == pytest.approx(sum(each) / 2)

@@ -132,3 +132,14 @@ def test_the_next_k_are_around_the_best_two_that_are_apart() -> None:
     assert ks[8] < 8.0 < ks[9]
     assert max(ks) == 9.0
     assert ks[1] / ks[0] == pytest.approx(2**0.25)
+
+
+def test_the_k_that_is_given_back_is_that_of_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    def decompose(*positional: Any, **named: Any) -> apd.Decomposition:
+        bits = iter([5.0, 4.0, 3.0, 1.0, *[6.0] * (KS - 4)])
+        return apd.decompose(*positional, **named | {"judge": lambda network, components, x: next(bits)})
+
+    monkeypatch.setattr(tuning, "decompose", decompose)
+    found = tune(target(), batches, ["weight"], 8, minutes=0, **QUICK)
+    assert found.best.chosen == 3
+    assert found.k == found.tried[3]["k"] != found.tried[0]["k"]
