@@ -14,7 +14,7 @@ import multiprocessing
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +242,19 @@ def factors(components: apd.Components, start: str, dtype: torch.dtype = torch.f
     kept = components.subset((components.norms() > 0).nonzero().flatten().tolist())
     both = (("A", kept.A), ("B", kept.B))
     return {f"{start}{path}.{f}": t.to(dtype).contiguous() for f, own in both for path, t in own.items()}
+
+
+@cache
+def stored(study: str) -> Tensors:
+    """Load all tensors of a study."""
+    return load_file(DATA / f"{study}.safetensors")
+
+
+def of(study: str, start: str) -> tuple[apd.Components, Tensors]:
+    """Load the components `start`path.A, .B of a study, and the tensors of the target under that name."""
+    found = {name.removeprefix(start): t for name, t in stored(study).items() if name.startswith(start)}
+    A, B = ({n.removesuffix(f".{f}"): t.float() for n, t in found.items() if n.endswith(f".{f}")} for f in "AB")
+    return apd.Components(A, B), {n.removeprefix("target."): t for n, t in found.items() if n.startswith("target.")}
 
 
 def ownership_lists(own: apd.metrics.Ownership) -> Row:

@@ -15,12 +15,11 @@ import math
 from dataclasses import asdict
 
 import torch
-from safetensors.torch import load_file
 
 import apd_minimal as apd
 from apd_minimal.config import at_progress
 from apd_minimal.study import rate
-from experiments.experiment import DATA, Row, Rows, Study, Tensors, numbers, scaled, taken_apart
+from experiments.experiment import Row, Rows, Study, Tensors, numbers, of, prefix, scaled, taken_apart
 from experiments.tms import SIZES, stored_target
 
 FACTORS = (0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0)
@@ -39,11 +38,10 @@ def target_of(kind: str, seed: int) -> apd.targets.TMS:
 
 def stored_residual(seed: int) -> tuple[apd.targets.ResidualMLP, apd.Components]:
     """Load a stored residual MLP of one layer, and its decomposition."""
-    target, start = apd.targets.ResidualMLP(neurons=(50,), seed=seed), f"50/{seed}/"
-    tensors = load_file(DATA / "residual.safetensors")
-    target.load_state_dict({path: tensors[f"{start}target.{path}"] for path in target.weights}, strict=False)
-    A, B = ({path: tensors[f"{start}{path}.{f}"].float() for path in target.weights} for f in "AB")
-    return target, apd.Components(A, B)
+    target = apd.targets.ResidualMLP(neurons=(50,), seed=seed)
+    components, state = of("residual", prefix(("50", seed)))
+    target.load_state_dict(state, strict=False)  # the embedding is drawn from the seed
+    return target, components
 
 
 def held_out(target: apd.targets.TMS, seed: int) -> torch.Tensor:

@@ -9,36 +9,22 @@ from streams that no run has seen, and samples without any input on are left out
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 import apd_minimal as apd
 from apd_minimal.config import at_progress
+from apd_minimal.study import controls
 from apd_minimal.targets.transformer import Transformer, answer_shares, last_position
 from experiments import gated, larger, residual, tms, unknown
-from experiments.experiment import DATA, Row, Rows, Study, Tensors
+from experiments.experiment import Row, Rows, Study, Tensors, of, stored
 
 SAMPLES = 4096
 FEW, FEWER = 2048, 1024  # where a run takes long
 SEED = 0  # of the pairs and of the deal
 Job = tuple[str, int]  # decompositions, seed
-
-
-def of(study: str, start: str) -> tuple[apd.Components, Tensors]:
-    """Load the components `start`path.A, .B of a study, and whatever else is stored under that name."""
-    found = {name.removeprefix(start): t for name, t in stored(study).items() if name.startswith(start)}
-    A, B = ({n.removesuffix(f".{f}"): t.float() for n, t in found.items() if n.endswith(f".{f}")} for f in "AB")
-    return apd.Components(A, B), {n.removeprefix("target."): t for n, t in found.items() if n.startswith("target.")}
-
-
-@cache
-def stored(study: str) -> Tensors:
-    """Load all tensors of a study."""
-    return load_file(DATA / f"{study}.safetensors")
 
 
 def tables(sets: dict[str, apd.Components], target: Any, x: Tensor, k: Any, **settings: Any) -> Row:
@@ -69,9 +55,7 @@ def toy(name: str, identity: bool, rotated: bool, recipe: str, seed: int) -> Row
     k = k if data.nonempty else k / target.data(1, nonempty=True).share_nonempty
     sets = {"found": components}
     if not identity:
-        weight = target.encode.weight.detach().T
-        columns = torch.diag_embed(torch.eye(len(weight))) @ weight
-        sets["input columns"] = apd.Components.from_matrices({"encode.weight": columns})
+        sets["input columns"] = controls.input_columns(apd.Network(target, target.weights).weights)
         sets |= {"truth": apd.Components.from_matrices(target.mechanisms())} if rotated else {}
     at = settings.get("attribute_at", "target")
     return tables(sets, target, x, k, at=at, attribution=settings.get("attribution"))

@@ -91,6 +91,8 @@ def test_what_helps_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.settings == {"lr": 0.05, "n_components": 6}
     assert found.best.config.lr == 0.05
     assert found.k < 8 / 256
+    assert [run.config.lr for run in found.runs] == [0.01, 0.01, 0.02, 0.05, 0.05, 0.05]
+    assert any(run is found.best for run in found.runs)
     assert str(found).count("\n") == len(found.tried) == 6 * KS
     assert "lr=0.05" in str(found)
 
@@ -100,10 +102,12 @@ def test_time_is_a_limit_and_the_first_run_always_is() -> None:
     assert {row["run"] for row in found.tried} == {0}
 
 
-@pytest.mark.parametrize("name", ["top_k", "selection", "restarts", "judge"])
+@pytest.mark.parametrize("name", ["top_k", "per_sample", "selection", "restarts", "judge", "checkpoint"])
 def test_what_it_chooses_is_not_given(name: str) -> None:
-    with pytest.raises(TypeError, match=f"{name} is chosen by tune"):
+    with pytest.raises(TypeError, match=f"{name} belongs to one run"):
         tune(target(), batches, ["weight"], 8, **{name: 1})
+    with pytest.raises(TypeError, match=f"{name} belongs to one run"):
+        tune(target(), batches, ["weight"], 8, tries={name: [1]})
 
 
 @pytest.mark.parametrize(
@@ -143,3 +147,26 @@ def test_the_k_that_is_given_back_is_that_of_the_best(monkeypatch: pytest.Monkey
     found = tune(target(), batches, ["weight"], 8, minutes=0, **QUICK)
     assert found.best.chosen == 3
     assert found.k == found.tried[3]["k"] != found.tried[0]["k"]
+
+
+@pytest.mark.parametrize("how", [{"attribute_at": "components"}, {"per_position": True}])
+def test_the_judge_scores_as_the_run_does(how: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bits are counted by the attributions that chose who is active: where they are taken, and of what."""
+    judges: list[Judge] = []
+
+    def decompose(*positional: Any, **named: Any) -> apd.Decomposition:
+        judges.append(named["judge"])
+        return apd.decompose(*positional, **named)
+
+    monkeypatch.setattr(tuning, "decompose", decompose)
+
+    def sequences(step: int, generator: torch.Generator) -> Tensor:
+        return batches(step, generator).reshape(8, 4, 4)
+
+    net = nn.Sequential(target(), nn.ReLU())  # where components are few, it is open elsewhere than the target's
+    found = tune(net, sequences, ["0.weight"], 8, minutes=0, **QUICK, **how)
+    x, components = sequences(0, torch.Generator().manual_seed(5)), found.best.components
+    network = apd.Network(net, ["0.weight"])
+    assert judges[0].attribution is not None
+    mine = judges[0].attribution(network, components, x)
+    torch.testing.assert_close(mine, found.best.attributions(network, x))

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -68,15 +67,13 @@ class Judge:
         epsilons: the errors, in the units of `Cost.error`.
         alpha: bits for each unit of rank.
         divergence: that of the run.
-        attribution: that of the run.
-        at: the run's `attribute_at`.
+        attribution: that of the run; None for gradients at the target.
     """
 
     epsilons: tuple[float, ...] = EPSILONS
     alpha: float = ALPHA
     divergence: str | Divergence = "mse"
     attribution: Attribution | None = None
-    at: str = "target"
 
     def __post_init__(self) -> None:
         """Check errors and price before a run begins.
@@ -86,7 +83,7 @@ class Judge:
         """
         _checked(self.epsilons)
         checks.number("alpha", self.alpha, 0)
-        _check_options(self.divergence, self.attribution, self.at)
+        _check_options(self.divergence, self.attribution)
 
     def __call__(self, network: Network, components: Components, x: Tensor) -> float:
         """Compute the mean bits of a sample, infinite if one of the errors is not reached."""
@@ -97,7 +94,6 @@ class Judge:
             self.epsilons,
             divergence=self.divergence,
             attribution=self.attribution,
-            at=self.at,
         )
         return sum(cost.bits(self.alpha) for cost in found) / len(found)
 
@@ -114,7 +110,6 @@ def costs(
     *,
     divergence: str | Divergence = "mse",
     attribution: Attribution | None = None,
-    at: str = "target",
     rank_threshold: float = 0.1,
 ) -> list[Cost]:
     """Find the costs at which the sparse network's error is at most each epsilon.
@@ -128,8 +123,8 @@ def costs(
         x: held-out inputs [B, ...], a thousand or more; the same ones for whatever is compared.
         epsilons: errors, each above 0, in the units of `Cost.error`.
         divergence: "mse", "kl", or a function (outputs, target outputs) -> [B], whose error is taken as it is.
-        attribution: (network, components, x) -> [B, (positions,) C]; None for gradients.
-        at: where gradients are taken, "target" or "components".
+        attribution: (network, components, x) -> [B, (positions,) C]; None for gradients at the target. Others are, for
+            instance, `partial(apd.attributions.gradient, per_position=True)`.
         rank_threshold: a singular value counts above this share of its weight's largest in any component.
 
     Returns:
@@ -139,7 +134,7 @@ def costs(
         TypeError, ValueError: arguments that do not fit, or outputs that are the same on all inputs.
     """
     epsilons = _checked(epsilons)
-    cost = _Costs(target, components, x, divergence, attribution, at, rank_threshold)
+    cost = _Costs(target, components, x, divergence, attribution, rank_threshold)
     return [_search(cost, epsilon) for epsilon in epsilons]
 
 
@@ -149,11 +144,10 @@ def _checked(epsilons: Any) -> list[float]:
     return [checks.number("epsilons", e, 0, above=True) for e in epsilons]
 
 
-def _check_options(divergence: Any, attribution: Any, at: Any) -> None:
+def _check_options(divergence: Any, attribution: Any) -> None:
     if not callable(divergence):
         checks.choice("divergence", divergence, list(DIVERGENCES))
     checks.function("attribution", attribution)
-    checks.choice("at", at, ("target", "components"))
 
 
 def _search(cost: _Costs, epsilon: float) -> Cost:
@@ -175,7 +169,6 @@ def curve(
     *,
     divergence: str | Divergence = "mse",
     attribution: Attribution | None = None,
-    at: str = "target",
     rank_threshold: float = 0.1,
     points: int = 48,
 ) -> list[Cost]:
@@ -186,8 +179,7 @@ def curve(
         components: C components.
         x: held-out inputs [B, ...].
         divergence: "mse", "kl" or a function.
-        attribution: None for gradients.
-        at: "target" or "components".
+        attribution: None for gradients at the target.
         rank_threshold: of `Components.ranks`.
         points: at most so many, 2 or more.
 
@@ -198,7 +190,7 @@ def curve(
         TypeError, ValueError: as `costs`, or components that are all zero.
     """
     points = checks.number("points", points, 2, whole=True)
-    cost = _Costs(target, components, x, divergence, attribution, at, rank_threshold)
+    cost = _Costs(target, components, x, divergence, attribution, rank_threshold)
     if not cost.pairs:
         raise ValueError("all components are zero: there is nothing to draw a curve of")
     numbers = torch.logspace(math.log10(cost.first), math.log10(cost.pairs), points, dtype=torch.double).round().long()
@@ -216,17 +208,16 @@ class _Costs:
         x: Tensor,
         divergence: str | Divergence,
         attribution: Attribution | None,
-        at: str,
         rank_threshold: float,
     ) -> None:
         usable(components, alone=True)
-        _check_options(divergence, attribution, at)
+        _check_options(divergence, attribution)
         rank_threshold = checks.number("rank_threshold", rank_threshold, 0, 1, below=True)
         self.divergence = DIVERGENCES[divergence] if isinstance(divergence, str) else divergence
         self.components = components.map(Tensor.detach)
         self.network, x = as_network(target, components), checks.inputs(x)
         self.parts = x.split(SAMPLES)
-        score = attribution or partial(gradient, at=at)
+        score = attribution or gradient
         with checks.running(x, f"components of {components.parameters()[0].dtype}"):
             self.wanted = [self.network(part) for part in self.parts]
             scores = torch.cat([score(self.network, self.components, part) for part in self.parts])

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from tqdm.auto import tqdm
 
 from .. import checks
 from ..algorithm import decompose
+from ..attributions import gradient
 from ..batch import Batches
 from ..decomposition import Decomposition
 from ..selection import Selection, TopK
@@ -67,6 +69,7 @@ class Tuned:
         best: the decomposition that needs the fewest bits, the first of equals.
         k: mean number of active components per sample in its run, before the last stage.
         settings: of its run, those that were changed.
+        runs: all of them, each with its restarts, one for each k.
         tried: a row for each restart of every run: "run", "changed", "k", "bits".
         seconds: that all took.
     """
@@ -74,6 +77,7 @@ class Tuned:
     best: Decomposition
     k: float
     settings: dict[str, Any]
+    runs: list[Decomposition]
     tried: list[dict[str, Any]]
     seconds: float
 
@@ -128,23 +132,25 @@ def tune(
         Tuned: the best decomposition, and all that was tried.
 
     Raises:
-        TypeError: a k, selection, judge or number of restarts, which are chosen here.
+        TypeError: a k, selection, judge, number of restarts or checkpoint, which belong to one run.
         TypeError, ValueError: as `decompose`.
     """
-    for name in ("top_k", "selection", "restarts", "judge"):
-        if name in settings:
-            raise TypeError(f"{name} is chosen by tune and must not be given, got {checks.given(settings[name])}")
     checks.kind("tries", tries, (Mapping, type(None)), "a mapping from settings to values that are worth a run")
+    given = settings.keys() | (tries or {}).keys()
+    for name in ("top_k", "per_sample", "selection", "restarts", "judge", "checkpoint"):
+        if name in given:
+            raise TypeError(f"{name} belongs to one run, and tune makes several: it must not be given")
     progress = checks.flag("progress", progress)
     seconds = 60 * (minutes if minutes == math.inf else checks.number("minutes", minutes, 0))
-    divergence, attribution = settings.get("divergence", "mse"), settings.get("attribution")
-    judge = Judge(epsilons, alpha, divergence, attribution, settings.get("attribute_at", "target"))
+    where = {"at": settings.get("attribute_at", "target"), "per_position": settings.get("per_position", False)}
+    attribution = settings.get("attribution") or partial(gradient, **where)
+    judge = Judge(epsilons, alpha, settings.get("divergence", "mse"), attribution)
     C = checks.number("n_components", n_components, 1, whole=True)
     kept: dict[str, Any] = {"n_components": C}
     plan: list[dict[str, Any]] = [{}, {}, *({name: v} for name, values in (tries or {}).items() for v in values)]
     ks = [C / 256 * 2 ** (6 * i / (KS - 1)) for i in range(KS)]
     start, longest, least = time.monotonic(), 0.0, math.inf
-    best, k, tried = None, math.nan, list[dict[str, Any]]()
+    best, k, runs, tried = None, math.nan, list[Decomposition](), list[dict[str, Any]]()
     with tqdm(total=len(plan), disable=not progress, unit="run") as bar:
         for run, changed in enumerate(plan):
             begun = time.monotonic()
@@ -155,6 +161,7 @@ def tune(
             result = decompose(
                 target, batches, weights, selection=selection, judge=judge, restarts=KS, progress=False, **arguments
             )
+            runs.append(result)
             longest = max(longest, time.monotonic() - begun)
             pairs = zip(ks, result.scores, strict=True)
             tried += [{"run": run, "changed": changed, "k": k, "bits": bits} for k, bits in pairs]
@@ -165,4 +172,4 @@ def tune(
             bar.update()
             bar.set_postfix(k=f"{k:.3g}", bits=f"{least:.4g}")
     assert best is not None
-    return Tuned(best, k, kept, tried, time.monotonic() - start)
+    return Tuned(best, k, kept, runs, tried, time.monotonic() - start)
