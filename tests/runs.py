@@ -41,6 +41,21 @@ def decompose(source: Batches = batches, target: torch.nn.Module | None = None, 
     return apd.decompose(target or tms(), source, ["encode.weight"], **settings)
 
 
+def noting(selection: apd.selection.Selection) -> tuple[apd.selection.Selection, list[Tensor]]:
+    """Let a selection note the losses' gradients with respect to its gates, in the list."""
+    seen: list[Tensor] = []
+    choose = selection.choose
+
+    def noted(scores: Tensor, t: float, share: float = 1.0) -> Tensor:
+        gates = choose(scores, t, share)
+        if gates.requires_grad:
+            gates.register_hook(lambda g: seen.append(g.clone()))
+        return gates
+
+    selection.choose = noted  # type: ignore[method-assign]
+    return selection, seen
+
+
 def fingerprint(result: apd.Decomposition) -> str:
     """Hash of everything in a result, all restarts included."""
     assert result.restarts is not None

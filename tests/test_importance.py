@@ -43,21 +43,14 @@ def penalised(selection: Selection, **changes: Any) -> apd.Decomposition:
 
 def test_the_penalty_is_one_of_the_step_s_losses() -> None:
     """The first step's gradient with respect to the gates, against the losses written out."""
-    seen: list[Tensor] = []
-
-    class Noted(Penalised):
-        def choose(self, scores: Tensor, t: float, share: float = 1.0) -> Tensor:
-            gates = super().choose(scores, t, share)
-            if gates.requires_grad:
-                gates.register_hook(lambda g: seen.append(g.clone()))
-            return gates
+    noted, seen = runs.noting(Penalised())
 
     def half_empty(step: int, generator: torch.Generator) -> Tensor:
         x = runs.batches(step, generator)
         return torch.cat([x, torch.zeros_like(x)])
 
     result = runs.decompose(
-        half_empty, selection=Noted(), top_k=None, steps=1, scrub=0.0, simplicity=0.0, tidy_every=0.0, minimality=2.0
+        half_empty, selection=noted, top_k=None, steps=1, scrub=0.0, simplicity=0.0, tidy_every=0.0, minimality=2.0
     )
     target, config = runs.tms(), apd.Config(n_components=6, top_k=6.0, restarts=2)
     generator, network = torch.Generator().manual_seed(config.seed), apd.Network(target, ["encode.weight"])

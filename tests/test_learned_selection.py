@@ -57,16 +57,8 @@ def test_it_trains_and_forgets() -> None:
 
 def test_its_gradient_is_that_of_the_losses() -> None:
     """One step of plain gradient descent, against the losses written out."""
-    seen: list[Tensor] = []
-
-    class Noted(Learned):
-        def choose(self, scores: Tensor, t: float, share: float = 1.0) -> Tensor:
-            gates = super().choose(scores, t, share)
-            if gates.requires_grad:
-                gates.register_hook(lambda g: seen.append(g.clone()))
-            return gates
-
-    decompose(Noted(), steps=1, scrub=0.0, simplicity=0.0, tidy_every=0.0)
+    noted, seen = runs.noting(Learned())
+    decompose(noted, steps=1, scrub=0.0, simplicity=0.0, tidy_every=0.0)
     target = runs.tms()
     run_config = apd.Config(n_components=6, top_k=6.0, steps=1, restarts=2)
     generator = torch.Generator().manual_seed(run_config.seed)
