@@ -4,7 +4,8 @@ python -m experiments.judge [--only tms-5-2 | tms-40-10 | residual] [--processes
 
 Chapters 24 and 25. The recipes of `TMS.recipe` with k times a factor, everything else as it is; every restart is a row,
 with what it owns of the truth, its held-out sparse error, and its costs (`rate.costs`) on 2,048 inputs. Seeds 10 to
-19 (TMS 5-2; 10 to 14 also with rotated inputs) and 20 to 24 (TMS 40-10), fixed before looking.
+19 (TMS 5-2; 10 to 14 also with rotated inputs) and 20 to 24 (TMS 40-10), fixed before. The errors of
+`rate.EPSILONS` were chosen after the runs on 10, 11 and 12 had been seen, and before those on the others.
 `residual` judges the stored decompositions of the one-layer residual MLP (experiments/residual.py) beside two that need
 no training: one component for each neuron, and the network as one lump.
 """
