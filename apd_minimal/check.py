@@ -6,7 +6,8 @@ gated network, which runs all samples at once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,8 +18,6 @@ from torch.func import functional_call
 from .components import Components
 from .network import Network, evaluating
 from .sites import Use
-
-SAMPLES = 4
 
 
 def check(network: Network, x: Tensor, tolerance: float = 1e-3) -> None:
@@ -39,15 +38,28 @@ def check(network: Network, x: Tensor, tolerance: float = 1e-3) -> None:
     if x.is_floating_point() and not torch.isfinite(x).all():
         raise ValueError("x holds NaN or infinite values")
     with torch.autocast(x.device.type, enabled=False):
-        # The samples with the most nonzero inputs: in sparse data many samples are zero.
-        densest = x.reshape(len(x), -1).count_nonzero(1).topk(min(SAMPLES, len(x))).indices.sort().values
-        samples = x[densest] if len(densest) > 1 else x[densest].repeat_interleave(2, 0)
+        chosen = _some(x)
+        samples = x[chosen] if len(chosen) > 1 else x[chosen].repeat_interleave(2, 0)
         _check_target(network, x)
         _check_samples(network, samples, tolerance)
+        if network.hidden:
+            _check_hidden(network, samples, tolerance)
         # Twice, with different weights: rounding may flip a unit close to its threshold, but hardly in both trials.
         problem = _Trial(network, samples, tolerance, seed=0).problem()
         if problem and _Trial(network, samples, tolerance, seed=1).problem():
             raise ValueError(problem)
+
+
+def _some(x: Tensor) -> Tensor:
+    """Choose samples: the two with most nonzero inputs, and three of all other densities; not those that are zero.
+
+    In sparse data many samples are zero. In padded data they differ in length, which a target may sort by or pack: so
+    they do not come in falling order.
+    """
+    density = x.reshape(len(x), -1).count_nonzero(1)
+    order = density.argsort(descending=True, stable=True)
+    last = max(int(density.count_nonzero()), 1) - 1
+    return order[list(dict.fromkeys(((last + 1) // 2, last, 0, min(1, last), last - last // 4)))]
 
 
 def _differ(a: Tensor, b: Tensor, size: Tensor, tolerance: float, scale: Tensor | None = None) -> bool:
@@ -98,6 +110,26 @@ def _check_samples(network: Network, x: Tensor, tolerance: float) -> None:
             )
 
 
+@torch.no_grad()
+def _check_hidden(network: Network, x: Tensor, tolerance: float) -> None:
+    """Raise a ValueError if a hidden module's outputs do not begin with the samples, each of them on its own."""
+    together: list[Tensor] = []
+    network(x, activations=together)
+    for i in range(len(x)):
+        alone: list[Tensor] = []
+        try:
+            network(x[i : i + 1], activations=alone)
+        except ValueError:
+            alone = []
+        pairs = [(a[i : i + 1], b) for a, b in zip(together, alone, strict=False)]
+        same = [a.shape == b.shape and not _differ(a, b, b.norm(), tolerance) for a, b in pairs]
+        if len(alone) != len(together) or not all(same):
+            raise ValueError(
+                f"hidden modules {network.hidden}: their outputs must begin with the samples, in the order of the "
+                "inputs, and none may depend on another sample"
+            )
+
+
 def _traced(network: Network, x: Tensor) -> tuple[Tensor, list[tuple[str, Tensor]]]:
     """Return the outputs, and the outputs of every module in the order in which the calls end."""
     outputs: list[tuple[str, Tensor]] = []
@@ -115,6 +147,19 @@ def _traced(network: Network, x: Tensor) -> tuple[Tensor, list[tuple[str, Tensor
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def _padding_counts(network: Network) -> Iterator[None]:
+    """Let the row of an embedding's padding have its gradient, which torch leaves out: it is a weight like others."""
+    kept = [(site.module, site.module.padding_idx) for site in network.sites if hasattr(site.module, "padding_idx")]
+    for module, _ in kept:
+        module.padding_idx = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module, index in kept:
+            module.padding_idx = index
 
 
 class _Trial:
@@ -197,6 +242,16 @@ class _Trial:
 
     def real(self, components: Components, remainder: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """Run sample by sample, with changed weights in place of the target's: the same two results by brute force."""
+        try:
+            return self.alone(components, remainder, allow_mutation_on_saved_tensors)
+        except RuntimeError as error:
+            if "saved tensor hooks" not in str(error):  # torch.func.grad in the target takes none
+                raise
+            return self.alone(components, remainder, nullcontext)
+
+    def alone(
+        self, components: Components, remainder: bool, guard: Callable[[], AbstractContextManager[Any]]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         network = self.network
         rules = {site.path: site.rule for site in network.sites if not site.transposed}
         outs, gradients = [], []
@@ -213,7 +268,7 @@ class _Trial:
                 for site in network.sites
                 if site.path in weights
             }
-            with evaluating(network.target), allow_mutation_on_saved_tensors():
+            with evaluating(network.target), _padding_counts(network), guard():
                 out = functional_call(network.target, users, (self.x[i : i + 1],), tie_weights=False)
                 out = network.output(out) if network.output is not None else out
                 gradient = self.back(out, list(weights.values()), self.cotangent[i : i + 1])

@@ -225,8 +225,58 @@ def test_a_function_without_forward_mode_is_taken_backward(mode: str | None, mon
     monkeypatch.setattr(gradients, "cheapest", lambda *args: "forward")
     got = gradient(one.network, components, x, mode=mode)
     torch.testing.assert_close(got, gradient(one.network, components, x, mode="backward"))
-    with pytest.raises(ValueError, match="the target does not run on x"):
+    with pytest.raises(ValueError, match="without a forward mode"):
         gradient(one.network, components, x, mode="forward")
+
+
+class Apart(nn.Module):
+    """Backward passes around a norm, or is told to triple the gradient; forward mode knows of neither."""
+
+    def __init__(self, hook: bool, n_out: int) -> None:
+        super().__init__()
+        self.hook, self.first, self.last = hook, nn.Linear(3, 4), nn.Linear(4, n_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        if self.hook:
+            if h.requires_grad:
+                h.register_hook(lambda g: 3 * g)
+            return self.last(h)
+        with torch.no_grad():
+            size = h.norm(dim=-1, keepdim=True)
+        return self.last(h / size)
+
+
+@pytest.mark.parametrize("hook", [True, False])
+@pytest.mark.parametrize("at", ["target", "components"])
+def test_gradients_that_forward_mode_does_not_have_are_taken_backward(hook: bool, at: str) -> None:
+    one = Case(Apart(hook, 40), {"first.weight": linear}, lambda b, g: torch.randn(b, 3, generator=g).double())
+    x, components = one.x(64), one.components(C=2)
+    one.network.check(x)
+    expected = gradient(one.network, components, x, mode="backward", at=at)
+    assert expected.abs().min() > 0
+    for mode in (None, "sample_gradients"):
+        torch.testing.assert_close(gradient(one.network, components, x, mode=mode, at=at), expected)
+    with pytest.raises(ValueError, match=r"mode='forward' does not have .*torch.no_grad, or a hook on gradients"):
+        gradient(one.network, components, x, mode="forward", at=at)
+
+
+def test_forward_mode_of_one_output_without_an_axis() -> None:
+    class One(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(3, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.first(x).tanh().sum(-1)
+
+    one = Case(One(), {"first.weight": linear}, lambda b, g: torch.randn(b, 3, generator=g).double())
+    for restarts in (None, 2):
+        x, components = one.x(4), one.components(C=2, restarts=restarts)
+        for at in ("target", "components"):
+            found = [gradient(one.network, components, x, mode=mode, at=at) for mode in gradients.MODES]
+            torch.testing.assert_close(found[0], found[1])
+            torch.testing.assert_close(found[2], found[1])
 
 
 class Attends(nn.Module):

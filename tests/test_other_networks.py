@@ -106,6 +106,17 @@ class Positions(nn.Module):
         return self.head(torch.tanh(self.token(tokens) + self.position(ids)))
 
 
+class Padded(nn.Module):
+    """An embedding whose padding has no gradient for torch, though its row moves the outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.head = nn.Embedding(6, 4, padding_idx=0), nn.Linear(4, 2)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.token(tokens)))
+
+
 class Conv1D(nn.Module):
     """Hugging Face's linear layer, written anew."""
 
@@ -491,3 +502,34 @@ def test_a_run_from_its_first_step_to_its_last(name: str) -> None:
     )
     assert result.finished
     assert all(torch.isfinite(t).all() for t in result.components.parameters())
+
+
+def test_the_row_of_padding_is_a_weight_like_others() -> None:
+    """Torch leaves its gradient out, though it moves the outputs; here it counts, whatever the batch holds."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        target = Padded().double()
+    padded = torch.tensor([[1, 2, 0], [3, 0, 0], [4, 5, 1], [2, 2, 0]])
+    network = apd.Network(target, ["token.weight"])
+    for x in (padded, padded.clamp_min(1)):
+        network.check(x)
+    assert target.token.padding_idx == 0
+    components = apd.Components.random(network.shapes, 3, generator=torch.Generator().manual_seed(0))
+    components = components.map(lambda t: t.double())
+    found = apd.attributions.gradient(network, components, padded)
+    target.token.padding_idx = None
+    torch.testing.assert_close(apd.attributions.gradient(network, components, padded), found)
+
+
+def test_a_derivative_inside_the_target_is_refused_by_name() -> None:
+    class Slope(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.o = nn.Linear(5, 6), nn.Linear(6, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.func.grad(lambda v: self.o(self.a(v).tanh()).sum())(x)
+
+    x = torch.randn(12, 5, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match=r"a.weight: the gradients at module 'a' are not those of the weight"):
+        apd.Network(Slope(), ["a.weight"]).check(x)

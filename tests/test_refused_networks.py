@@ -8,12 +8,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from oracles import assert_same_state, case, state
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 import apd_minimal as apd
+from apd_minimal.check import _some
 
 Forward = Callable[[Any, Tensor], Tensor]
 
@@ -139,6 +142,51 @@ def test_what_cannot_be_gated_by_sample_is_refused(name: str, trained: bool) -> 
         apd.decompose(
             target, lambda step, generator: x.clone(), ["a.weight", "b.weight"], 2, 1, steps=1, progress=False
         )
+
+
+def lengths(x: Tensor) -> Tensor:
+    return x.ne(0).any(-1).sum(1)
+
+
+def sorted_by_length(net: Any, x: Tensor) -> Tensor:
+    order = lengths(x).argsort(descending=True, stable=True)
+    return net.b(torch.tanh(net.a(x[order])).sum(1)[order.argsort()])
+
+
+def packed(net: Any, x: Tensor) -> Tensor:
+    """A layer that sees the tokens without their padding."""
+    kept, out = x.ne(0).any(-1), torch.zeros_like(x)
+    out[kept] = torch.tanh(net.a(x[kept]))
+    return net.b(out.sum(1))
+
+
+@pytest.mark.parametrize("run", [sorted_by_length, packed])
+@pytest.mark.parametrize("n_long", [4, 6])
+def test_padded_samples_are_checked_at_several_lengths(run: Forward, n_long: int) -> None:
+    """Samples of full length alone would pass: sorting leaves them where they are, and packing leaves none out."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        target, x = Net(run).double(), torch.randn(12, 4, 4).double()
+    full = x.clone()
+    for i, length in enumerate(([4, 2, 3] * 4)[: 12 - n_long] + [4] * n_long):
+        x[i, length:] = 0
+    assert len(x[lengths(x) == 4]) >= 4
+    apd.Network(target, ["a.weight"]).check(full)
+    with pytest.raises(ValueError, match=r"a.weight: the (network uses this weight in a way|first axis of the input)"):
+        apd.Network(target, ["a.weight"]).check(x)
+
+
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=30))
+def test_the_checked_samples_have_many_densities_out_of_order(counts: list[int]) -> None:
+    x = (torch.arange(6) < torch.tensor(counts)[:, None]).double()
+    chosen = _some(x).tolist()
+    found = [counts[i] for i in chosen]
+    some = [n for n in counts if n] or [0]
+    assert len(set(chosen)) == len(chosen) == min(len(some) if max(counts) else 1, 5)
+    assert max(found) == max(some)
+    assert min(found) == min(some)
+    if len(set(found)) > 1:
+        assert found != sorted(found, reverse=True)
 
 
 @pytest.mark.parametrize("alone", [True, False])
@@ -279,6 +327,18 @@ def test_what_an_operation_in_place_overwrites_is_recorded_before() -> None:
     network(x, apd.Components.from_matrices({p: w[None] for p, w in network.weights.items()}), activations=found)
     torch.testing.assert_close(found[0], plain[0](x))
     network.check(x)
+
+
+@pytest.mark.parametrize("positions", [5, 3])
+def test_hidden_modules_whose_outputs_do_not_begin_with_the_samples(positions: int) -> None:
+    target = Net(
+        lambda net, x: net.b(net.keep(torch.tanh(net.a(x)).transpose(0, 1)).transpose(0, 1)), keep=nn.Identity()
+    )
+    x = torch.randn(5, positions, 4, generator=torch.Generator().manual_seed(0))
+    apd.Network(target, ["a.weight"]).check(x)
+    with pytest.raises(ValueError, match=r"hidden module.*'keep'.* (begin with the samples|tensor of 5 samples)"):
+        apd.Network(target, ["a.weight"], hidden=["keep"]).check(x)
+    apd.Network(target, ["a.weight"], hidden=["a"]).check(x)
 
 
 def test_hidden_modules_that_give_nothing_to_record() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ from ..sites import Site, Use
 
 # From so many multiplications in a backward pass on, those of repeated rows are worth looking for (measured).
 LARGE = 2**22
+FEW = 4  # samples on which forward mode is compared with backward
+_agreeing: WeakKeyDictionary[Network, bool] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -199,6 +202,41 @@ def live(network: Network, base: Components | None, x: Tensor) -> Tensor:
     return (moved.reshape(-1, len(x), moved[(0,) * (1 if base is None else 2)].numel()) != 0).any(0)
 
 
+def forward_agrees(network: Network, x: Tensor) -> bool:
+    """Tell whether forward mode has the gradients that backward has; looked up once for a network.
+
+    It has none for some operations. And it passes through `torch.no_grad` and past hooks on gradients in the target,
+    which backward heeds.
+    """
+    if network not in _agreeing:
+        try:
+            _agreeing[network] = _compared(network, x[:FEW])
+        except RuntimeError:  # no forward mode
+            _agreeing[network] = False
+    return _agreeing[network]
+
+
+def _compared(network: Network, x: Tensor) -> bool:
+    """Move all layers' outputs in one random direction, and compare how far the outputs move, both ways."""
+    record: list[Use] = []
+    out = _run(network, None, x, record)
+    generator = torch.Generator().manual_seed(0)
+    seed = torch.randn(out.shape, generator=generator).to(out)
+    shifts = [use.shift for use in record]
+    moves = tuple(torch.randn(t.shape, generator=generator).to(t) for t in shifts)
+    back = [
+        torch.zeros_like(move) if g is None else g * move
+        for g, move in zip(_gradients(out, record, seed, keep=False), moves, strict=True)
+    ]
+    zeros = tuple(torch.zeros_like(t) for t in shifts)
+    with torch.no_grad(), plain_attention():
+        moved = jvp(lambda *t: network(x, shifts=t), zeros, moves)[1].reshape(out.shape)
+        forward = (moved * seed).sum((0, 2))
+        backward = torch.stack([b.reshape(len(x), -1).sum(1) for b in back]).sum(0)
+        size = torch.stack([b.norm() for b in back]).sum()
+        return bool((forward - backward).norm() <= (1e-3 + 32 * torch.finfo(out.dtype).eps) * size)
+
+
 def plain_attention() -> AbstractContextManager[None]:
     """In forward mode attention's fused kernels are many times slower than the plain one, or fail."""
     chosen: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH)
@@ -238,17 +276,16 @@ def pairs_of(captured: list[Captured]) -> Pairs:
 
 
 def live_pairs(network: Network, base: Components | None, x: Tensor) -> Pairs:
-    """Find the pairs that have a gradient, and capture them; all pairs, where torch has no forward mode.
+    """Find the pairs that have a gradient, and capture them; all pairs, where forward mode cannot tell them.
 
     Raises:
         ValueError: an empty batch.
     """
     if len(x) == 0:
         raise ValueError("an empty batch: the first axis of x has size 0")
-    try:
-        alive = live(network, base, x)
-    except RuntimeError:
+    if not forward_agrees(network, x):
         return pairs_of(capture(network, base, x))
+    alive = live(network, base, x)
     outputs, samples = alive.T.nonzero().unbind(1)
     captured = capture_pairs(network, base, x, samples, outputs) if len(samples) else []
     return Pairs(captured, samples, outputs, *alive.shape)

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..components import Components
 from ..network import Network
 from ..sites import Use
-from .capture import capture, live
+from .capture import capture, forward_agrees, live
 
 # Nanoseconds, measured on a core that takes 3e10 multiplications a second in large products.
 MULTIPLIED = 1 / 30
@@ -104,15 +104,14 @@ def cheapest(network: Network, components: Components, base: Components | None, 
     Returns:
         str: one of `MODES`.
     """
+    if not forward_agrees(network, x):
+        return "backward"
     count = _Count(network, components, base, x)
     times = {"forward": count.forward(), "backward": count.backward(()), "sample_gradients": count.pairs(1.0)}
     n_out, few = count.shapes.n_out, x[:PROBED]
     on, worth = 1.0, min(times.values()) - PROBE  # what a look must promise
     if n_out > FEW and count.pairs(0.0) < worth:
-        try:
-            on = live(network, base, few).double().mean().item()
-        except RuntimeError:  # no forward mode
-            on = 1.0
+        on = live(network, base, few).double().mean().item()
         times["sample_gradients"] = count.pairs(on)
     if on > 0.5 and count.backward(range(len(count.shapes.uses))) < worth:
         times["backward"] = count.backward(_shared(network, base, few, count.shapes))

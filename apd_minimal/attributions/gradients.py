@@ -22,7 +22,7 @@ from .. import checks
 from ..components import Components
 from ..network import Network, as_network
 from .arguments import checked
-from .capture import capture, live_pairs, pairs_of
+from .capture import capture, forward_agrees, live_pairs, pairs_of
 from .choose import FEW, at_once, cheapest, few_are_on, shapes_of
 from .meet import finished, meet, meet_pairs, tangents
 
@@ -65,7 +65,7 @@ def gradient(
 
     Raises:
         ValueError: an empty batch, an unknown `at` or `mode`, options that exclude each other, positions that differ
-            between layers.
+            between layers, a forward mode that does not have the target's gradients.
     """
     checks.choice("at", at, ("target", "components"))
     if mode is not None:
@@ -75,6 +75,11 @@ def gradient(
     if mode not in (None, "backward") and (per_position or n_probes is not None):
         raise ValueError(f"positions and probes need the backward mode, not {mode!r}")
     network = as_network(target, components)
+    if mode == "forward" and not forward_agrees(network, x):
+        raise ValueError(
+            "mode='forward' does not have this target's gradients: it uses an operation without a forward mode, "
+            "torch.no_grad, or a hook on gradients; take mode='backward', or None"
+        )
     stacked = components.stacked().map(Tensor.detach)
     base = stacked if at == "components" else None
     chosen = mode or ("backward" if per_position or n_probes else cheapest(network, stacked, base, x))

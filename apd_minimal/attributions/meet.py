@@ -51,7 +51,8 @@ def tangents(network: Network, components: Components, base: Components | None, 
     zeros = tuple(t.new_zeros(t.shape[1:]) for t in moves)
 
     def run(*shifts: Tensor) -> Tensor:
-        return network(x, base, shifts=shifts).flatten(1 if base is None else 2)
+        out = network(x, base, shifts=shifts)
+        return out.reshape(*out.shape[: 1 if base is None else 2], -1)
 
     with plain_attention():
         moved = vmap(lambda *t: jvp(run, zeros, t)[1])(*moves).detach()  # [R C, B, n_out] or [C, R, B, n_out]
