@@ -36,8 +36,8 @@ SEEDS = {
     "tms-40-10": range(20, 25),
     "gated": range(10),
     "residual-50": range(5),
-    "residual-25-25": range(3),
-    "residual-17-17-16": range(2),
+    "residual-25-25": range(2),
+    "residual-17-17-16": range(1),
     "perceptron": range(4),
     "transformer-answer": range(2),
 }
