@@ -191,7 +191,7 @@ for _job in unknown.JOBS:
     if _job[0] == "short":
         KINDS[f"perceptron, C = {_job[1]}, k = {_job[2]:g}"] = range(2), partial(perceptron, *_job)
 KINDS |= further()
-DEALT = [kind for kind in FIRST if "plain" not in kind and "identity" not in kind]
+DEALT = [kind for kind in FIRST if not any(word in kind for word in ("plain", "identity", "reading"))]
 SHUFFLED = ["tms-5-2", "tms-40-10", "residual-50", "gated", "perceptron", "transformer-answer"]
 
 
