@@ -6,8 +6,8 @@ Nothing is trained. Beside what was found stand the true mechanisms where they a
 training (singular directions, neurons, the columns of each matrix, one lump); and what was found, spoiled: each
 component cut into two halves, and pairs of components put together, at random. All are judged on the same inputs, of a
 stream that no run has seen, with the attributions of the run. Errors of residual MLPs are shares of what the layers
-add to the outputs. Perceptron and transformer have answers that are distributions: their errors are in bits, and their
-curves are stored, so that code and error can be added.
+add to the outputs. The perceptron's answers are distributions: its errors are in bits, and its curves are stored, so
+that code and error can be added.
 """
 
 from __future__ import annotations
@@ -39,7 +39,6 @@ SEEDS = {
     "residual-25-25": range(2),
     "residual-17-17-16": range(1),
     "perceptron": range(4),
-    "transformer-answer": range(2),
 }
 Job = tuple[str, int]  # target, seed
 Block = Mapping[str, tuple[Tensor, Tensor]]  # by weight, for n components: left [n, d_in], right [n, d_out]
@@ -171,10 +170,13 @@ def judged(job: Job) -> Judged:
         x, attribution, divergence = case.x[:FEW], case.settings.get("attribution"), "kl"
     weights = network.weights
     sets = {"found": found} | ({} if truth is None else {"truth": truth})
-    if kind != "transformer-answer":  # too many for it
-        sets |= {"singular directions": singular(weights), "neurons": neurons(weights)}
-        sets |= {"columns": columns(weights, embedding)}
-    sets |= {"one lump": lump(weights), "halves": halved(found), "pairs": paired(found, seed)}
+    sets |= {"singular directions": singular(weights), "neurons": neurons(weights)}
+    sets |= {
+        "columns": columns(weights, embedding),
+        "one lump": lump(weights),
+        "halves": halved(found),
+        "pairs": paired(found, seed),
+    }
     return Judged(network, x, sets, attribution, divergence)
 
 
