@@ -1,6 +1,6 @@
 """Create data/leakage.json: do the masks of the stored decompositions give answers away (chapter 27)?
 
-python -m experiments.leaks [--only tms-5-2 ...] [--processes N]     (about half an hour of a core)
+python -m experiments.leaks [--only tms-5-2 ...] [--processes N]     (about twenty minutes of a core)
 
 Nothing is trained: components and targets are those of the other studies, and their seeds too. The inputs are drawn
 from streams that no run has seen, and samples without any input on are left out. "runs" has one deal of the dealt
