@@ -175,7 +175,8 @@ class Study:
             doc: description of the study, for `--help`.
         """
         parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-        parser.add_argument("--only", nargs="+", choices=self.choices(), metavar="PART", help=", ".join(self.choices()))
+        parts = ", ".join(self.choices()).replace("%", "%%")  # argparse fills in what a % announces
+        parser.add_argument("--only", nargs="+", choices=self.choices(), metavar="PART", help=parts)
         parser.add_argument("--processes", type=int, default=2, help="jobs at a time, each on one thread")
         parser.add_argument("--again", action="store_true", help="run jobs that are stored as well")
         options = parser.parse_args()

@@ -55,10 +55,10 @@ def costs(target: apd.targets.TMS, components: apd.Components, x: torch.Tensor) 
     return listed(rate.costs(target, components, x, EPSILONS, attribution=target.attributions))
 
 
-def listed(found: list[rate.Cost]) -> list[Row]:
+def listed(found: list[rate.Cost], epsilons: tuple[float, ...] = EPSILONS) -> list[Row]:
     """Write costs as JSON has them: None for what is infinite, where the error is never reached."""
     rows = []
-    for epsilon, cost in zip(EPSILONS, map(asdict, found), strict=True):
+    for epsilon, cost in zip(epsilons, map(asdict, found), strict=True):
         rows.append({"epsilon": epsilon} | {n: v if math.isfinite(v) else None for n, v in cost.items()})
     return rows
 

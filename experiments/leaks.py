@@ -1,49 +1,63 @@
 """Create data/leakage.json: do the masks of the stored decompositions give answers away (chapter 27)?
 
-python -m experiments.leaks [--only tms-5-2 ...] [--processes N]     (about ten minutes of a core)
+python -m experiments.leaks [--only tms-5-2 ...] [--processes N]     (about twenty minutes of a core)
 
 Nothing is trained: components and targets are those of the other studies, and their seeds too. The inputs are drawn
-from streams that no run has seen, and samples without any input on are left out.
+from streams that no run has seen, and samples without any input on are left out. "runs" has one deal of the dealt
+control for each decomposition, "deals" six for some kinds (the first is that of "runs"), "random" the same measures of
+networks whose weights were shuffled, "room" what a mask could spell and an answer needs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import apd_minimal as apd
+from apd_minimal.attributions import Attribution
 from apd_minimal.config import at_progress
 from apd_minimal.study import controls
+from apd_minimal.study.leakage import _only_ordered
 from apd_minimal.targets.transformer import Transformer, answer_shares, last_position
 from experiments import gated, larger, residual, tms, unknown
 from experiments.experiment import Row, Rows, Study, Tensors, of, stored
+from experiments.leaks_cases import FEW, FEWER, SAMPLES, Case, Kind, PartOf, bits_of, further, set_bits, shuffled
 
-SAMPLES = 4096
-FEW, FEWER = 2048, 1024  # where a run takes long
 SEED = 0  # of the pairs and of the deal
+DEALS = ((0, 1), (2, 3), (4, 5))  # seeds of the deals that are compared
 Job = tuple[str, int]  # decompositions, seed
 
 
-def tables(sets: dict[str, apd.Components], target: Any, x: Tensor, k: Any, **settings: Any) -> Row:
-    """Measure several sets of components in the same way."""
-    done = {}
-    for name, components in sets.items():
-        found = apd.leakage.leakage(target, components, x, k, seed=SEED, **settings)
-        done[name] = {
+def table(case: Case, components: apd.Components, **settings: Any) -> Row:
+    """Measure one set of components."""
+    given = {"seed": SEED, **case.settings, **settings}
+    found = apd.leakage.leakage(case.target, components, case.x, case.k, **given)
+    short: Row = larger.short(
+        {
             "scores": {test: [s.components, s.dealt, s.target, s.chance] for test, s in found.scores.items()},
             "bits": {what: [b.bits, b.shuffled, b.ceiling] for what, b in found.bits.items()},
             "pairs": found.pairs,
             "active": found.active,
         }
-    short: Row = larger.short(done)
+    )
     return short
 
 
-def toy(name: str, identity: bool, rotated: bool, recipe: str, seed: int) -> Row:
-    """Measure a toy model of superposition, beside the truth and the split of its weight by input columns."""
+def tables(case: Case) -> Row:
+    """Measure all sets of components, and what was found with other rules."""
+    done = {name: table(case, components) for name, components in case.sets.items()}
+    few = {"tasks": case.settings["tasks"][:FEWER]} if "tasks" in case.settings else {}
+    for name, attribution in case.rules.items():  # the same components, chosen by other attributions
+        fewer = Case(case.target, case.x[:FEWER], case.k, case.sets, case.settings | few)
+        done[name] = table(fewer, case.sets["found"], attribution=attribution)
+    return done
+
+
+def toy(name: str, identity: bool, rotated: bool, recipe: str, seed: int) -> Case:
+    """Build the case of a toy model of superposition, beside the truth and the split of its weight by input columns."""
     components, state = of("tms", tms.prefix((name, identity, rotated, recipe, seed)))
     target = apd.targets.TMS(*tms.SIZES[name], identity=identity)
     if rotated:
@@ -57,22 +71,15 @@ def toy(name: str, identity: bool, rotated: bool, recipe: str, seed: int) -> Row
     if not identity:
         sets["input columns"] = controls.input_columns(apd.Network(target, target.weights).weights)
         sets |= {"truth": apd.Components.from_matrices(target.mechanisms())} if rotated else {}
-    at = settings.get("attribute_at", "target")
-    return tables(sets, target, x, k, at=at, attribution=settings.get("attribution"))
+    how = {"at": settings.get("attribute_at", "target"), "attribution": settings.get("attribution")}
+    return Case(target, x, k, sets, how, answer=set_bits(target.n_features, target.data(1).probability))
 
 
-class Computed(apd.targets.ResidualMLP):
-    """A residual MLP without what passes by its layers, of which no mask can take anything away."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map x [..., n_features] to what the layers add to the outputs, [..., n_features]."""
-        return super().forward(x) - x @ self.embedding @ self.embedding.T
-
-
-def residual_mlp(name: str, seed: int) -> Row:
-    """Measure a residual MLP; answers are what its layers compute."""
+def residual_mlp(name: str, seed: int) -> Case:
+    """Build the case of a residual MLP; answers are what its layers compute."""
     components, state = of("residual", residual.prefix((name, seed)))
-    target, computed = (kind(neurons=residual.SIZES[name], seed=seed) for kind in (residual.ResidualMLP, Computed))
+    target = residual.ResidualMLP(neurons=residual.SIZES[name], seed=seed)
+    computed = PartOf(neurons=residual.SIZES[name], seed=seed)
     target.load_state_dict(state, strict=False)
     computed.load_state_dict(state, strict=False)
     recipe, whole = target.recipe, apd.Network(target, target.weights)
@@ -82,11 +89,13 @@ def residual_mlp(name: str, seed: int) -> Row:
     def attribution(network: apd.Network, components: apd.Components, x: Tensor) -> Tensor:
         return target.attributions(whole, components, x)
 
-    return tables({"found": components}, computed, x, at_progress(recipe["top_k"], 1.0), attribution=attribution)
+    how, bits = {"attribution": attribution}, set_bits(target.n_features, target.probability)
+    k = at_progress(recipe["top_k"], 1.0)
+    return Case(computed.without(target.weights), x, k, {"found": components}, how, answer=bits)
 
 
-def functions(recipe: str, seed: int) -> Row:
-    """Measure hand-coded gated functions, beside the truth; the answer is y."""
+def functions(recipe: str, seed: int) -> Case:
+    """Build the case of hand-coded gated functions, beside the truth; the answer is y."""
     shown, settings = gated.settings_of(recipe, seed)
     target = apd.targets.GatedFunctions(seed=seed)
     components, _ = of("gated", gated.prefix((recipe, seed)))
@@ -105,22 +114,23 @@ def functions(recipe: str, seed: int) -> Row:
 
     sets = {"found": components, "truth": apd.Components.from_matrices(target.mechanisms())}
     blank = {"control bits off": bits_off, "x of another": other_x}
-    return tables(sets, target, x, settings["top_k"], blank=blank, attribution=attribution)
+    how, bits = {"blank": blank, "attribution": attribution}, set_bits(target.n_functions, target.probability)
+    return Case(target, x, settings["top_k"], sets, how, answer=bits)
 
 
-def perceptron(seed: int) -> Row:
-    """Measure the perceptron of chapter 12, which answers eight questions about eight bits."""
+def perceptron(length: str, C: int, k: float, seed: int) -> Case:
+    """Build the case of the perceptron of chapter 12, which answers eight questions about eight bits."""
     net = torch.nn.Sequential(
         torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 32), torch.nn.ReLU(), torch.nn.Linear(32, 2)
     )
     net.load_state_dict({n.removeprefix("net."): t for n, t in stored("unknown").items() if n.startswith("net.")})
-    components, _ = of("unknown", f"full/12/2.0/{seed}/")
+    components, _ = of("unknown", f"{length}/{C}/{k}/{seed}/")
     x, asked, _ = unknown.samples(torch.Generator().manual_seed(55_000), SAMPLES)
     blank = {
         "bits zero": lambda x: torch.cat([0 * x[:, :8], x[:, 8:]], dim=1),
         "bits of another": lambda x: torch.cat([x[:, :8].roll(1, 0), x[:, 8:]], dim=1),
     }
-    return tables({"found": components}, net, x, 2.0, outputs="classes", blank=blank, tasks=asked)
+    return Case(net, x, k, {"found": components}, {"outputs": "classes", "blank": blank, "tasks": asked})
 
 
 def blind(target: Transformer, letters: bool, task: bool) -> Transformer:
@@ -135,8 +145,8 @@ def blind(target: Transformer, letters: bool, task: bool) -> Transformer:
     return copy
 
 
-def transformer(kind: str, seed: int) -> Row:
-    """Measure the transformer of chapter 23."""
+def transformer(kind: str, seed: int) -> Case:
+    """Build the case of the transformer of chapter 23."""
     target = larger.stored_target()
     name = f"{kind}-{seed}"
     recipe = larger.recipe_of(target, name)
@@ -149,14 +159,10 @@ def transformer(kind: str, seed: int) -> Row:
         "letters of another": lambda x: torch.cat([x[:, :1], x[:, 1:].roll(1, 0)], dim=1),
     }
     network = apd.Network(target, recipe["weights"], output=last_position)
-    components, k, tasks = apd.Components(A, B), recipe["top_k"], x[:, 0] - target.n_letters
-    how = {"outputs": "classes", "blank": blank}
-    done = tables({"found": components}, network, x, k, tasks=tasks, attribution=answer_shares, **how)
-    if kind == "answer":  # the same components, chosen by other attributions
-        x, tasks = x[:FEWER], tasks[:FEWER]
-        for name, attribution in (("all logits", all_logits), ("activation", apd.attributions.activation)):
-            done |= tables({name: components}, network, x, k, tasks=tasks, attribution=attribution, **how)
-    return done
+    how = {"outputs": "classes", "blank": blank, "tasks": x[:, 0] - target.n_letters, "attribution": answer_shares}
+    others: dict[str, Attribution] = {"all logits": all_logits, "activation": apd.attributions.activation}
+    rules = others if kind == "answer" else {}
+    return Case(network, x, recipe["top_k"], {"found": apd.Components(A, B)}, how, rules=rules)
 
 
 def all_logits(network: apd.Network, components: apd.Components, x: Tensor) -> Tensor:
@@ -165,35 +171,85 @@ def all_logits(network: apd.Network, components: apd.Components, x: Tensor) -> T
     return scores / scores.sum(-1, keepdim=True)
 
 
-KINDS: dict[str, tuple[range, Callable[[int], Row]]] = {}
+KINDS: dict[str, Kind] = {}
 for _size, _seeds in tms.SEEDS.items():
-    KINDS[_size] = _seeds, lambda seed, n=_size: toy(n, False, False, "ours", seed)  # type: ignore[misc]
-    KINDS[f"{_size}-rotated"] = _seeds, lambda seed, n=_size: toy(n, False, True, "ours", seed)  # type: ignore[misc]
-KINDS["tms-5-2-identity"] = range(10, 20), lambda seed: toy("tms-5-2", True, False, "ours", seed)
-KINDS["tms-40-10-identity"] = range(20, 23), lambda seed: toy("tms-40-10", True, False, "ours", seed)
-KINDS["tms-5-2-plain"] = range(10, 15), lambda seed: toy("tms-5-2", False, False, "plain", seed)
-KINDS["tms-40-10-plain"] = range(20, 23), lambda seed: toy("tms-40-10", False, False, "plain", seed)
+    KINDS[_size] = _seeds, partial(toy, _size, False, False, "ours")
+    KINDS[f"{_size}-rotated"] = _seeds, partial(toy, _size, False, True, "ours")
+KINDS["tms-5-2-identity"] = range(10, 20), partial(toy, "tms-5-2", True, False, "ours")
+KINDS["tms-40-10-identity"] = range(20, 23), partial(toy, "tms-40-10", True, False, "ours")
+KINDS["tms-5-2-plain"] = range(10, 15), partial(toy, "tms-5-2", False, False, "plain")
+KINDS["tms-40-10-plain"] = range(20, 23), partial(toy, "tms-40-10", False, False, "plain")
 for _size, _seeds in residual.SEEDS.items():
-    KINDS[f"residual-{_size}"] = _seeds, lambda seed, n=_size: residual_mlp(n, seed)  # type: ignore[misc]
-KINDS["gated"] = range(10), lambda seed: functions("ours", seed)
-KINDS["perceptron"] = range(4), perceptron
-KINDS["transformer-answer"] = range(2), lambda seed: transformer("answer", seed)
-KINDS["transformer-reading"] = range(2), lambda seed: transformer("reading", seed)
+    KINDS[f"residual-{_size}"] = _seeds, partial(residual_mlp, _size)
+KINDS["gated"] = range(10), partial(functions, "ours")
+KINDS["perceptron"] = range(4), partial(perceptron, "full", 12, 2.0)
+KINDS["transformer-answer"] = range(2), partial(transformer, "answer")
+KINDS["transformer-reading"] = range(2), partial(transformer, "reading")
+FIRST = list(KINDS)
+KINDS["gated, plain"] = range(5), partial(functions, "plain")
+for _job in unknown.JOBS:
+    if _job[0] == "short":
+        KINDS[f"perceptron, C = {_job[1]}, k = {_job[2]:g}"] = range(2), partial(perceptron, *_job)
+KINDS |= further()
+DEALT = [kind for kind in FIRST if not any(word in kind for word in ("plain", "identity", "reading"))]
+SHUFFLED = ["tms-5-2", "tms-40-10", "residual-50", "gated", "perceptron", "transformer-answer"]
+
+
+def case_of(job: Job) -> Case:
+    """Build the case of a decomposition."""
+    return KINDS[job[0]][1](job[1])
 
 
 def run(job: Job) -> tuple[list[Row], Tensors]:
     """Measure one decomposition."""
-    kind, seed = job
-    return [{"tables": KINDS[kind][1](seed)}], {}
+    return [{"tables": tables(case_of(job))}], {}
 
 
-RUNS = Rows(
-    ("kind", "seed"),
-    lambda rows: [(kind, seed) for kind, (seeds, _) in KINDS.items() for seed in seeds],
-    run,
-    order=lambda job: (list(KINDS).index(job[0]), job[1]),
-)
-STUDY = Study("leakage", {"runs": RUNS}, compact=True)
+def deal(job: Job) -> tuple[list[Row], Tensors]:
+    """Measure one decomposition's parts, dealt six times."""
+    case, rows = case_of(job), []
+    found = case.sets["found"]
+    turned = _only_ordered(found)
+    for pair in DEALS:
+        one, other = (controls.dealt(found, seed, turned=turned) for seed in pair)
+        both = table(case, one, control=other)["scores"]
+        for column, seed in enumerate(pair):
+            rows.append({"deal": seed, "scores": {test: score[column] for test, score in both.items()}})
+    return rows, {}
+
+
+def shuffle(job: Job) -> tuple[list[Row], Tensors]:
+    """Measure a network that learned nothing."""
+    case = shuffled(case_of((job[0], KINDS[job[0]][0][0])), job[1])
+    if "transformer" in job[0]:
+        case.settings["attribution"] = answer_shares
+    return [{"table": table(case, case.sets["found"])}], {}
+
+
+def room(job: Job) -> tuple[list[Row], Tensors]:
+    """Count the components that are not zero, and the bits of the answer."""
+    row: Row = larger.short(bits_of(case_of(job)))
+    return [row], {}
+
+
+def order(job: Job) -> tuple[int, int]:
+    """Sort by kind, as they are listed."""
+    return list(KINDS).index(job[0]), job[1]
+
+
+def jobs(kinds: list[str]) -> list[Job]:
+    """List the decompositions of some kinds."""
+    return [(kind, seed) for kind in kinds for seed in KINDS[kind][0]]
+
+
+FIELDS = ("kind", "seed")
+LISTS = {
+    "runs": Rows(FIELDS, lambda rows: jobs(list(KINDS)), run, order=order),
+    "room": Rows(FIELDS, lambda rows: jobs(list(KINDS)), room, order=order),
+    "deals": Rows(FIELDS, lambda rows: jobs(DEALT), deal, order=order),
+    "random": Rows(FIELDS, lambda rows: [(kind, seed) for kind in SHUFFLED for seed in range(2)], shuffle, order=order),
+}
+STUDY = Study("leakage", LISTS, compact=True)
 
 if __name__ == "__main__":
     STUDY.main(__doc__)

@@ -227,12 +227,14 @@ VALID: dict[str, tuple[Any, dict[str, Any]]] = {  # name: (self or None, argumen
     "diagnose.diagnose": (None, ATTRIBUTION | {"top_k": 1.0}),
     "rate.costs": (None, ATTRIBUTION),
     "rate.curve": (None, ATTRIBUTION),
+    "rate.shortest": (None, ATTRIBUTION),
     "rate.Judge": (None, {}),
     "rate.Judge.__call__": (
         apd.rate.Judge(),
         {"network": apd.Network(TARGET, ["encode.weight"]), "components": components(), "x": X},
     ),
     "rate.Cost.bits": (apd.rate.Cost(0.1, 1.0, 1.0, 2), {"alpha": 1.0}),
+    "rate.Cost.message": (apd.rate.Cost(0.1, 1.0, 1.0, 2), {"alpha": 1.0}),
     "tune.Each": (None, {"selections": [apd.selection.TopK(1.0)]}),
     "tune.tune": (
         None,
@@ -710,7 +712,7 @@ OWN_KINDS: dict[str, dict[str, Strategy]] = {
     "diagnose.diagnose": ALONE,
     **{
         f"rate.{name}": ALONE | {"divergence": st.one_of(function(), st.just("hinge"))}
-        for name in ("costs", "curve", "Judge", "Judge.__call__")
+        for name in ("costs", "curve", "shortest", "Judge", "Judge.__call__")
     },
     "rate.curve": ALONE | {"divergence": st.one_of(function(), st.just("hinge")), "points": number(2, whole=True)},
     "tune.Each": {"selections": st.one_of(but(list, tuple), NOTHING, but().map(lambda bad: [bad]))},

@@ -18,7 +18,7 @@ NAMES = {
     "losses": "DIVERGENCES faithfulness hidden kl minimality mse simplicity simplicity_exact",
     "metrics": "Matching Ownership Scrubbing cosines description_length match_use match_weights ml2r mmcs output_error "
     "ownership relative_faithfulness responsible scrubbing",
-    "rate": "NEVER Cost Judge costs curve",
+    "rate": "NEVER Cost Judge costs curve shortest",
     "rules": "Rule TransposedLinear rule",
     "store": "FORMAT StoreError read_tensors reading write write_tensors",
     "targets": "GatedFunctions GatedInputs Questions ResidualMLP TMS Transformer",

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import apd_minimal as apd
-from apd_minimal.study.rate import NEVER, Cost, Judge, costs, curve
+from apd_minimal.study.rate import NEVER, Cost, Judge, costs, curve, shortest
 
 PATH = "weight"
 
@@ -86,6 +86,42 @@ def test_the_divergence_of_distributions_is_in_bits() -> None:
     off = (p * (p * 2).log2()).sum().item()  # from no evidence at all, the uniform distribution
     for point in points:
         assert point.error == pytest.approx(max(0, 1 - point.active) * off, abs=1e-5)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.2, 0.5, 8.0])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_shortest_message_is_the_least_of_all_sums(alpha: float, seed: int) -> None:
+    """With one-hot inputs a pair that is left out costs its own divergence, so that every sum can be written down."""
+    n, B = 6, 1500  # only two of the six inputs are ever on, so that a name costs one bit
+    values = 1 + 5 * torch.rand(B, generator=torch.Generator().manual_seed(seed))
+    x = torch.cat([one_hot(values, 2), torch.zeros(B, n - 2)], dim=1)
+    p = torch.softmax(x.double(), 1)
+    off = (p * (p * n).log2()).sum(1)  # bits from the uniform distribution
+    scores = apd.attributions.gradient(identity(n), features(n), x).amax(1)
+    order, sums = scores.argsort(descending=True, stable=True), []
+    for m in range(B + 1):
+        names = 1.0 if len(set((order[:m] % 2).tolist())) == 2 else 0.0
+        sums.append(float((m * (alpha + names) + off[order[m:]].sum()) / B))
+    found = shortest(identity(n), features(n), x, alpha)
+    assert found.message(alpha) == pytest.approx(min(sums), abs=1e-5)
+    assert found.active * B == pytest.approx(sums.index(min(sums)), abs=1e-3)
+    assert alpha > 1 or 0.2 * B < found.active * B < 0.9 * B  # neither end
+
+
+def test_a_mask_that_is_dearer_than_the_answer_is_not_sent() -> None:
+    x = one_hot(torch.full((40,), 3.0), 4)
+    found = shortest(identity(4), features(4), x, 8.0)
+    assert (found.active, found.bits(8.0)) == (0, 0)
+    assert found.error == found.message(8.0) > 1
+    free = shortest(identity(4), parts(torch.eye(4)), x, 0.0)  # of one component neither name nor rank costs anything
+    assert free.message(0.0) == pytest.approx(0, abs=1e-6)
+
+
+def test_a_share_of_the_variance_is_no_number_of_bits() -> None:
+    with pytest.raises(ValueError, match="divergence"):
+        shortest(identity(3), features(3), torch.rand(8, 3), divergence="mse")
+    nothing = features(3).map(torch.zeros_like)
+    assert shortest(identity(3), nothing, torch.rand(8, 3)).active == 0
 
 
 def test_a_divergence_of_ones_own_is_taken_as_it_is() -> None:

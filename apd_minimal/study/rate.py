@@ -3,7 +3,8 @@
 On held-out inputs, one threshold on the attributions of the whole batch is lowered until the sparse network is as good
 as asked. What is then active on a sample must be named, log2 of the number of components in use for each, and costs a
 fixed number of bits for each unit of its rank. A decomposition is judged by these bits: at an equal error, fewer are
-better.
+better. Where the error is in bits itself, as the Kullback-Leibler divergence is, both can be added, and no error needs
+to be fixed (`shortest`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -54,6 +56,17 @@ class Cost:
         """
         names = self.active * math.log2(self.in_use) if self.in_use > 1 else 0.0
         return checks.number("alpha", alpha, 0) * self.ranks + names
+
+    def message(self, alpha: float = ALPHA) -> float:
+        """Compute the mean bits of a sample and its answer: what is active, and the error, which must be in bits.
+
+        Whoever has the components, the input and what is active can work out the sparse network's distribution, and by
+        that code an answer drawn from the target's takes the divergence more bits than by the target's own code.
+
+        Args:
+            alpha: bits for each unit of rank, 0 or above.
+        """
+        return self.bits(alpha) + self.error
 
 
 @dataclass(frozen=True)
@@ -193,8 +206,58 @@ def curve(
     cost = _Costs(target, components, x, divergence, attribution, rank_threshold)
     if not cost.pairs:
         raise ValueError("all components are zero: there is nothing to draw a curve of")
-    numbers = torch.logspace(math.log10(cost.first), math.log10(cost.pairs), points, dtype=torch.double).round().long()
-    return [cost(n) for n in numbers.unique().tolist()]
+    return [cost(n) for n in _spread(cost.first, cost.pairs, points)]
+
+
+def shortest(
+    target: nn.Module | Network,
+    components: Components,
+    x: Tensor,
+    alpha: float = ALPHA,
+    *,
+    divergence: str | Divergence = "kl",
+    attribution: Attribution | None = None,
+    rank_threshold: float = 0.1,
+) -> Cost:
+    """Find the cost with the shortest message, `Cost.message`: no error is given, the sum decides how large it is.
+
+    Numbers of active pairs as in `curve` and none at all are tried, and then those around the best, ever closer. A sum
+    that has several valleys may have its best one missed, if that is narrower than a step of the curve, about 15%.
+
+    Args:
+        target: as for `costs`, like all others.
+        components: C components.
+        x: held-out inputs [B, ...].
+        alpha: bits for each unit of rank, 0 or above: what is left to choose.
+        divergence: "kl", or a function (outputs, target outputs) -> [B] in bits.
+        attribution: None for gradients at the target.
+        rank_threshold: of `Components.ranks`.
+
+    Returns:
+        Cost: with nothing active, if no mask is worth its bits.
+
+    Raises:
+        TypeError, ValueError: as `costs`; "mse", which is a share and no number of bits.
+    """
+    alpha = checks.number("alpha", alpha, 0)
+    if not callable(divergence):
+        checks.choice("divergence", divergence, ["kl"])
+    cost = _Costs(target, components, x, divergence, attribution, rank_threshold)
+    tried = {0, *_spread(cost.first, cost.pairs, 48)} if cost.pairs else {0}
+    while True:
+        numbers = sorted(tried)
+        best = min(range(len(numbers)), key=lambda i: cost(numbers[i]).message(alpha))
+        around = numbers[max(0, best - 1) : best + 2]
+        closer = {n for low, high in pairwise(around) for n in torch.linspace(low, high, 9).long().tolist()}
+        if closer <= tried:
+            return cost(numbers[best])
+        tried |= closer
+
+
+def _spread(low: int, high: int, points: int) -> list[int]:
+    """Give whole numbers from low to high in about equal ratios."""
+    numbers = torch.logspace(math.log10(low), math.log10(high), points, dtype=torch.double).round().long()
+    return [int(n) for n in numbers.unique()]
 
 
 class _Costs:
