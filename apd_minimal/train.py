@@ -98,7 +98,11 @@ class Run:
     def remember(self) -> None:
         """Keep a copy of what is trained, as the last finite state."""
         self.last_finite = self.components.map(lambda p: p.detach().clone())
-        self.last_finite_selection = [p.detach().clone() for p in self.selection.parameters()]
+        self.last_finite_selection = [p.detach().clone() for p in self.learned()]
+
+    def learned(self) -> list[Tensor]:
+        """List what the selection has of its own: its parameters, and what changes in it without a gradient."""
+        return [*self.selection.parameters(), *self.selection.state()]
 
     def _gradient(self, network: Network, components: Components, x: Tensor) -> Tensor:
         # Without its checks: where a run diverges, its losses say so, on all processes at once.
@@ -185,6 +189,17 @@ class Run:
             losses["scrub"] = minimality(outputs, batch.outputs, self.divergence)
         return {name: batch.share * value for name, value in losses.items()}
 
+    @torch.no_grad()
+    def nothing(self, batch: Batch) -> Tensor:
+        """Work out the error with no component active, [R]; the components do not matter, so that one restart will do.
+
+        Args:
+            batch: of the step.
+        """
+        one, off = self.components.map(lambda p: p[:1]), torch.zeros_like(batch.gates[:1])
+        error = minimality(self.network(batch.x, one, off), batch.outputs, self.divergence)
+        return batch.share * error.expand(self.config.restarts)
+
     def advance(self) -> dict[str, list[float]]:
         """Take one step; gives the losses of each restart."""
         config, t = self.config, self.step / self.config.steps
@@ -205,6 +220,8 @@ class Run:
         losses = {name: value.detach() for name, value in dense.items()}
         self.optimiser.zero_grad()
         pieces = batch.pieces(self.micro_batch)
+        if self.selection.observes:
+            losses["nothing"] = torch.stack([self.nothing(piece) for piece in pieces]).sum(0)
         for i, piece in enumerate(pieces):
             sparse = self.sparse_losses(piece, weight)
             for name, value in sparse.items():
@@ -257,6 +274,8 @@ class Run:
                     rows = self.history.setdefault(name, [none] * (len(self.history["step"]) - 1))
                     rows.append(values.get(name, none))
             self.remember()
+        if self.selection.observes:
+            self.selection.observe(losses["minimality"], losses["nothing"], self.step / config.steps)
         return values
 
     def so_far(self, components: Components | None = None) -> Decomposition:
