@@ -5,7 +5,7 @@ with the error that it would have with nothing active; while it is above a share
 let through, and while it is below, fewer: dual ascent on a constraint, with log k in the place of the multiplier::
 
     decompose(target, batches, weights, n_components=3 * n, rank=4, steps=1500, simplicity=((0.0, 20.0), (0.7, 0.0)),
-              restarts=4, selection=Bottleneck(), judge=apd.rate.Judge())
+              restarts=6, selection=Bottleneck(gain=GAINS), judge=apd.rate.Judge())
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from . import checks
 from .config import Schedule, at_progress, schedule
 from .selection import Selection
 
+GAINS = (4.0, 6.0, 8.0, 10.0, 12.0, 16.0)
+"""Gains of six restarts, of which a judge picks one: small networks want slow growth, larger ones a faster one."""
 MEMORY = 0.9
 """Share of the errors so far that is kept from step to step: about ten steps count."""
 
@@ -35,22 +37,24 @@ class Bottleneck(Selection):
     Args:
         allowed: error of the sparse network as a share of the one with nothing active, above 0 and below 1; a number
             or points (progress, value).
-        gain: most e-folds that k grows or shrinks in a run, above 0.
+        gain: most e-folds that k grows or shrinks in a run, above 0; a number, or one for each restart.
         first: mean number of active components at the start, of a sample on which the weights do anything; above 0.
 
     Raises:
         TypeError, ValueError: numbers out of range.
     """
 
-    allowed: Schedule = ((0.0, 0.3), (0.1, 0.3), (0.5, 0.05), (0.7, 0.05), (0.8, 0.0125))
-    gain: float = 8.0
+    allowed: Schedule = ((0.0, 0.3), (0.3, 0.3), (0.6, 0.05), (0.7, 0.05), (0.8, 0.0125))
+    gain: float | tuple[float, ...] = 8.0
     first: float = 0.5
 
     observes = True
 
     def __post_init__(self) -> None:
         self.allowed = schedule("allowed", self.allowed, partial(checks.number, low=0, high=1, above=True, below=True))
-        self.gain = checks.number("gain", self.gain, 0, above=True)
+        gains = self.gain if isinstance(self.gain, (list, tuple)) else (self.gain,)
+        checked = tuple(checks.number("gain", gain, 0, above=True) for gain in gains)
+        self.gain = checked if isinstance(self.gain, (list, tuple)) else checked[0]
         self.first = checks.number("first", self.first, 0, above=True)
 
     def start(self, n_restarts: int, n_components: int, like: Tensor) -> None:
@@ -60,7 +64,13 @@ class Bottleneck(Selection):
             n_restarts: R.
             n_components: C.
             like: a tensor of the components' type and device.
+
+        Raises:
+            ValueError: gains for another number of restarts.
         """
+        if isinstance(self.gain, tuple) and len(self.gain) != n_restarts:
+            raise ValueError(f"gain must be one number or {n_restarts}, one for each restart, got {self.gain}")
+        self._gain = torch.tensor(self.gain, dtype=torch.double, device=like.device)
         self._log_k = torch.full((n_restarts,), math.nan, dtype=torch.double, device=like.device)
         self._errors = torch.zeros(2, n_restarts, dtype=torch.double, device=like.device)  # sparse, and with nothing
         self._at = torch.zeros(1, dtype=torch.double)  # progress at which k was last changed
@@ -100,7 +110,7 @@ class Bottleneck(Selection):
         sparse, off = self._errors
         ratio = (sparse / off).nan_to_num(1.0, 1.0)  # where nothing happens, there is nothing to learn
         change = (ratio.log() - math.log(at_progress(self.allowed, t))).clamp(-1, 1)
-        self._log_k.add_(torch.where(off > 0, change, 0.0) * self.gain * (t - float(self._at)))
+        self._log_k.add_(torch.where(off > 0, change, 0.0) * self._gain * (t - float(self._at)))
         self._log_k.clamp_(*self._range)  # so that k comes back as fast as it went
         self._at.fill_(t)
 

@@ -129,6 +129,10 @@ class Selection:
         """Tensors that change in a run without a gradient: they are a part of every checkpoint."""
         return []
 
+    def tensors(self) -> list[Tensor]:
+        """List all that it has learned: parameters and state."""
+        return [*self.parameters(), *self.state()]
+
     def forget(self, changed: Tensor) -> None:
         """Reset, in place, what was learned about components that have become others.
 

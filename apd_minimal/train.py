@@ -98,11 +98,7 @@ class Run:
     def remember(self) -> None:
         """Keep a copy of what is trained, as the last finite state."""
         self.last_finite = self.components.map(lambda p: p.detach().clone())
-        self.last_finite_selection = [p.detach().clone() for p in self.learned()]
-
-    def learned(self) -> list[Tensor]:
-        """List what the selection has of its own: its parameters, and what changes in it without a gradient."""
-        return [*self.selection.parameters(), *self.selection.state()]
+        self.last_finite_selection = [p.detach().clone() for p in self.selection.tensors()]
 
     def _gradient(self, network: Network, components: Components, x: Tensor) -> Tensor:
         # Without its checks: where a run diverges, its losses say so, on all processes at once.
@@ -187,23 +183,17 @@ class Run:
             gates = self.selection.draw(batch.gates, batch.noise)
             outputs = self.network(batch.x, self.components, gates)
             losses["scrub"] = minimality(outputs, batch.outputs, self.divergence)
+        if self.selection.observes:  # what the components are does not matter then: one restart will do
+            one, off = self.components.map(lambda p: p.detach()[:1]), torch.zeros_like(batch.gates[:1])
+            nothing = minimality(self.network(batch.x, one, off), batch.outputs, self.divergence)
+            losses["nothing"] = nothing.expand(self.config.restarts)
         return {name: batch.share * value for name, value in losses.items()}
-
-    @torch.no_grad()
-    def nothing(self, batch: Batch) -> Tensor:
-        """Work out the error with no component active, [R]; the components do not matter, so that one restart will do.
-
-        Args:
-            batch: of the step.
-        """
-        one, off = self.components.map(lambda p: p[:1]), torch.zeros_like(batch.gates[:1])
-        error = minimality(self.network(batch.x, one, off), batch.outputs, self.divergence)
-        return batch.share * error.expand(self.config.restarts)
 
     def advance(self) -> dict[str, list[float]]:
         """Take one step; gives the losses of each restart."""
         config, t = self.config, self.step / self.config.steps
-        weight = {name: at_progress(getattr(config, name), t) for name in config.schedules} | {"penalty": 1.0}
+        weight = {"penalty": 1.0, "nothing": 0.0}
+        weight |= {name: at_progress(getattr(config, name), t) for name in config.schedules}
         totals = self.local.totals(self.components)
         x = self.local.samples(self.next_batch(self.step, self.generator))
         batch = self.prepare(x, bool(weight["scrub"]))
@@ -220,8 +210,6 @@ class Run:
         losses = {name: value.detach() for name, value in dense.items()}
         self.optimiser.zero_grad()
         pieces = batch.pieces(self.micro_batch)
-        if self.selection.observes:
-            losses["nothing"] = torch.stack([self.nothing(piece) for piece in pieces]).sum(0)
         for i, piece in enumerate(pieces):
             sparse = self.sparse_losses(piece, weight)
             for name, value in sparse.items():

@@ -40,7 +40,7 @@ def test_the_choice_is_that_of_a_sort_in_every_restart(shape: tuple[int, ...]) -
     ks, rows = [0.5, 1.25, 3.0], scores[0, ..., 0].numel()
     gates = begun(ks, 5).choose(scores, 0.3)
     for r, k in enumerate(ks):
-        order = sorted(range(rows * 5), key=lambda i: -float(scores[r].flatten()[i]))  # noqa: B023
+        order = sorted(range(rows * 5), key=lambda i: -float(scores[r].flatten()[i]))
         wanted = torch.zeros(rows * 5, dtype=torch.bool)
         wanted[order[: int(k * rows + 1e-6)]] = True
         assert torch.equal(gates[r].flatten(), wanted)
@@ -94,6 +94,16 @@ def test_k_follows_the_error_as_the_rule_says() -> None:
         before = t
     torch.testing.assert_close(selection.k, torch.tensor(log_k, dtype=torch.double).exp(), rtol=1e-5, atol=0)
     assert selection.k[0] < 0.5 < selection.k[1], "fewer where the error is below what is allowed, else more"
+
+
+def test_a_gain_for_each_restart() -> None:
+    selection, scores = Bottleneck(gain=(2.0, 8.0)), torch.rand(2, 100, 4) + 0.1
+    selection.start(2, 4, torch.zeros(1))
+    selection.choose(scores, 0.1)
+    selection.observe(torch.ones(2), torch.ones(2), 0.1)  # all is wrong: up as fast as may be
+    torch.testing.assert_close(selection.k, 0.5 * torch.tensor([0.2, 0.8], dtype=torch.double).exp())
+    with pytest.raises(ValueError, match="gain must be one number or 3, one for each restart"):
+        selection.start(3, 4, torch.zeros(1))
 
 
 def test_k_stays_between_one_pair_and_all() -> None:
@@ -199,6 +209,7 @@ def test_after_a_loss_that_is_not_finite_k_is_as_it_was_with_the_components() ->
         ({"allowed": 1.0}, "allowed must be .*below 1"),
         ({"allowed": ((0.5, 0.1), (0.2, 0.1))}, "progress in allowed must increase"),
         ({"gain": 0.0}, "gain must be above 0"),
+        ({"gain": (1.0, -1.0)}, "gain must be above 0"),
         ({"first": -1}, "first must be above 0"),
     ],
 )
