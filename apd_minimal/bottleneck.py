@@ -54,6 +54,8 @@ class Bottleneck(Selection):
         self.allowed = schedule("allowed", self.allowed, partial(checks.number, low=0, high=1, above=True, below=True))
         gains = self.gain if isinstance(self.gain, (list, tuple)) else (self.gain,)
         checked = tuple(checks.number("gain", gain, 0, above=True) for gain in gains)
+        if not checked:
+            raise ValueError("gain must be a number or one for each restart, got ()")
         self.gain = checked if isinstance(self.gain, (list, tuple)) else checked[0]
         self.first = checks.number("first", self.first, 0, above=True)
 
