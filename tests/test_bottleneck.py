@@ -163,7 +163,8 @@ def test_it_decomposes_and_says_who_is_active() -> None:
 
 @pytest.mark.parametrize("micro_batch", [None, 7])
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, micro_batch: int | None) -> None:
-    whole_selection, again_selection = Bottleneck(), Bottleneck()
+    slow: dict[str, Any] = {"allowed": 0.9, "gain": 1.0}  # so that the errors of all steps count
+    whole_selection, again_selection = Bottleneck(**slow), Bottleneck(**slow)
     whole = runs.decompose(selection=whole_selection, **SETTINGS, micro_batch=micro_batch)
     checkpoint = tmp_path / "run.safetensors"
 
@@ -176,7 +177,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, micro_batch: int | Non
 
     files: dict[str, Any] = {"checkpoint": checkpoint, "checkpoint_every": 5, "micro_batch": micro_batch}
     with pytest.raises(Killed):
-        runs.decompose(selection=Bottleneck(), **SETTINGS, **files, callback=kill)
+        runs.decompose(selection=Bottleneck(**slow), **SETTINGS, **files, callback=kill)
     again = runs.decompose(selection=again_selection, **SETTINGS, **files)
     for a, b in zip(whole_selection.state(), again_selection.state(), strict=True):
         assert torch.equal(a, b)
