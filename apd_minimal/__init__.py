@@ -18,7 +18,7 @@ from .decomposition import Decomposition
 from .network import Network
 
 if TYPE_CHECKING:
-    from . import attributions, data, importance, store, targets
+    from . import attributions, bottleneck, data, importance, store, targets
     from .book import artefacts, frames, glue
     from .study import diagnose, leakage, metrics, plots, rate, tune
 
@@ -30,6 +30,7 @@ __all__ = [
     "NonFiniteLoss",
     "artefacts",
     "attributions",
+    "bottleneck",
     "data",
     "decompose",
     "diagnose",
@@ -54,6 +55,7 @@ __version__ = "0.1.0"
 _LATER = {
     "artefacts": "book.artefacts",
     "attributions": "attributions",
+    "bottleneck": "bottleneck",
     "data": "data",
     "diagnose": "study.diagnose",
     "frames": "book.frames",

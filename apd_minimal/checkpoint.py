@@ -62,6 +62,7 @@ def save(run: Run, path: str | os.PathLike[str]) -> None:
             whole = run.local.whole(t.detach()) if shared else t.detach()
             if run.local.writes:
                 tensors[name] = whole.cpu()
+    tensors |= {f"selection.{i}": t.detach().cpu() for i, t in enumerate(run.selection.state())}
     if run.local.writes:
         facts = {"step": run.step, "history": run.history, **run.identity}
         store.write_tensors(path, "checkpoint", tensors, facts)
@@ -87,6 +88,8 @@ def resume(run: Run, path: str | os.PathLike[str], extend: bool = False) -> None
             own = run.local.own if shared else Tensor.clone
             p.data.copy_(checks.tensor("a factor", own(factor), *p.shape))
             run.optimiser.state[p] = {name: own(t).to(p.device) for name, t in moments.items()}
+        for own_state, stored in zip(run.selection.state(), state.selection, strict=True):
+            own_state.copy_(checks.tensor("the selection's state", stored, *own_state.shape))
     run.remember()
 
 
@@ -99,6 +102,7 @@ class State:
     generator: Tensor
     factors: list[Tensor]
     moments: list[dict[str, Tensor]]
+    selection: list[Tensor]
 
 
 def read_state(path: str | os.PathLike[str], run: dict[str, Any], extend: bool = False) -> State:
@@ -158,4 +162,5 @@ def _state(
             raise ValueError(f"Adam's moments of factor {i} are not those after {step} steps, got {sorted(known)}")
         for name in ("exp_avg", "exp_avg_sq"):
             checks.tensor(f"{name} of factor {i}", known[name], *factors[i].shape)
-    return State(step, history, tensors["generator"], factors, moments)
+    selection = [tensors[f"selection.{i}"] for i in range(sum(name.startswith("selection.") for name in tensors))]
+    return State(step, history, tensors["generator"], factors, moments, selection)

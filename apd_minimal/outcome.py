@@ -89,7 +89,7 @@ def so_far(run: Run, components: Components | None = None) -> Decomposition:
     """Give the result in any case: of the last finite state, and with NaN for errors that cannot be worked out."""
     finite = all(bool(torch.isfinite(p).all()) for p in run.parameters())
     if components is run.last_finite or not finite:
-        for p, last in zip(run.selection.parameters(), run.last_finite_selection, strict=True):
+        for p, last in zip(run.selection.tensors(), run.last_finite_selection, strict=True):
             p.data.copy_(last)
     if components is None and not finite:
         components = run.last_finite

@@ -25,6 +25,9 @@ class Selection:
     `decompose(selection=...)` takes any of them; `decompose(top_k=...)` is short for `TopK`.
     """
 
+    observes = False
+    """Whether it is told the errors of every step (`observe`)."""
+
     def start(self, n_restarts: int, n_components: int, like: Tensor) -> None:
         """Prepare a run: make the parameters, if any.
 
@@ -112,6 +115,23 @@ class Selection:
     def parameters(self) -> list[Tensor]:
         """Leaf tensors [R, C, ...] that are trained with the components."""
         return []
+
+    def observe(self, error: Tensor, nothing: Tensor, t: float) -> None:
+        """Take note of a step's errors, after the choice and before the next one; called where `observes` is True.
+
+        Args:
+            error: of the sparse network (the minimality loss), [R].
+            nothing: of the network with no component active, on the same samples, [R].
+            t: progress of the run, in [0, 1].
+        """
+
+    def state(self) -> list[Tensor]:
+        """Tensors that change in a run without a gradient: they are a part of every checkpoint."""
+        return []
+
+    def tensors(self) -> list[Tensor]:
+        """List all that it has learned: parameters and state."""
+        return [*self.parameters(), *self.state()]
 
     def forget(self, changed: Tensor) -> None:
         """Reset, in place, what was learned about components that have become others.

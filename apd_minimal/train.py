@@ -98,7 +98,7 @@ class Run:
     def remember(self) -> None:
         """Keep a copy of what is trained, as the last finite state."""
         self.last_finite = self.components.map(lambda p: p.detach().clone())
-        self.last_finite_selection = [p.detach().clone() for p in self.selection.parameters()]
+        self.last_finite_selection = [p.detach().clone() for p in self.selection.tensors()]
 
     def _gradient(self, network: Network, components: Components, x: Tensor) -> Tensor:
         # Without its checks: where a run diverges, its losses say so, on all processes at once.
@@ -183,12 +183,17 @@ class Run:
             gates = self.selection.draw(batch.gates, batch.noise)
             outputs = self.network(batch.x, self.components, gates)
             losses["scrub"] = minimality(outputs, batch.outputs, self.divergence)
+        if self.selection.observes:  # what the components are does not matter then: one restart will do
+            one, off = self.components.map(lambda p: p.detach()[:1]), torch.zeros_like(batch.gates[:1])
+            nothing = minimality(self.network(batch.x, one, off), batch.outputs, self.divergence)
+            losses["nothing"] = nothing.expand(self.config.restarts)
         return {name: batch.share * value for name, value in losses.items()}
 
     def advance(self) -> dict[str, list[float]]:
         """Take one step; gives the losses of each restart."""
         config, t = self.config, self.step / self.config.steps
-        weight = {name: at_progress(getattr(config, name), t) for name in config.schedules} | {"penalty": 1.0}
+        weight = {"penalty": 1.0, "nothing": 0.0}
+        weight |= {name: at_progress(getattr(config, name), t) for name in config.schedules}
         totals = self.local.totals(self.components)
         x = self.local.samples(self.next_batch(self.step, self.generator))
         batch = self.prepare(x, bool(weight["scrub"]))
@@ -257,6 +262,8 @@ class Run:
                     rows = self.history.setdefault(name, [none] * (len(self.history["step"]) - 1))
                     rows.append(values.get(name, none))
             self.remember()
+        if self.selection.observes:
+            self.selection.observe(losses["minimality"], losses["nothing"], self.step / config.steps)
         return values
 
     def so_far(self, components: Components | None = None) -> Decomposition:

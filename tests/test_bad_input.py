@@ -82,7 +82,7 @@ ELSEWHERE = {
     "selection.Selection": "a protocol: its methods are called by the package",
     **{
         f"selection.Selection.{name}": "called by the package"
-        for name in ("start", "choose", "draw", "penalty", "threshold", "active", "parameters", "forget")
+        for name in ("start choose draw penalty threshold active parameters observe state tensors forget".split())
     },
     "selection.TopK": "made by the package from `top_k`",
     **{f"selection.TopK.{name}": "called by the package" for name in ("choose", "threshold", "active")},
@@ -90,6 +90,10 @@ ELSEWHERE = {
     **{
         f"importance.Importance.{name}": "called by the package"
         for name in ("start", "choose", "draw", "penalty", "active", "parameters", "forget")
+    },
+    **{
+        f"bottleneck.Bottleneck.{name}": "called by the package"
+        for name in ("start", "choose", "observe", "threshold", "state")
     },
     "store.reading": "used by the package around what it reads",
     "rules.Rule": "functions of whoever adds a kind of module",
@@ -241,6 +245,7 @@ VALID: dict[str, tuple[Any, dict[str, Any]]] = {  # name: (self or None, argumen
         {"target": TARGET, "batches": stream, "weights": ["encode.weight"], "n_components": 3}
         | {"steps": 1, "progress": False, "minutes": 0},
     ),
+    "bottleneck.Bottleneck": (None, {}),
     "importance.Importance": (None, {"coefficient": 0.1, "p": 1.0}),
     "importance.leaky_clamp": (None, {"value": torch.rand(4, 3)}),
     "leakage.leakage": (None, ATTRIBUTION | {"top_k": 1.0}),
@@ -640,6 +645,11 @@ OWN_KINDS: dict[str, dict[str, Strategy]] = {
         ),
         "alpha": number(0, above=True, none=True),
         "min_cosine": number(0, above=True),
+    },
+    "bottleneck.Bottleneck": {
+        "allowed": schedule(0.0, 1.0),
+        "gain": of_number_or_list(number(0, above=True)),
+        "first": number(0, above=True),
     },
     "importance.Importance": {
         "coefficient": schedule(),
