@@ -54,7 +54,7 @@ def test_no_file_is_long() -> None:
 
 def test_the_method_fits_in_one_sitting() -> None:
     lines = {name: code_lines(PACKAGE / f"{name}.py") for name in METHOD}
-    assert sum(lines.values()) <= 1_545, lines
+    assert sum(lines.values()) <= 1_550, lines
 
 
 def test_a_plain_run_loads_what_it_needs() -> None:
