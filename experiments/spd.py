@@ -25,9 +25,10 @@ from experiments.experiment import Row, Rows, Study, Tensors, factors, ownership
 from experiments.tms import stored_target
 
 Job = tuple[str, str, str, int]  # target, tied or untied, setting, seed
-STEPS = {"tms-5-2": {"short": 1000, "long": 4000}, "tms-40-10": {"short": 2500}}
+STEPS = {"tms-5-2": {"short": 1000, "long": 4000}, "tms-40-10": {"short": 2500, "long": 10_000}}
 COEFFICIENT = {"tms-5-2": 3e-3, "tms-40-10": 3e-4}
 FACTOR = {"a third": 1 / 3, "three times": 3.0}
+SMOOTH = {"coefficient": 3e-3, "gamma": ((0.0, 1.0), (1.0, 0.01))}  # the penalty of the later code
 
 
 class Untied(nn.Module):
@@ -65,6 +66,8 @@ def recipe(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
     steps = STEPS[name]["short" if setting == "short" else "long"]
     importance: dict[str, Any] = {"coefficient": COEFFICIENT[name] * FACTOR.get(setting, 1.0), "p": 1.0}
     C = 20 if small else 60
+    if setting == "smooth":
+        importance = dict(SMOOTH)
     importance |= {"per_weight": None if kind == "tied" else (C, C)}
     settings = {
         "n_components": C if kind == "tied" else 2 * C,
