@@ -201,7 +201,7 @@ def search_of(part: Part, rows: list[Row]) -> tuple[Factors, list[Factors]]:
             keys[(r["factor"], *RECIPE[1:])] = r
     best = RECIPE
     for i, by in enumerate(TRIED.values()):
-        powers = [-1, 0, 1]
+        powers = [0, -1, 1]  # the first of equals wins
         while True:
             line = {n: (*best[:i], by**n, *best[i + 1 :]) for n in powers}
             if missing := [factors for factors in line.values() if factors not in keys]:
