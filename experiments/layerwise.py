@@ -31,6 +31,7 @@ from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 import apd_minimal as apd
+from apd_minimal.advice import UNFAITHFUL
 from apd_minimal.scale.layerwise import decompose_groups
 from apd_minimal.targets import ResidualMLP
 from experiments.experiment import DATA, Row, Rows, Study, Tensors, numbers, prefix, scaled
@@ -193,8 +194,13 @@ def search_of(part: Part, rows: list[Row]) -> tuple[Factors, list[Factors]]:
     """Follow the search for a part's settings: the best factors so far, and those to be tried next.
 
     One setting after the other is multiplied and divided by a number, at the best of the others so far; where an end
-    does best, one step further is tried. The best serves most functions, of equals it has the smallest error.
+    does best, one step further is tried. The best serves most functions, of equals it has the smallest error. Parts
+    that do not sum to the weights are not taken. (Rows without that measure are of runs in which nothing warned of it.)
     """
+
+    def good(row: Row) -> tuple[bool, int, float]:
+        return row.get("relative_faithfulness", 0.0) <= UNFAITHFUL, row["served"], -row["alone_error"]
+
     keys = {tuple(r[name] for name in TRIED): r for r in rows if (r["target"], r["way"], r["group"]) == part}
     for r in STUDY.stored().get("search", []):
         if (r["target"], r["way"], r["group"]) == part:
@@ -206,7 +212,7 @@ def search_of(part: Part, rows: list[Row]) -> tuple[Factors, list[Factors]]:
             line = {n: (*best[:i], by**n, *best[i + 1 :]) for n in powers}
             if missing := [factors for factors in line.values() if factors not in keys]:
                 return best, missing
-            n = max(powers, key=lambda n: (keys[line[n]]["served"], -keys[line[n]]["alone_error"]))
+            n = max(powers, key=lambda n: good(keys[line[n]]))
             if abs(n) != 1 or 2 * n in powers:
                 break
             powers.append(2 * n)
@@ -220,7 +226,8 @@ def weights_run(job: tuple[Any, ...]) -> tuple[list[Row], Tensors]:
     target, groups = target_of(name, SEARCH_SEED), groups_of(len(SIZES[name][2]), way)
     components, seconds = alone(target, groups[group], list(groups).index(group), settings_of(name, *factors))
     x = target.data(4096)(0, torch.Generator().manual_seed(12_345))
-    return [{"seconds": seconds, **part_facts(target, components, x)}], {}
+    left = apd.metrics.relative_faithfulness(components, apd.Network(target, components.paths).weights).item()
+    return [{"seconds": seconds, **part_facts(target, components, x), "relative_faithfulness": left}], {}
 
 
 def weights_jobs(rows: list[Row]) -> list[tuple[Any, ...]]:

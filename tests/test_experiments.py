@@ -131,12 +131,15 @@ def test_a_search_takes_one_setting_after_the_other_and_goes_on_where_an_end_doe
     ]
 
 
-def test_of_equals_a_search_takes_the_one_with_the_smaller_error() -> None:
+def test_of_equals_a_search_takes_the_one_with_the_smaller_error_and_none_that_is_not_faithful() -> None:
     part, rows = ("20", "joint", "all"), []
     while missing := layerwise.search_of(part, rows)[1]:
         for factors in missing:
             job = dict(zip(layerwise.WEIGHTS.fields, (*part, *factors), strict=True))
-            rows.append(job | {"served": 7, "alone_error": abs(factors[2] - 4) + abs(factors[0] - 1)})
+            facts = {"served": 7, "alone_error": abs(factors[2] - 4) + abs(factors[0] - 1)}
+            if factors[3] < 1:
+                facts = {"served": 9, "alone_error": 0.0, "relative_faithfulness": 0.06}
+            rows.append(job | facts)
     assert layerwise.search_of(part, rows)[0] == (1.0, 1.0, 4.0, 1.0)
 
 
