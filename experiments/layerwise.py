@@ -204,7 +204,7 @@ def search_of(part: Part, rows: list[Row]) -> tuple[Factors, list[Factors]]:
     keys = {tuple(r[name] for name in TRIED): r for r in rows if (r["target"], r["way"], r["group"]) == part}
     for r in STUDY.stored().get("search", []):
         if (r["target"], r["way"], r["group"]) == part:
-            keys[(r["factor"], *RECIPE[1:])] = r
+            keys |= {(r["factor"], *RECIPE[1:]): r}
     best = RECIPE
     for i, by in enumerate(TRIED.values()):
         powers = [0, -1, 1]  # the first of equals wins
