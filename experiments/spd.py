@@ -5,7 +5,7 @@ python -m experiments.spd [--only tms-5-2 | tms-40-10 | or] [--processes N]     
 The targets are those of experiments/tms.py. "tied" takes them as they are, with one matrix that is used twice; "untied"
 gives the decoder a matrix of its own, with components of its own, as published. Settings were chosen on target seed
 100, which is not reported. "short" has about the processor time of the recipe of chapter 7, "long" four times as many
-steps and three starts; a third and three times the coefficient, and rotated inputs, are run as long.
+steps and three starts; a third and three times the coefficient, rotated inputs, and the smooth count are run as long.
 """
 
 from __future__ import annotations
