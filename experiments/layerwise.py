@@ -2,14 +2,18 @@
 
 python -m experiments.layerwise [--only 20 10-10 50 25-25 runs] [--processes N]     (about 45 minutes of one core)
 python -m experiments.layerwise --only search own                                   (6 minutes of one core)
+python -m experiments.layerwise --only weights tuned                                (30 minutes of one core)
 python -m experiments.layerwise --only costs --again                                (2 minutes of one core)
 
 Every target is decomposed in up to three ways: jointly, each block (a layer's two weights) alone, and each matrix
 alone. In "runs" all use the target's recipe, which was found for joint runs. In "own" the parts of `SEARCHED` have a k
 of their own: on another target ("search") it is multiplied by several factors; the one with which most functions are
 served is kept, of equals the one with the smallest error. Parts for which the recipe's k is best are not run again.
-(The recipe is also kept where it serves nearly all functions: jointly, and for reading matrices.) The large targets and
-their joint decompositions are those of chapters 8 and 9.
+(The recipe is also kept where it serves nearly all functions: jointly, and for reading matrices.) In "tuned" parts and
+joint runs have k and the weights of the losses chosen by the same rule, one setting after the other ("weights"); the
+joint recipe was found by trying on target seeds from 100 up, and how many trials that took is not known, so that the
+joint runs of two layers get the same search (with one layer they own all functions with the recipe). The large targets
+and their joint decompositions are those of chapters 8 and 9.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 import apd_minimal as apd
+from apd_minimal.advice import UNFAITHFUL
 from apd_minimal.scale.layerwise import decompose_groups
 from apd_minimal.targets import ResidualMLP
 from experiments.experiment import DATA, Row, Rows, Study, Tensors, numbers, prefix, scaled
@@ -44,6 +49,16 @@ SEARCHED = {  # factors of k that were tried: a smaller one where 0.5 did best, 
     ("20", "matrices", "write 1"): (0.5, 1.0, 2.0),
 }
 SEARCH_SEED = 100  # not reported
+TRIED = {"top_k": 2.0, "minimality": 4.0, "simplicity": 4.0, "faithfulness": 4.0}  # by what each is first multiplied
+TUNED = (  # what gets settings of its own
+    ("10-10", "blocks", "block 1"),
+    ("10-10", "blocks", "block 2"),
+    ("10-10", "joint", "all"),
+    ("20", "matrices", "write 1"),
+)
+RECIPE = (1.0,) * len(TRIED)
+Part = tuple[str, str, str]  # target, way, group
+Factors = tuple[float, ...]  # of the settings in TRIED
 Job = tuple[str, int, str]  # target, seed, way
 
 
@@ -67,10 +82,10 @@ def ways_of(name: str) -> list[str]:
     return ["joint"] + (["blocks"] if "-" in name else []) + ["matrices"]
 
 
-def settings_of(name: str, factor: float = 1.0) -> dict[str, Any]:
-    """Return the arguments of `decompose`, without the inputs, the weights and the attributions; k times a factor."""
-    recipe = ResidualMLP(*SIZES[name]).recipe
-    recipe |= {"steps": STEPS[name], "top_k": scaled(recipe["top_k"], factor)}
+def settings_of(name: str, factor: float = 1.0, *weights: float) -> dict[str, Any]:
+    """Return the arguments of `decompose` but inputs, weights and attributions; settings in TRIED times factors."""
+    recipe = ResidualMLP(*SIZES[name]).recipe | {"steps": STEPS[name]}
+    recipe |= {setting: scaled(recipe[setting], by) for setting, by in zip(TRIED, (factor, *weights), strict=False)}
     return {k: v for k, v in recipe.items() if k not in ("batches", "weights", "attribution")}
 
 
@@ -175,6 +190,82 @@ def own_jobs(rows: list[Row]) -> list[Job]:
     return [job for job in jobs if set(factors_of(job).values()) != {1.0}]
 
 
+def search_of(part: Part, rows: list[Row]) -> tuple[Factors, list[Factors]]:
+    """Follow the search for a part's settings: the best factors so far, and those to be tried next.
+
+    One setting after the other is multiplied and divided by a number, at the best of the others so far; where an end
+    does best, one step further is tried. The best serves most functions, of equals it has the smallest error. Parts
+    that do not sum to the weights are not taken. (Rows without that measure are of runs in which nothing warned of it.)
+    """
+
+    def good(row: Row) -> tuple[bool, int, float]:
+        return row.get("relative_faithfulness", 0.0) <= UNFAITHFUL, row["served"], -row["alone_error"]
+
+    keys = {tuple(r[name] for name in TRIED): r for r in rows if (r["target"], r["way"], r["group"]) == part}
+    for r in STUDY.stored().get("search", []):
+        if (r["target"], r["way"], r["group"]) == part:
+            keys |= {(r["factor"], *RECIPE[1:]): r}
+    best = RECIPE
+    for i, by in enumerate(TRIED.values()):
+        powers = [0, -1, 1]  # the first of equals wins
+        while True:
+            line = {n: (*best[:i], by**n, *best[i + 1 :]) for n in powers}
+            if missing := [factors for factors in line.values() if factors not in keys]:
+                return best, missing
+            n = max(powers, key=lambda n: good(keys[line[n]]))
+            if abs(n) != 1 or 2 * n in powers:
+                break
+            powers.append(2 * n)
+        best = line[n]
+    return best, []
+
+
+def weights_run(job: tuple[Any, ...]) -> tuple[list[Row], Tensors]:
+    """Decompose one part of the search target with settings times factors; count the functions that it serves."""
+    (name, way, group), factors = job[:3], job[3:]
+    target, groups = target_of(name, SEARCH_SEED), groups_of(len(SIZES[name][2]), way)
+    components, seconds = alone(target, groups[group], list(groups).index(group), settings_of(name, *factors))
+    x = target.data(4096)(0, torch.Generator().manual_seed(12_345))
+    left = apd.metrics.relative_faithfulness(components, apd.Network(target, components.paths).weights).item()
+    return [{"seconds": seconds, **part_facts(target, components, x), "relative_faithfulness": left}], {}
+
+
+def weights_jobs(rows: list[Row]) -> list[tuple[Any, ...]]:
+    """List the trials that are stored, and those that come next for each part."""
+    stored = [job for job in map(WEIGHTS.job_of, rows) if job[:3] in TUNED]
+    return stored + [(*part, *factors) for part in TUNED for factors in search_of(part, rows)[1]]
+
+
+def tuned_of(job: Job) -> dict[str, Factors]:
+    """Return the factors that the search chose for each group; 1 where nothing was searched."""
+    name, _, way = job
+    rows, groups = STUDY.stored().get("weights", []), groups_of(len(SIZES[name][2]), way)
+    return {g: search_of((name, way, g), rows)[0] if (name, way, g) in TUNED else RECIPE for g in groups}
+
+
+def tuned_run(job: Job) -> tuple[list[Row], Tensors]:
+    """Decompose a target in one way, each part with its own settings, and measure."""
+    name, seed, way = job
+    target, groups, factors = target_of(name, seed), groups_of(len(SIZES[name][2]), way), tuned_of(job)
+    parts, seconds = {}, {}
+    for i, (group, weights) in enumerate(groups.items()):
+        if factors[group] == RECIPE and name == STORED:  # the same run is stored
+            parts[group], seconds[group] = stored_part(job, group, weights)
+        else:
+            parts[group], seconds[group] = alone(target, weights, seed + i, settings_of(name, *factors[group]))
+    x = target.data(4096)(0, torch.Generator().manual_seed(12_345))
+    return [{"seconds": seconds, **measure(target, parts, x, {g: own[0] for g, own in factors.items()})}], {}
+
+
+def tuned_jobs(rows: list[Row]) -> list[Job]:
+    """List the runs in which a part has other settings than the recipe's, once the searches are done."""
+    searched = STUDY.stored().get("weights", [])
+    done = [part for part in TUNED if not search_of(part, searched)[1]]
+    ways = dict.fromkeys(part[:2] for part in TUNED if all(p in done for p in TUNED if p[:2] == part[:2]))
+    jobs = [(name, seed, way) for name, way in ways for seed in SEEDS[name]]
+    return [job for job in jobs if set(tuned_of(job).values()) != {RECIPE}]
+
+
 def all_jobs() -> list[Job]:
     """List every run, one seed of all targets before the next."""
     jobs = [(name, seed, way) for name in SIZES for seed in SEEDS[name] for way in ways_of(name)]
@@ -242,9 +333,18 @@ SEARCH = Rows(
 OWN = Rows(
     ("target", "seed", "way"), own_jobs, own_run, lambda job: stored_settings(job) | {"factors": factors_of(job)}
 )
+WEIGHTS = Rows(
+    ("target", "way", "group", *TRIED),
+    weights_jobs,
+    weights_run,
+    lambda job: numbers(settings_of(job[0], *job[3:]), seed=SEARCH_SEED),
+)
+TUNED_RUNS = Rows(
+    ("target", "seed", "way"), tuned_jobs, tuned_run, lambda job: stored_settings(job) | {"factors": tuned_of(job)}
+)
 STUDY = Study(
     "layerwise",
-    {"runs": RUNS, "search": SEARCH, "own": OWN},
+    {"runs": RUNS, "search": SEARCH, "own": OWN, "weights": WEIGHTS, "tuned": TUNED_RUNS},
     {"costs": costs},
     prefixes=lambda job: (prefix(job), f"{job[0]}/{job[1]}/target."),
 )

@@ -22,7 +22,7 @@ from torch import Tensor
 
 import experiments
 from apd_minimal.config import Config
-from experiments import attributions, failures, schedules
+from experiments import attributions, failures, layerwise, schedules
 from experiments.experiment import DATA, Row, Rows, Study, numbers, prefix, scaled
 
 ROOT = DATA.parent
@@ -104,6 +104,43 @@ def test_no_report_is_lost_while_a_search_is_made_again() -> None:
     few = [row for row in rows if attributions.RUNS.job_of(row) != searched]
     assert attributions.RUNS.kept(few) == few
     assert set(attributions.jobs(few)) - set(map(attributions.RUNS.job_of, few)) == {searched}
+
+
+def test_a_search_takes_one_setting_after_the_other_and_goes_on_where_an_end_does_best() -> None:
+    part, rows = ("20", "joint", "all"), []  # nothing is stored of it
+    peak = (1.0, 16.0, 0.25, 1.0)
+
+    def served(factors: tuple[float, ...]) -> Row:
+        hits = sum(f == p for f, p in zip(factors, peak, strict=True))
+        away = factors[1] < 4  # more of minimality is better, but no better than 16
+        job = dict(zip(layerwise.WEIGHTS.fields, (*part, *factors), strict=True))
+        return job | {"served": 10 * (hits - (factors[1] != 16)) - away, "alone_error": abs(factors[0] - 1)}
+
+    waves = []
+    while missing := layerwise.search_of(part, rows)[1]:
+        rows += [served(factors) for factors in missing]
+        waves.append(missing)
+    assert layerwise.search_of(part, rows) == (peak, [])
+    assert waves == [
+        [(1.0, 1.0, 1.0, 1.0), (0.5, 1.0, 1.0, 1.0), (2.0, 1.0, 1.0, 1.0)],
+        [(1.0, 0.25, 1.0, 1.0), (1.0, 4.0, 1.0, 1.0)],
+        [(1.0, 16.0, 1.0, 1.0)],
+        [(1.0, 16.0, 0.25, 1.0), (1.0, 16.0, 4.0, 1.0)],
+        [(1.0, 16.0, 1 / 16, 1.0)],
+        [(1.0, 16.0, 0.25, 0.25), (1.0, 16.0, 0.25, 4.0)],
+    ]
+
+
+def test_of_equals_a_search_takes_the_one_with_the_smaller_error_and_none_that_is_not_faithful() -> None:
+    part, rows = ("20", "joint", "all"), []
+    while missing := layerwise.search_of(part, rows)[1]:
+        for factors in missing:
+            job = dict(zip(layerwise.WEIGHTS.fields, (*part, *factors), strict=True))
+            facts = {"served": 7, "alone_error": abs(factors[2] - 4) + abs(factors[0] - 1)}
+            if factors[3] < 1:
+                facts = {"served": 9, "alone_error": 0.0, "relative_faithfulness": 0.06}
+            rows.append(job | facts)
+    assert layerwise.search_of(part, rows)[0] == (1.0, 1.0, 4.0, 1.0)
 
 
 LR = {"a": 0.1, "b": 0.2}

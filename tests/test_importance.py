@@ -175,6 +175,25 @@ def test_one_weight_alone_is_drawn_as_often_as_all() -> None:
     assert noise[0, all_drawn].mean(0).tolist() == pytest.approx([0.5] * 6, abs=0.02), "whichever that is"
 
 
+def test_the_slopes_of_one_draw_by_hand() -> None:
+    """Three components a, b, d of one weight w = 2 on the input 1, gates halfway between importance and 1.
+
+    With importances 0.4, 0 and 1 (values before the clamp 0.4, -0.2 and 1.3) the gates are 0.7, 0.5 and 1, the output
+    0.7 * 0.5 + 0.5 * 0.8 + 1 * 1 = 1.75, and its error 1/16. The error's slope along a gate is 2 * (1.75 - 2) times the
+    component, half of that along an importance: -0.125, -0.2 and -0.25. The price of 0.3 is paid for each.
+    """
+    values, parts = torch.tensor([0.4, -0.2, 1.3], requires_grad=True), torch.tensor([0.5, 0.8, 1.0])
+    selection = Importance(0.3, p=1.0)
+    importances = leaky_clamp(values)
+    gates = selection.draw(importances[None, None], torch.full((1, 1, 3), 0.5))
+    error = apd.losses.minimality((gates * parts).sum(-1, keepdim=True), torch.tensor([[2.0]]))
+    loss = error.sum() + selection.penalty(importances[None, None], 0.5).sum()
+    assert loss.item() == pytest.approx(1 / 16 + 0.3 * 1.4)
+    (slopes,) = torch.autograd.grad(loss, values)
+    # Inside, the sum passes. Below 0 it pushes further out, and nothing passes; above 1 a hundredth passes.
+    assert slopes.tolist() == pytest.approx([0.3 - 0.125, 0.0, 0.01 * (0.3 - 0.25)], abs=1e-7)
+
+
 @pytest.mark.parametrize("positions", [False, True])
 def test_the_penalty_counts_importances(positions: bool) -> None:
     gates = torch.rand(2, 5, *([4] if positions else []), 3, generator=torch.Generator().manual_seed(0))
