@@ -1,13 +1,14 @@
 """Create data/tuned.json: TMS of several sizes decomposed without a k, by one call with the same settings for all.
 
-python -m experiments.tuned [--only 5-2 7-3 ...] [--processes N]
+python -m experiments.tuned [--only runs tries 5-2 7-3 ...] [--processes N]
 
 Chapter 25. `tune` chooses k by bits; everything else is the same at every size: three components for each feature, rank
 4, a simplicity loss from 20 to 0, the defaults otherwise. The settings and the search over k were made on target seeds
 90 to 94; the seeds here were fixed before, and run once with the seed of the target for the decomposition and once,
 which is stored, with another. The truth is judged on the same inputs, and so are the whole network as one lump and its
 singular directions. Every k that was tried is kept with what it owns and its sparse error, so that other ways to pick
-can be compared.
+can be compared. In "tries" the search starts from a simplicity loss that is far too weak or too strong, and may try
+others: does the judge find its way?
 """
 
 from __future__ import annotations
@@ -15,13 +16,16 @@ from __future__ import annotations
 import torch
 
 import apd_minimal as apd
+from apd_minimal.config import at_progress
 from apd_minimal.study import rate, tune
 from experiments.experiment import Row, Rows, Study, Tensors
 
 SEEDS = {size: range(7300, 7300 + n) for size, n in (("3-2", 5), ("5-2", 5), ("7-3", 5), ("10-4", 5), ("20-6", 2))}
 PATH = "encode.weight"
 BATCH = 512
+STARTS, OTHERS = (1.0, 200.0), (3.0, 20.0, 60.0)  # of the simplicity loss: where the search begins, what it may try
 Job = tuple[str, int]  # size, seed
+Search = tuple[str, int, float]  # size, seed, simplicity
 
 
 def settings_of(job: Job) -> Row:
@@ -32,7 +36,7 @@ def settings_of(job: Job) -> Row:
         "rank": 4,
         "steps": 1500,
         "lr": 1e-2,
-        "simplicity": ((0.0, 20.0), (0.7, 0.0)),
+        "simplicity": falling(20.0),
         "seed": job[1] + 1000,  # another than the target's, so that nothing can start where its weights did
     }
 
@@ -83,6 +87,44 @@ def run(job: Job) -> tuple[list[Row], Tensors]:
     return [row], {}
 
 
+def falling(simplicity: float) -> tuple[tuple[float, float], ...]:
+    """Make the schedule of a simplicity loss that ends at 0.7 of the run."""
+    return ((0.0, simplicity), (0.7, 0.0))
+
+
+def search(job: Search) -> tuple[list[Row], Tensors]:
+    """Search k and the simplicity loss, and list what the best of every run owns."""
+    size, seed, simplicity = job
+    n, d = map(int, size.split("-"))
+    target = apd.targets.TMS(n, d).fit(seed=seed)
+    given = settings_of((size, seed)) | {"simplicity": falling(simplicity)}
+    tries = {"simplicity": [falling(other) for other in OTHERS]}
+    found = tune.tune(
+        target,
+        target.data(BATCH),
+        target.weights,
+        attribution=target.attributions,
+        tries=tries,
+        progress=False,
+        **given,
+    )
+    runs = [
+        {
+            "simplicity": at_progress(run.config.simplicity, 0.0),
+            "bits": run.scores[run.chosen],
+            "owned": int(target.ownership(run.components).owned.sum()),
+        }
+        for run in found.runs
+    ]
+    row = {
+        "owned": int(target.ownership(found.best.components).owned.sum()),
+        "chosen": at_progress(found.best.config.simplicity, 0.0),
+        "runs": runs,
+        "seconds": round(found.seconds, 1),
+    }
+    return [row], {}
+
+
 RUNS = Rows(
     fields=("size", "seed"),
     jobs=lambda rows: [(size, seed) for size, seeds in SEEDS.items() for seed in seeds],
@@ -90,7 +132,13 @@ RUNS = Rows(
     settings=settings_of,
     order=lambda job: (list(SEEDS).index(job[0]), job[1]),
 )
-STUDY = Study("tuned", {"runs": RUNS}, about=lambda processes: {"processes": processes}, compact=True)
+TRIES = Rows(
+    fields=("size", "seed", "start"),
+    jobs=lambda rows: [(size, seed, start) for size in ("5-2", "7-3") for seed in (7310, 7311) for start in STARTS],
+    run=search,
+    settings=lambda job: settings_of(job[:2]) | {"simplicity": falling(job[2]), "others": OTHERS},
+)
+STUDY = Study("tuned", {"runs": RUNS, "tries": TRIES}, about=lambda processes: {"processes": processes}, compact=True)
 
 if __name__ == "__main__":
     STUDY.main(__doc__)
