@@ -130,6 +130,8 @@ def minimality(outputs: Tensor, target_outputs: Tensor, divergence: Divergence =
 def hidden(activations: Sequence[Tensor], target_activations: Sequence[Tensor]) -> Tensor:
     """Measure how far the sparse network's hidden activations are from the target's (braun2025, their hidden loss).
 
+    The released code takes one mean over all modules: of m modules of one width, it is 1/m of this.
+
     Args:
         activations: of each module that counts, [..., B, *rest]; a leading axis of restarts is kept.
         target_activations: the target's, each [B, *rest].
