@@ -79,7 +79,7 @@ class Bottleneck(Selection):
 
     @property
     def k(self) -> Tensor:
-        """Mean number of active components of a sample, as it stands: [R]; NaN before the first step."""
+        """Mean number of active components of a sample as it stands, [R]; NaN before the first step."""
         return self._log_k.exp()
 
     def choose(self, scores: Tensor, t: float, share: float = 1.0) -> Tensor:
