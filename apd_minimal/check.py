@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.graph import allow_mutation_on_saved_tensors
 from torch.func import functional_call
 
+from .attributions.capture import varied
 from .components import Components
 from .network import Network, evaluating
 from .sites import Use
@@ -38,7 +39,7 @@ def check(network: Network, x: Tensor, tolerance: float = 1e-3) -> None:
     if x.is_floating_point() and not torch.isfinite(x).all():
         raise ValueError("x holds NaN or infinite values")
     with torch.autocast(x.device.type, enabled=False):
-        samples = x[_some(x)]
+        samples = x[varied(x)]
         _check_target(network, x)
         _check_samples(network, samples, tolerance)
         if network.hidden:
@@ -47,18 +48,6 @@ def check(network: Network, x: Tensor, tolerance: float = 1e-3) -> None:
         problem = _Trial(network, samples, tolerance, seed=0).problem()
         if problem and _Trial(network, samples, tolerance, seed=1).problem():
             raise ValueError(problem)
-
-
-def _some(x: Tensor) -> Tensor:
-    """Choose five: the two with most nonzero inputs, and three of all other densities; not those that are zero.
-
-    In sparse data many samples are zero. In padded data they differ in length, which a target may sort by or pack: so
-    they do not come in falling order.
-    """
-    density = x.reshape(len(x), -1).count_nonzero(1)
-    order = density.argsort(descending=True, stable=True)
-    last = density.count_nonzero().clamp_min(1) - 1
-    return order[torch.stack([(last + 1) // 2, last, 0 * last, last.clamp_max(1), last - last // 4])]
 
 
 def _differ(a: Tensor, b: Tensor, size: Tensor, tolerance: float, scale: Tensor | None = None) -> bool:

@@ -8,6 +8,8 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,6 +41,22 @@ def decompose(source: Batches = batches, target: torch.nn.Module | None = None, 
     """The tiny run with other settings."""
     settings: dict[str, Any] = {"n_components": 6, "top_k": 1.2, **SETTINGS, **changes}
     return apd.decompose(target or tms(), source, ["encode.weight"], **settings)
+
+
+def killed_and_resumed(begin: Callable[..., apd.Decomposition], checkpoint: Path, again: Any) -> apd.Decomposition:
+    """Stop a run with an exception at step 14, and let another with the selection `again` go on from its checkpoint."""
+
+    class Killed(Exception):
+        pass
+
+    def kill(step: int, losses: dict[str, list[float]], components: apd.Components) -> None:
+        if step == 14:
+            raise Killed
+
+    with suppress(Killed):
+        begin(checkpoint=checkpoint, checkpoint_every=5, callback=kill)
+        raise AssertionError("the run was not stopped")
+    return begin(selection=again, checkpoint=checkpoint, checkpoint_every=5)
 
 
 def noting(selection: apd.selection.Selection) -> tuple[apd.selection.Selection, list[Tensor]]:

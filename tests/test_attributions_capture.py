@@ -261,6 +261,17 @@ def test_gradients_that_forward_mode_does_not_have_are_taken_backward(hook: bool
         gradient(one.network, components, x, mode="forward", at=at)
 
 
+def test_samples_on_which_all_outputs_are_at_rest_say_nothing_of_forward_mode() -> None:
+    target = nn.Sequential(Apart(hook=True, n_out=40), nn.ReLU())
+    target[0].first.bias.data.zero_()
+    target[0].last.bias.data.fill_(-0.1)
+    one = Case(target, {"0.first.weight": linear}, lambda b, g: torch.randn(b, 3, generator=g).double())
+    x = one.x(64)
+    x[:-4] = 0  # at the start of the batch nothing is on
+    assert capturing.forward_agrees(one.network, torch.zeros_like(x))
+    assert not capturing.forward_agrees(one.network, x), "what was not seen is not remembered"
+
+
 def test_forward_mode_of_one_output_without_an_axis() -> None:
     class One(nn.Module):
         def __init__(self) -> None:

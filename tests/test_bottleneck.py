@@ -166,19 +166,8 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, micro_batch: int | Non
     slow: dict[str, Any] = {"allowed": 0.9, "gain": 1.0}  # so that the errors of all steps count
     whole_selection, again_selection = Bottleneck(**slow), Bottleneck(**slow)
     whole = runs.decompose(selection=whole_selection, **SETTINGS, micro_batch=micro_batch)
-    checkpoint = tmp_path / "run.safetensors"
-
-    class Killed(Exception):
-        pass
-
-    def kill(step: int, losses: dict[str, list[float]], components: apd.Components) -> None:
-        if step == 14:
-            raise Killed
-
-    files: dict[str, Any] = {"checkpoint": checkpoint, "checkpoint_every": 5, "micro_batch": micro_batch}
-    with pytest.raises(Killed):
-        runs.decompose(selection=Bottleneck(**slow), **SETTINGS, **files, callback=kill)
-    again = runs.decompose(selection=again_selection, **SETTINGS, **files)
+    stopped = {"selection": Bottleneck(**slow), "micro_batch": micro_batch} | SETTINGS
+    again = runs.killed_and_resumed(lambda **k: runs.decompose(**stopped | k), tmp_path / "run", again_selection)
     for a, b in zip(whole_selection.state(), again_selection.state(), strict=True):
         assert torch.equal(a, b)
     assert runs.fingerprint(whole) == runs.fingerprint(again)

@@ -80,19 +80,12 @@ def test_its_gradient_is_that_of_the_losses() -> None:
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, micro_batch: int | None) -> None:
     whole_selection = Learned()
     whole = decompose(whole_selection, micro_batch=micro_batch)
-    checkpoint = tmp_path / "run.safetensors"
-
-    class Killed(Exception):
-        pass
-
-    def kill(step: int, losses: dict[str, list[float]], components: apd.Components) -> None:
-        if step == 14:
-            raise Killed
-
-    with pytest.raises(Killed):
-        decompose(Learned(), micro_batch=micro_batch, checkpoint=checkpoint, checkpoint_every=5, callback=kill)
     again_selection = Learned()
-    again = decompose(again_selection, micro_batch=micro_batch, checkpoint=checkpoint, checkpoint_every=5)
+
+    def begin(selection: Selection | None = None, **files: Any) -> apd.Decomposition:
+        return decompose(selection or Learned(), micro_batch=micro_batch, **files)
+
+    again = runs.killed_and_resumed(begin, tmp_path / "run", again_selection)
     assert torch.equal(whole_selection.cut, again_selection.cut)
     for a, b in zip(factors(whole), factors(again), strict=True):
         assert torch.equal(a, b)

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 import apd_minimal as apd
-from apd_minimal.check import _some
+from apd_minimal.attributions.capture import varied
 
 Forward = Callable[[Any, Tensor], Tensor]
 
@@ -179,7 +179,7 @@ def test_padded_samples_are_checked_at_several_lengths(run: Forward, n_long: int
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=30))
 def test_the_checked_samples_have_many_densities_out_of_order(counts: list[int]) -> None:
     x = (torch.arange(6) < torch.tensor(counts)[:, None]).double()
-    chosen = _some(x).tolist()
+    chosen = varied(x).tolist()
     found = [counts[i] for i in chosen]
     some = [n for n in counts if n] or [0]
     assert len(chosen) == 5

@@ -23,7 +23,6 @@ from ..sites import Site, Use
 
 # From so many multiplications in a backward pass on, those of repeated rows are worth looking for (measured).
 LARGE = 2**22
-FEW = 4  # samples on which forward mode is compared with backward
 _agreeing: WeakKeyDictionary[Network, bool] = WeakKeyDictionary()
 
 
@@ -202,6 +201,18 @@ def live(network: Network, base: Components | None, x: Tensor) -> Tensor:
     return (moved.reshape(-1, len(x), moved[(0,) * (1 if base is None else 2)].numel()) != 0).any(0)
 
 
+def varied(x: Tensor) -> Tensor:
+    """Choose five: the two with most nonzero inputs, and three of all other densities; not those that are zero.
+
+    In sparse data many samples are zero. In padded data they differ in length, which a target may sort by or pack: so
+    they do not come in falling order.
+    """
+    density = x.reshape(len(x), -1).count_nonzero(1)
+    order = density.argsort(descending=True, stable=True)
+    last = density.count_nonzero().clamp_min(1) - 1
+    return order[torch.stack([(last + 1) // 2, last, 0 * last, last.clamp_max(1), last - last // 4])]
+
+
 def forward_agrees(network: Network, x: Tensor) -> bool:
     """Tell whether forward mode has the gradients that backward has; looked up once for a network.
 
@@ -210,14 +221,20 @@ def forward_agrees(network: Network, x: Tensor) -> bool:
     """
     if network not in _agreeing:
         try:
-            _agreeing[network] = _compared(network, x[:FEW])
+            agrees = _compared(network, x[varied(x)])
         except RuntimeError:  # no forward mode
-            _agreeing[network] = False
+            agrees = False
+        if agrees is None:
+            return True
+        _agreeing[network] = agrees
     return _agreeing[network]
 
 
-def _compared(network: Network, x: Tensor) -> bool:
-    """Move all layers' outputs in one random direction, and compare how far the outputs move, both ways."""
+def _compared(network: Network, x: Tensor) -> bool | None:
+    """Move all layers' outputs in one random direction, and compare how far the outputs move, both ways.
+
+    Nothing is known, None, where nothing moves either way: all outputs may be at rest on these samples.
+    """
     record: list[Use] = []
     out = _run(network, None, x, record)
     generator = torch.Generator().manual_seed(0)
@@ -234,6 +251,8 @@ def _compared(network: Network, x: Tensor) -> bool:
         forward = (moved * seed).sum((0, 2))
         backward = torch.stack([b.reshape(len(x), -1).sum(1) for b in back]).sum(0)
         size = torch.stack([b.norm() for b in back]).sum()
+        if size == 0 and forward.norm() == 0:
+            return None
         return bool((forward - backward).norm() <= (1e-3 + 32 * torch.finfo(out.dtype).eps) * size)
 
 
