@@ -3,9 +3,11 @@
 python -m experiments.fresh [--only 5-2 | 40-10 | 7-3 ...] [--processes N]     (about an hour of one core)
 
 `TMS.recipe` as it stands, which is what a user gets: on 100 targets of TMS 5-2 and 30 of TMS 40-10, and on five of each
-other size. Target seeds from 8000 up; the seed of the decomposition is 1,000 more, so that nothing can start where the
-weights of the target did. All seeds and one rule were fixed before: targets on which two features lie on one line
-(`TMS.same_line`, |cosine| at least 0.99) are counted apart. Each was run once.
+other size. "Rotated" are the first of the same targets with inputs in a random orthogonal basis, where the split of the
+weight by input columns, which learns nothing, owns nothing. Target seeds from 8000 up; the seed of the decomposition is
+1,000 more, so that nothing can start where the weights of the target did. All seeds and one rule were fixed before:
+targets on which two features lie on one line (`TMS.same_line`, |cosine| at least 0.99) are counted apart. Each was run
+once.
 """
 
 from __future__ import annotations
@@ -17,14 +19,15 @@ import apd_minimal as apd
 from experiments.experiment import Row, Rows, Study, Tensors, numbers, taken_apart
 
 N_TARGETS = {
-    "5-2": 100, "3-2": 5, "7-3": 5, "10-4": 5, "15-5": 5, "20-6": 5, "30-8": 5, "40-10": 30, "60-15": 5
+    "5-2": 100, "3-2": 5, "7-3": 5, "10-4": 5, "15-5": 5, "20-6": 5, "30-8": 5, "40-10": 30, "60-15": 5,
+    "5-2 rotated": 20, "40-10 rotated": 5,
 }  # fmt: skip
 Job = tuple[str, int]  # size, seed
 
 
 def target_of(size: str) -> apd.targets.TMS:
-    """Make an untrained target."""
-    n, d = map(int, size.split("-"))
+    """Make an untrained target, in its own basis."""
+    n, d = map(int, size.split()[0].split("-"))
     return apd.targets.TMS(n, d)
 
 
@@ -39,6 +42,8 @@ def run(job: Job) -> tuple[list[Row], Tensors]:
     """Train one target, decompose it, and list what is owned and what lies on one line."""
     size, seed = job
     target = target_of(size).fit(seed=seed)
+    if "rotated" in size:
+        target.rotate(seed=seed)
     result, seconds = taken_apart(target, recipe_of(target), seed=seed + 1000)
     own, every = target.ownership(result.components), result.restarts
     assert every is not None

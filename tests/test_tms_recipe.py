@@ -78,7 +78,8 @@ def test_a_doubt_names_at_most_five_pairs(n_lines: int) -> None:
 @pytest.mark.parametrize(("size", "identity", "why"), [
     ((60, 15), False, "above 40 features"), ((2, 1), False, "from 3-2 to 40-10"), ((20, 2), False, "for each hidden"),
     ((7, 3), True, "identity layer"),
-    ((7, 3), False, "5, 7 and 7 features of three targets"),
+    ((7, 3), False, "5 of 7 features on three of eight targets"),
+    ((30, 8), False, "24 of 30 features on one of five targets"),
 ])  # fmt: skip
 def test_other_sizes_are_doubted_in_words(size: tuple[int, int], identity: bool, why: str) -> None:
     with pytest.warns(UserWarning, match=why):

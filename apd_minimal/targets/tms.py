@@ -160,7 +160,9 @@ class TMS(nn.Module):
         elif n < 3 or not 1.5 <= n / self.d_hidden <= 4:
             why = "recipes were tried from 3-2 to 40-10, with 1.5 to 4 features for each hidden dimension"
         elif n == 7:
-            why = "at 7-3 the recipe owned 5, 7 and 7 features of three targets; more restarts may help"
+            why = "at 7-3 the recipe owned 5 of 7 features on three of eight targets; more restarts may help"
+        elif n == 30:
+            why = "at 30-8 the recipe owned 24 of 30 features on one of five targets; more restarts may help"
         else:
             return ""
         pairs = ", ".join(f"{i} and {j}" for i, j in lines[:5]) + (", ..." if lines[5:] else "")
