@@ -351,12 +351,17 @@ def plain(text: str) -> str:
 
 
 def unquoted_claims(notebook: Notebook) -> list[int]:
-    """The claims that a chapter settles and does not quote in the section for it, with their number and source."""
+    """The claims that a chapter settles and does not quote before, in the section for it, with their number and source."""
     ledger = yaml.safe_load((ROOT / "chapters" / "claims.yml").read_text())
     section = text(notebook).partition("\n## The claims it settles")[2].partition("\n## ")[0]
     quotes = plain(" ".join(re.findall(r"^>(.*)$", section, re.MULTILINE)))
     settled = {record["number"] for record, _ in stored_claims(notebook)}
-    return [n for n in sorted(settled) if plain(f"Claim {n} (podcast summary): {ledger[n]}") not in quotes]
+    sources = ["".join(cell["source"]) for cell in notebook["cells"]]
+    start = next((i for i, source in enumerate(sources) if "## The claims it settles" in source), len(sources))
+    early = {record["number"] for record, _ in stored_claims({"cells": notebook["cells"][:start]})}
+    return [
+        n for n in sorted(settled) if n in early or plain(f"Claim {n} (podcast summary): {ledger[n]}") not in quotes
+    ]
 
 
 def test_claims_are_quoted_before_they_are_settled(notebook: Notebook) -> None:
@@ -378,6 +383,9 @@ def test_a_claim_in_other_words_is_seen() -> None:
     assert unquoted_claims(chapter(f"Claim 7 (podcast summary): {ledger[7]}")) == [7]
     assert unquoted_claims(chapter("> Claim 7 (podcast summary): TMS 5 → 2: each row is recovered.")) == [7]
     assert unquoted_claims(chapter(f"\n## Another\n> Claim 7 (podcast summary): {ledger[7]}")) == [7]
+    late = chapter(f"> Claim 7 (podcast summary): {ledger[7]}")
+    late["cells"].reverse()
+    assert unquoted_claims(late) == [7], "the verdict stands before the quote"
 
 
 def test_claims_name_what_the_ledger_has() -> None:
