@@ -351,7 +351,7 @@ def plain(text: str) -> str:
 
 
 def unquoted_claims(notebook: Notebook) -> list[int]:
-    """The claims that a chapter settles and does not quote before, in the section for it, with their number and source."""
+    """The claims that a chapter settles and does not quote before, in their section, with number and source."""
     ledger = yaml.safe_load((ROOT / "chapters" / "claims.yml").read_text())
     section = text(notebook).partition("\n## The claims it settles")[2].partition("\n## ")[0]
     quotes = plain(" ".join(re.findall(r"^>(.*)$", section, re.MULTILINE)))
