@@ -1,0 +1,210 @@
+"""Arithmetic with a remainder, written by hand as waves: every frequency is a mechanism that is known (chapter 35).
+
+A neuron that squares turns a sum of two waves into a wave of the sum: 2 cos(u) cos(v) = cos(u + v) + cos(u - v).
+Nine neurons for each frequency, with the phases 0, 2 pi / 3 and 4 pi / 3 of a and of b, cancel everything else
+(gromov2023 does the same with random phases, up to an error).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .. import checks
+from .training import numbers
+
+PHASES = 3
+GRID = PHASES * PHASES  # neurons of a frequency
+
+
+@dataclass(frozen=True)
+class Task:
+    """One operation modulo p, of which a network knows some frequencies.
+
+    Args:
+        p: the modulus, 3 or more; the tokens are 0 to p - 1.
+        sign: +1 adds, -1 subtracts.
+        frequencies: whole numbers from 1 to (p - 1) / 2, each once; None for all of them.
+
+    Raises:
+        TypeError, ValueError: numbers out of range.
+    """
+
+    p: int
+    sign: int = 1
+    frequencies: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        p = checks.number("p", self.p, 3, whole=True)
+        if self.sign not in (1, -1):
+            raise ValueError(f"sign must be 1 or -1, got {self.sign!r}")
+        highest = (p - 1) // 2
+        given = range(1, highest + 1) if self.frequencies is None else self.frequencies
+        found = tuple(checks.number("frequencies", f, 1, highest, whole=True) for f in given)
+        if not found or len(set(found)) < len(found):
+            raise ValueError(f"frequencies must be at least one, each once, got {self.frequencies}")
+        object.__setattr__(self, "p", p)
+        object.__setattr__(self, "frequencies", found)
+
+    def waves(self, n: int) -> Tensor:
+        """Give cosine and sine of every frequency at every token, zero for tokens that it does not have: [n, 2 F]."""
+        angles = 2 * math.pi / self.p * torch.arange(self.p)[:, None] * torch.tensor(self.frequencies)
+        both = torch.stack([angles.cos(), angles.sin()], dim=-1).flatten(1)
+        return torch.cat([both, both.new_zeros(n - self.p, both.shape[1])])
+
+
+class ModularArithmetic(nn.Module):
+    """(a, b, switches) [B, 2 n + S] -> [B, n]: scores of the answers, largest at (a + b) mod p or (a - b) mod p.
+
+    a and b come as one-hot vectors of n, the largest modulus. Each of the S switches opens the neurons of a frequency,
+    or of a task. With all frequencies of a task the scores are 1 - 1 / p at the answer and -1 / p elsewhere.
+
+    Args:
+        tasks: what it can do; several tasks take turns, and need `switches="task"`.
+        switches: None leaves everything open (S = 0); "task" opens one task a sample; "frequency" opens each frequency
+            of each sample with chance `probability`.
+        embedding: False gives the one-hot vectors to the decomposed matrix; True gives it the waves of all tasks
+            instead, in a random basis: 4 numbers for each frequency, tokens no longer lie on axes of their own.
+        probability: of an open frequency, in (0, 1].
+        seed: of the basis of the embedding.
+
+    Raises:
+        TypeError, ValueError: no task, several without switches, or a setting out of range.
+    """
+
+    embed: Tensor
+    opens: Tensor
+
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        switches: str | None = None,
+        embedding: bool = False,
+        probability: float = 0.2,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.tasks = tuple(checks.kind("tasks", task, Task, "a sequence of Task") for task in tasks)
+        if switches not in (None, "task", "frequency"):
+            raise ValueError(f'switches must be None, "task" or "frequency", got {switches!r}')
+        if not self.tasks or (len(self.tasks) > 1 and switches != "task"):
+            raise ValueError(f'several tasks need switches="task", got {len(self.tasks)} tasks and {switches!r}')
+        self.switches, self.embedding = switches, checks.flag("embedding", embedding)
+        self.probability = checks.number("probability", probability, 0, 1, above=True)
+        self.n = max(task.p for task in self.tasks)
+        self.owner = torch.cat(  # the task of every frequency
+            [torch.full((len(task.waves(task.p).T) // 2,), t) for t, task in enumerate(self.tasks)]
+        )
+        waves = torch.cat([task.waves(self.n) for task in self.tasks], dim=1)  # [n, 2 F]
+        both = torch.block_diag(waves, waves)  # [2 n, 4 F]
+        F = len(self.owner)
+        generator = torch.Generator().manual_seed(numbers(seed)[0])
+        turn = torch.linalg.qr(torch.randn(4 * F, 4 * F, generator=generator)).Q
+        self.register_buffer("embed", both @ turn if self.embedding else torch.eye(2 * self.n))
+        opened = {"task": nn.functional.one_hot(self.owner).T.float(), "frequency": torch.eye(F)}
+        opens = opened[switches] if switches else torch.zeros(0, F)
+        self.register_buffer("opens", opens.repeat_interleave(GRID, dim=1))  # [S, neurons]
+        # Neurons read cos(w a + phase) + cos(w b + other phase), and write cos(w q + phase +- other phase).
+        phases = 2 * math.pi / PHASES * torch.cartesian_prod(torch.arange(PHASES), torch.arange(PHASES)).float()
+        shifted = torch.stack([phases.cos(), -phases.sin()], dim=1)  # [9, (cos, sin), (a, b)]
+        reads = torch.stack([torch.block_diag(*[shifted[:, :, s]] * F) for s in (0, 1)], dim=1).flatten(1)
+        self.hidden = nn.Linear(len(self.embed.T), GRID * F, bias=False)
+        self.out = nn.Linear(GRID * F, self.n, bias=False)
+        with torch.no_grad():
+            scale = torch.tensor([(GRID / 4 * task.p) ** (-1 / 3) for task in self.tasks])  # it comes in three times
+            sizes = scale[self.owner].repeat_interleave(GRID)
+            self.hidden.weight.copy_(sizes[:, None] * reads @ (turn if self.embedding else both.T))
+            for f, t in enumerate(self.owner.tolist()):
+                task = self.tasks[t]
+                sums = phases[:, 0] + task.sign * phases[:, 1]
+                angle = task.waves(self.n).unflatten(1, (-1, 2))[:, int((self.owner[:f] == t).sum())]  # [n, 2]
+                self.out.weight[:, GRID * f : GRID * (f + 1)] = scale[t] * angle @ torch.stack([sums.cos(), -sums.sin()])
+
+    @property
+    def weights(self) -> list[str]:
+        """Both matrices."""
+        return ["hidden.weight", "out.weight"]
+
+    def neurons(self, x: Tensor) -> Tensor:
+        """Compute what the open neurons hold [B, 9 F], from inputs [B, 2 n + S]."""
+        squares = self.hidden(x[:, : 2 * self.n] @ self.embed).square()
+        return squares * (x[:, 2 * self.n :] @ self.opens) if self.switches else squares
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map inputs [B, 2 n + S] to scores [B, n]."""
+        return self.out(self.neurons(x))
+
+    def inputs(self) -> Tensor:
+        """Give every pair of tokens of every task: [sum of p^2, 2 n + S]; switches of frequencies are all open."""
+        rows = []
+        for t, task in enumerate(self.tasks):
+            a, b = torch.cartesian_prod(torch.arange(task.p), torch.arange(task.p)).T
+            tokens = torch.cat([nn.functional.one_hot(v, self.n) for v in (a, b)], dim=1).float()
+            switch = torch.ones(len(a), len(self.opens))
+            if self.switches == "task":
+                switch = nn.functional.one_hot(torch.full_like(a, t), len(self.tasks)).float()
+            rows.append(torch.cat([tokens, switch], dim=1))
+        return torch.cat(rows).to(self.embed.device)
+
+    def answers(self, x: Tensor) -> Tensor:
+        """Compute the right answers [B] of inputs [B, 2 n + S]."""
+        a, b = x[:, : self.n].argmax(1), x[:, self.n : 2 * self.n].argmax(1)
+        t = x[:, 2 * self.n :].argmax(1) if self.switches == "task" else torch.zeros_like(a)
+        p, sign = (torch.tensor([getattr(task, name) for task in self.tasks]).to(a)[t] for name in ("p", "sign"))
+        return (a + sign * b) % p
+
+    def data(self, batch_size: int) -> Pairs:
+        """Give a source of batches [batch_size, 2 n + S]."""
+        random = self.switches == "frequency"
+        return Pairs(self.inputs().cpu(), batch_size, len(self.opens), self.probability if random else 1.0)
+
+    def mechanisms(self, by: str = "frequency") -> dict[str, Tensor]:
+        """Return the true mechanisms, per path [J, d_in, d_out]: what each frequency, or each task, has of a matrix.
+
+        Args:
+            by: "frequency" or "task".
+
+        Raises:
+            ValueError: another kind.
+        """
+        if by not in ("frequency", "task"):
+            raise ValueError(f'by must be "frequency" or "task", got {by!r}')
+        group = self.owner if by == "task" else torch.arange(len(self.owner))
+        own = nn.functional.one_hot(group).T.repeat_interleave(GRID, dim=1).to(self.embed)  # [J, neurons]
+        return {
+            "hidden.weight": self.hidden.weight.detach().T * own[:, None],
+            "out.weight": self.out.weight.detach().T * own[:, :, None],
+        }
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """A source of batches: rows of `table` at random, with switches that may be closed at random.
+
+    Args:
+        table: inputs to draw from [N, 2 n + S].
+        batch_size: samples in a batch.
+        n_switches: S, the last columns.
+        probability: chance that a switch stays as it is in the table; else it is closed.
+    """
+
+    table: Tensor
+    batch_size: int
+    n_switches: int = 0
+    probability: float = 1.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "batch_size", checks.number("batch_size", self.batch_size, 1, whole=True))
+
+    def __call__(self, step: int, generator: torch.Generator) -> Tensor:
+        """Draw a batch [batch_size, 2 n + S]; `step` is ignored, the generator's state advances."""
+        checks.kind("generator", generator, torch.Generator, "a torch.Generator")
+        x = self.table[torch.randint(len(self.table), (self.batch_size,), generator=generator)]
+        if self.probability < 1:
+            stays = torch.rand(self.batch_size, self.n_switches, generator=generator) < self.probability
+            x[:, x.shape[1] - self.n_switches :] *= stays
+        return x
