@@ -122,7 +122,9 @@ class ModularArithmetic(nn.Module):
                 task = self.tasks[t]
                 sums = phases[:, 0] + task.sign * phases[:, 1]
                 angle = task.waves(self.n).unflatten(1, (-1, 2))[:, int((self.owner[:f] == t).sum())]  # [n, 2]
-                self.out.weight[:, GRID * f : GRID * (f + 1)] = scale[t] * angle @ torch.stack([sums.cos(), -sums.sin()])
+                self.out.weight[:, GRID * f : GRID * (f + 1)] = (
+                    scale[t] * angle @ torch.stack([sums.cos(), -sums.sin()])
+                )
 
     @property
     def weights(self) -> list[str]:

@@ -1,0 +1,142 @@
+"""Create data/modular.json: arithmetic with a remainder taken apart, where frequencies are the answer and where not.
+
+python -m experiments.modular [--only tokens task frequency ...] [--processes N]      (about half an hour of one core)
+
+Chapter 34. Targets are written by hand (`targets.ModularArithmetic`), so that nothing of them is trained:
+
+- "tokens": one-hot inputs, p = 13, all six frequencies always on; the first matrix alone is decomposed.
+- "task": two additions and a subtraction with two frequencies each, after an embedding; each sample opens one.
+- "frequency": one addition with five frequencies, after an embedding; each is open on a fifth of the samples.
+- "task, no waves": the control. The same switches, and every frequency's weights replaced by random ones of the same
+  singular values: nothing is left of the arithmetic.
+
+Seeds of the embedding from 7600 up (the settings were made on 90 to 92), and 1,000 more for the decomposition. Each was
+run once. The number of components is the number of mechanisms, and on some seeds also others: the judge compares them.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import apd_minimal as apd
+from apd_minimal.study import controls
+from apd_minimal.study.rate import Judge
+from apd_minimal.targets.modular import GRID, ModularArithmetic, Task
+from experiments.experiment import Row, Rows, Study, Tensors, numbers
+
+Job = tuple[str, int, int]  # kind, number of components, seed
+MECHANISMS = {"tokens": 26, "task": 3, "frequency": 5, "task, no waves": 3}
+FIRST = 7600
+OTHERS = {"task": (2, 4, 6), "frequency": (4, 6, 10)}  # numbers of components on the first two seeds
+
+
+def jobs() -> list[Job]:
+    """List the runs."""
+    right = [(kind, MECHANISMS[kind], FIRST + i) for kind in ("task", "frequency") for i in range(10)]
+    other = [(kind, c, FIRST + i) for kind, counts in OTHERS.items() for c in counts for i in range(2)]
+    tokens = [("tokens", 40, FIRST + i) for i in range(5)]
+    return [*tokens, *right, *[("task, no waves", 3, FIRST + i) for i in range(3)], *other]
+
+
+def target_of(kind: str, seed: int) -> ModularArithmetic:
+    """Write down a target."""
+    if kind == "tokens":
+        return ModularArithmetic([Task(13)])
+    if kind == "frequency":
+        return ModularArithmetic([Task(23, 1, (1, 3, 4, 6, 9))], switches="frequency", embedding=True, seed=seed)
+    tasks = [Task(23, 1, (1, 4)), Task(23, -1, (3, 7)), Task(19, 1, (2, 5))]
+    target = ModularArithmetic(tasks, switches="task", embedding=True, seed=seed)
+    return without_waves(target, seed) if "no waves" in kind else target
+
+
+@torch.no_grad()
+def without_waves(target: ModularArithmetic, seed: int) -> ModularArithmetic:
+    """Replace what every frequency reads and writes by random matrices of the same singular values."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def like(w: Tensor) -> Tensor:
+        U, S, Vh = torch.linalg.svd(w, full_matrices=False)
+        U, V = (torch.linalg.qr(torch.randn(m.shape, generator=generator)).Q for m in (U, Vh.T))
+        return U @ S.diag() @ V.T
+
+    for start in range(0, len(target.hidden.weight), GRID):
+        block = slice(start, start + GRID)
+        target.hidden.weight[block] = like(target.hidden.weight[block])
+        target.out.weight[:, block] = like(target.out.weight[:, block])
+    return target
+
+
+def truth_of(kind: str, target: ModularArithmetic) -> dict[str, Tensor]:
+    """Give what a decomposition is compared with: columns of the first matrix, tasks or frequencies."""
+    if kind != "tokens":
+        return target.mechanisms("frequency" if kind == "frequency" else "task")
+    W = target.hidden.weight.detach().T
+    return {"hidden.weight": torch.eye(len(W))[:, :, None] * W}
+
+
+def settings_of(job: Job) -> Row:
+    """Give the settings; one set for all kinds but for what is on a sample: two tokens, or one mechanism."""
+    kind, n_components, seed = job
+    tokens = kind == "tokens"
+    settings: dict[str, Any] = {
+        "n_components": n_components, "rank": 4 if tokens else None, "top_k": 2.0 if tokens else 1.0,
+        "steps": 800, "restarts": 2 if tokens else 6, "seed": seed + 1000,
+        "faithfulness": 10.0, "minimality": 20.0, "scrub": 10.0, "simplicity": ((0.0, 60.0), (0.7, 0.0)),
+    }  # fmt: skip
+    return settings
+
+
+def run(job: Job) -> tuple[list[Row], Tensors]:
+    """Take one target apart, and measure what is owned, and the bits."""
+    kind, _, seed = job
+    target = target_of(kind, seed)
+    weights = target.weights[:1] if kind == "tokens" else target.weights
+    truth, judge = truth_of(kind, target), Judge()
+    start = time.process_time()
+    found = apd.decompose(target, target.data(256), weights, judge=judge, progress=False, **settings_of(job))
+    seconds = time.process_time() - start
+    x = target.data(2048)(0, torch.Generator().manual_seed(20_000 + seed))
+    network, every = apd.Network(target, weights), found.restarts
+    assert every is not None and every.restarts is not None
+    own = apd.metrics.ownership(found.components, truth)
+    dealt = controls.dealt(found.components, seed, turned=kind == "tokens")  # there most are of rank one
+    widest = min(truth["hidden.weight"].shape[1:])
+    row = {
+        "owned": int(own.owned.sum()),
+        "cosine": [round(v, 4) for v in own.cosine.tolist()],
+        "length_ratio": [round(v, 4) for v in own.length_ratio.tolist()],
+        "owned_by_restart": [
+            int(apd.metrics.ownership(every.restart(r), truth).owned.sum()) for r in range(every.restarts)
+        ],
+        "scores": found.scores,
+        "bits": judge(network, found.components, x),
+        "bits_of_the_truth": judge(network, apd.Components.from_matrices(truth, widest), x),
+        "bits_dealt": judge(network, dealt, x),
+        "dealt_cosine": apd.metrics.ownership(dealt, truth).cosine.mean().item(),
+        "seconds": round(seconds, 1),
+    }
+    if kind == "tokens":
+        waves = {"hidden.weight": target.mechanisms()["hidden.weight"]}
+        row["wave_cosine"] = apd.metrics.ownership(found.components, waves).cosine.mean().item()
+        row["dealt_wave_cosine"] = apd.metrics.ownership(dealt, waves).cosine.mean().item()
+    else:
+        another = truth_of(kind, target_of(kind, seed + 50))
+        row["cosine_with_another"] = apd.metrics.ownership(found.components, another).cosine.mean().item()
+    return [row], {}
+
+
+RUNS = Rows(
+    fields=("kind", "n_components", "seed"),
+    jobs=lambda rows: jobs(),
+    run=run,
+    settings=lambda job: numbers(settings_of(job)),
+    order=lambda job: (list(MECHANISMS).index(job[0]), job[1], job[2]),
+)
+STUDY = Study("modular", {"runs": RUNS}, about=lambda processes: {"processes": processes}, compact=True)
+
+if __name__ == "__main__":
+    STUDY.main(__doc__)
