@@ -25,7 +25,7 @@ from torch import Tensor
 import apd_minimal as apd
 from apd_minimal.study import controls
 from apd_minimal.study.rate import Judge
-from apd_minimal.targets.modular import GRID, ModularArithmetic, Task
+from apd_minimal.targets.modular import GRID, ModularArithmetic, ModularTask
 from experiments.experiment import Row, Rows, Study, Tensors, numbers
 
 Job = tuple[str, int, int]  # kind, number of components, seed
@@ -45,10 +45,10 @@ def jobs() -> list[Job]:
 def target_of(kind: str, seed: int) -> ModularArithmetic:
     """Write down a target."""
     if kind == "tokens":
-        return ModularArithmetic([Task(13)])
+        return ModularArithmetic([ModularTask(13)])
     if kind == "frequency":
-        return ModularArithmetic([Task(23, 1, (1, 3, 4, 6, 9))], switches="frequency", embedding=True, seed=seed)
-    tasks = [Task(23, 1, (1, 4)), Task(23, -1, (3, 7)), Task(19, 1, (2, 5))]
+        return ModularArithmetic([ModularTask(23, 1, (1, 3, 4, 6, 9))], switches="frequency", embedding=True, seed=seed)
+    tasks = [ModularTask(23, 1, (1, 4)), ModularTask(23, -1, (3, 7)), ModularTask(19, 1, (2, 5))]
     target = ModularArithmetic(tasks, switches="task", embedding=True, seed=seed)
     return without_waves(target, seed) if "no waves" in kind else target
 

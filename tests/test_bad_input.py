@@ -133,6 +133,8 @@ TARGET = target()
 RESIDUAL = apd.targets.ResidualMLP(4, 6, (3,))
 LETTERS = apd.targets.Transformer(7, 4, 2, 4, 1)
 GATED = apd.targets.GatedFunctions(2, 3)
+TASK = apd.targets.ModularTask(5)
+MODULAR = apd.targets.ModularArithmetic([TASK], switches="frequency")
 X = torch.rand(4, 5, generator=torch.Generator().manual_seed(1)) + 0.1
 TRUTH = {"encode.weight": torch.eye(5)[:, :, None] * torch.tensor([1.0, 2.0])}
 FIGURE_KINDS = ("svg", "webp")
@@ -290,6 +292,16 @@ VALID: dict[str, tuple[Any, dict[str, Any]]] = {  # name: (self or None, argumen
     "targets.GatedFunctions.mechanisms": (GATED, {}),
     "targets.GatedInputs": (None, {"n_functions": 2}),
     "targets.GatedInputs.__call__": (apd.targets.GatedInputs(2), {"step": 0, "generator": generator()}),
+    "targets.ModularTask": (None, {"p": 5}),
+    "targets.ModularTask.waves": (TASK, {"n": 6}),
+    "targets.ModularArithmetic": (None, {"tasks": [TASK]}),
+    "targets.ModularArithmetic.forward": (MODULAR, {"x": MODULAR.inputs()}),
+    "targets.ModularArithmetic.inputs": (MODULAR, {}),
+    "targets.ModularArithmetic.answers": (MODULAR, {"x": MODULAR.inputs()}),
+    "targets.ModularArithmetic.data": (MODULAR, {}),
+    "targets.ModularArithmetic.mechanisms": (MODULAR, {}),
+    "targets.Pairs": (None, {"table": MODULAR.inputs(), "batch_size": 4}),
+    "targets.Pairs.__call__": (MODULAR.data(4), {"step": 0, "generator": generator()}),
     "targets.Questions": (None, {}),
     "targets.Questions.__call__": (apd.targets.Questions(), {"step": 0, "generator": generator()}),
     "targets.ResidualMLP": (None, {"n_features": 4, "d_resid": 6, "neurons": (3,)}),
@@ -770,6 +782,26 @@ OWN_KINDS: dict[str, dict[str, Strategy]] = {
     },
     "targets.GatedFunctions": {"neurons": number(2, whole=True)},
     "targets.GatedFunctions.functions": {"x": st.one_of(but(Tensor), NOTHING)},
+    "targets.ModularArithmetic": {
+        "tasks": st.one_of(but(list, tuple), NOTHING, st.sampled_from([[], [5], [TASK, TASK], [TASK, None]])),
+        "switches": choice("task", "frequency", none=True),
+        "embedding": flag(),
+    },
+    "targets.ModularArithmetic.forward": {"x": tensor(MODULAR.inputs(), 0, finite=False)},
+    "targets.ModularArithmetic.answers": {"x": tensor(MODULAR.inputs(), 0)},
+    "targets.ModularArithmetic.mechanisms": {"by": choice("frequency", "task")},
+    "targets.ModularTask": {
+        "p": number(3, whole=True),
+        "sign": st.sampled_from([0, 2, -2, 1.5, "1", None, torch.nan, True, [1]]),
+        "frequencies": st.sampled_from([(), (0,), (3,), (1, 1), (1.5,), "1", 1, (None,), (torch.nan,)]),
+    },
+    "targets.ModularTask.waves": {"n": number(5, whole=True)},
+    "targets.Pairs": {
+        "table": tensor(MODULAR.inputs(), 0, 1),
+        "n_switches": number(0, 12, whole=True),
+        "probability": number(0, 1),
+    },
+    "targets.Pairs.__call__": {"generator": source(none=False)},
     "targets.Questions": {
         "n_letters": number(7, whole=True),
         "tasks": of_number_or_list(number(0, 5, whole=True)),

@@ -1,8 +1,12 @@
 """The networks that the book decomposes, with their known mechanisms (chapter 2)."""
 
 from .gated import GatedFunctions, GatedInputs
+from .modular import ModularArithmetic, ModularTask, Pairs
 from .residual_mlp import ResidualMLP
 from .tms import TMS
 from .transformer import Questions, Transformer
 
-__all__ = ["TMS", "GatedFunctions", "GatedInputs", "Questions", "ResidualMLP", "Transformer"]
+__all__ = [
+    "TMS", "GatedFunctions", "GatedInputs", "ModularArithmetic", "ModularTask", "Pairs", "Questions", "ResidualMLP",
+    "Transformer",
+]  # fmt: skip

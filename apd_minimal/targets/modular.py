@@ -1,4 +1,4 @@
-"""Arithmetic with a remainder, written by hand as waves: every frequency is a mechanism that is known (chapter 35).
+"""Arithmetic with a remainder, written by hand as waves: every frequency is a mechanism that is known (chapter 34).
 
 A neuron that squares turns a sum of two waves into a wave of the sum: 2 cos(u) cos(v) = cos(u + v) + cos(u - v).
 Nine neurons for each frequency, with the phases 0, 2 pi / 3 and 4 pi / 3 of a and of b, cancel everything else
@@ -22,7 +22,7 @@ GRID = PHASES * PHASES  # neurons of a frequency
 
 
 @dataclass(frozen=True)
-class Task:
+class ModularTask:
     """One operation modulo p, of which a network knows some frequencies.
 
     Args:
@@ -40,18 +40,26 @@ class Task:
 
     def __post_init__(self) -> None:
         p = checks.number("p", self.p, 3, whole=True)
-        if self.sign not in (1, -1):
-            raise ValueError(f"sign must be 1 or -1, got {self.sign!r}")
+        sign = checks.number("sign", self.sign, -1, 1, whole=True)
+        if sign == 0:
+            raise ValueError("sign must be 1 or -1, got 0")
         highest = (p - 1) // 2
+        checks.kind("frequencies", self.frequencies, (tuple, list, type(None)), "a tuple of whole numbers, or None")
         given = range(1, highest + 1) if self.frequencies is None else self.frequencies
         found = tuple(checks.number("frequencies", f, 1, highest, whole=True) for f in given)
         if not found or len(set(found)) < len(found):
-            raise ValueError(f"frequencies must be at least one, each once, got {self.frequencies}")
+            raise ValueError(f"frequencies must be at least one, each once, got {checks.given(self.frequencies)}")
         object.__setattr__(self, "p", p)
+        object.__setattr__(self, "sign", sign)
         object.__setattr__(self, "frequencies", found)
 
     def waves(self, n: int) -> Tensor:
-        """Give cosine and sine of every frequency at every token, zero for tokens that it does not have: [n, 2 F]."""
+        """Compute cosine and sine of every frequency at every token, zero for tokens that it does not have: [n, 2 F].
+
+        Args:
+            n: number of tokens, p or more.
+        """
+        n = checks.number("n", n, self.p, whole=True)
         angles = 2 * math.pi / self.p * torch.arange(self.p)[:, None] * torch.tensor(self.frequencies)
         both = torch.stack([angles.cos(), angles.sin()], dim=-1).flatten(1)
         return torch.cat([both, both.new_zeros(n - self.p, both.shape[1])])
@@ -81,18 +89,19 @@ class ModularArithmetic(nn.Module):
 
     def __init__(
         self,
-        tasks: Sequence[Task],
+        tasks: Sequence[ModularTask],
         switches: str | None = None,
         embedding: bool = False,
         probability: float = 0.2,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.tasks = tuple(checks.kind("tasks", task, Task, "a sequence of Task") for task in tasks)
-        if switches not in (None, "task", "frequency"):
-            raise ValueError(f'switches must be None, "task" or "frequency", got {switches!r}')
+        checks.kind("tasks", tasks, (list, tuple), "a list of ModularTask")
+        self.tasks = tuple(checks.kind("tasks", task, ModularTask, "a ModularTask") for task in tasks)
+        if switches is not None:
+            checks.choice("switches", switches, ("task", "frequency"))
         if not self.tasks or (len(self.tasks) > 1 and switches != "task"):
-            raise ValueError(f'several tasks need switches="task", got {len(self.tasks)} tasks and {switches!r}')
+            raise ValueError(f'several tasks need switches="task", got {switches!r} and tasks {checks.given(tasks)}')
         self.switches, self.embedding = switches, checks.flag("embedding", embedding)
         self.probability = checks.number("probability", probability, 0, 1, above=True)
         self.n = max(task.p for task in self.tasks)
@@ -131,17 +140,14 @@ class ModularArithmetic(nn.Module):
         """Both matrices."""
         return ["hidden.weight", "out.weight"]
 
-    def neurons(self, x: Tensor) -> Tensor:
-        """Compute what the open neurons hold [B, 9 F], from inputs [B, 2 n + S]."""
-        squares = self.hidden(x[:, : 2 * self.n] @ self.embed).square()
-        return squares * (x[:, 2 * self.n :] @ self.opens) if self.switches else squares
-
     def forward(self, x: Tensor) -> Tensor:
-        """Map inputs [B, 2 n + S] to scores [B, n]."""
-        return self.out(self.neurons(x))
+        """Map inputs [..., 2 n + S] to scores [..., n]."""
+        checks.tensor("x", x, ..., 2 * self.n + len(self.opens), finite=False)
+        squares = self.hidden(x[..., : 2 * self.n] @ self.embed).square()
+        return self.out(squares * (x[..., 2 * self.n :] @ self.opens) if self.switches else squares)
 
     def inputs(self) -> Tensor:
-        """Give every pair of tokens of every task: [sum of p^2, 2 n + S]; switches of frequencies are all open."""
+        """List every pair of tokens of every task: [sum of p^2, 2 n + S]; switches of frequencies are all open."""
         rows = []
         for t, task in enumerate(self.tasks):
             a, b = torch.cartesian_prod(torch.arange(task.p), torch.arange(task.p)).T
@@ -154,13 +160,18 @@ class ModularArithmetic(nn.Module):
 
     def answers(self, x: Tensor) -> Tensor:
         """Compute the right answers [B] of inputs [B, 2 n + S]."""
+        checks.tensor("x", x, "B", 2 * self.n + len(self.opens))
         a, b = x[:, : self.n].argmax(1), x[:, self.n : 2 * self.n].argmax(1)
         t = x[:, 2 * self.n :].argmax(1) if self.switches == "task" else torch.zeros_like(a)
         p, sign = (torch.tensor([getattr(task, name) for task in self.tasks]).to(a)[t] for name in ("p", "sign"))
         return (a + sign * b) % p
 
-    def data(self, batch_size: int) -> Pairs:
-        """Give a source of batches [batch_size, 2 n + S]."""
+    def data(self, batch_size: int = 256) -> Pairs:
+        """Create the source of batches [batch_size, 2 n + S].
+
+        Args:
+            batch_size: samples in a batch.
+        """
         random = self.switches == "frequency"
         return Pairs(self.inputs().cpu(), batch_size, len(self.opens), self.probability if random else 1.0)
 
@@ -173,8 +184,7 @@ class ModularArithmetic(nn.Module):
         Raises:
             ValueError: another kind.
         """
-        if by not in ("frequency", "task"):
-            raise ValueError(f'by must be "frequency" or "task", got {by!r}')
+        checks.choice("by", by, ("frequency", "task"))
         group = self.owner if by == "task" else torch.arange(len(self.owner))
         own = nn.functional.one_hot(group).T.repeat_interleave(GRID, dim=1).to(self.embed)  # [J, neurons]
         return {
@@ -200,6 +210,9 @@ class Pairs:
     probability: float = 1.0
 
     def __post_init__(self) -> None:
+        checks.tensor("table", self.table, "N", "columns")
+        for name, most, whole in (("n_switches", self.table.shape[1], True), ("probability", 1, False)):
+            object.__setattr__(self, name, checks.number(name, getattr(self, name), 0, most, whole=whole))
         object.__setattr__(self, "batch_size", checks.number("batch_size", self.batch_size, 1, whole=True))
 
     def __call__(self, step: int, generator: torch.Generator) -> Tensor:

@@ -1,0 +1,170 @@
+"""Arithmetic with a remainder against closed forms: scores, what each frequency does alone, switches, the split."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import apd_minimal as apd
+from apd_minimal.targets import ModularArithmetic, ModularTask
+from apd_minimal.targets.modular import GRID
+
+signs = st.sampled_from([1, -1])
+seeds = st.integers(0, 2**31)
+odd = st.integers(1, 8).map(lambda k: 2 * k + 1)
+
+
+@st.composite
+def tasks(draw: st.DrawFn) -> ModularTask:
+    p = draw(st.integers(3, 14))
+    some = draw(st.sets(st.integers(1, (p - 1) // 2), min_size=1))
+    return ModularTask(p, draw(signs), tuple(some))
+
+
+def scores(task: ModularTask, n: int) -> Tensor:
+    """The closed form, pair by pair: 2 / p times the sum of cos(w (a +- b - q)) over the frequencies; [p^2, n]."""
+    rows = []
+    for a in range(task.p):
+        for b in range(task.p):
+            row = torch.zeros(n, dtype=torch.double)
+            for q in range(task.p):
+                angles = [2 * math.pi * f / task.p * (a + task.sign * b - q) for f in task.frequencies or ()]
+                row[q] = 2 / task.p * sum(map(math.cos, angles))
+            rows.append(row)
+    return torch.stack(rows)
+
+
+@given(p=odd, sign=signs)
+def test_all_frequencies_give_one_at_the_answer(p: int, sign: int) -> None:
+    target = ModularArithmetic([ModularTask(p, sign)])
+    x = target.inputs()
+    a, b = x[:, :p].argmax(1), x[:, p:].argmax(1)
+    wanted = torch.eye(p)[(a + sign * b) % p] - 1 / p
+    torch.testing.assert_close(target(x), wanted, atol=1e-5, rtol=0)
+    assert torch.equal(target.answers(x), (a + sign * b) % p)
+
+
+@given(one=tasks(), other=tasks(), embedding=st.booleans(), seed=seeds)
+def test_each_task_and_each_frequency_alone_is_its_sum_of_waves(
+    one: ModularTask, other: ModularTask, embedding: bool, seed: int
+) -> None:
+    target = ModularArithmetic([one, other], switches="task", embedding=embedding, seed=seed)
+    x, wanted = target.inputs(), torch.cat([scores(task, target.n) for task in (one, other)]).float()
+    torch.testing.assert_close(target(x), wanted, atol=1e-5, rtol=0)
+    assert torch.equal(wanted[torch.arange(len(x)), target.answers(x)], wanted.amax(1))
+    network = apd.Network(target, target.weights)
+    parts = apd.Components.from_matrices(target.mechanisms(), 4)
+    for j, t in enumerate(target.owner.tolist()):
+        alone = network(x, parts, torch.eye(len(target.owner))[j].expand(len(x), -1))
+        task = (one, other)[t]
+        f = (task.frequencies or ())[int((target.owner[:j] == t).sum())]
+        of_task = x[:, 2 * target.n + t] > 0
+        single = scores(ModularTask(task.p, task.sign, (f,)), target.n).float()
+        torch.testing.assert_close(alone[of_task], single, atol=1e-5, rtol=0)
+        assert alone[~of_task].abs().max() == 0
+
+
+@given(task=tasks(), seed=seeds)
+def test_mechanisms_sum_to_the_weights_with_the_ranks_of_waves(task: ModularTask, seed: int) -> None:
+    target = ModularArithmetic([task], switches="frequency", embedding=True, seed=seed)
+    frequencies = target.mechanisms()
+    for path, whole in apd.Network(target, target.weights).weights.items():
+        assert torch.equal(frequencies[path].sum(0), whole)
+        assert torch.equal(target.mechanisms("task")[path][0], whole)
+    for f, reads, writes in zip(task.frequencies or (), *frequencies.values(), strict=True):
+        assert int(torch.linalg.matrix_rank(reads, atol=1e-4)) == 4
+        assert int(torch.linalg.matrix_rank(writes, atol=1e-4)) == (1 if 2 * f == task.p else 2)
+
+
+@given(task=tasks(), seed=seeds)
+def test_a_closed_frequency_neither_acts_nor_is_attributed_anything(task: ModularTask, seed: int) -> None:
+    target = ModularArithmetic([task], switches="frequency", embedding=True, seed=seed)
+    x = target.data(64)(0, torch.Generator().manual_seed(seed))
+    x[:, 2 * target.n] = 0
+    x[:, 2 * target.n + 1 :] = 1
+    others = ModularTask(task.p, task.sign, (task.frequencies or ())[1:]) if len(target.owner) > 1 else None
+    pair = x[:, : target.n].argmax(1) * task.p + x[:, target.n : 2 * target.n].argmax(1)
+    wanted = scores(others, target.n).float()[pair] if others else torch.zeros(64, target.n)
+    torch.testing.assert_close(target(x), wanted, atol=1e-5, rtol=0)
+    parts = apd.Components.from_matrices(target.mechanisms(), 4)
+    attributed = apd.attributions.gradient(apd.Network(target, target.weights), parts, x)
+    assert attributed[:, 0].abs().max() == 0
+    assert (attributed[:, 1:] > 0).all()
+
+
+@given(task=tasks(), probability=st.floats(0.1, 0.9), seed=seeds)
+def test_batches_are_rows_of_the_table_with_switches_closed_at_random(
+    task: ModularTask, probability: float, seed: int
+) -> None:
+    target = ModularArithmetic([task], switches="frequency", probability=probability)
+    source = target.data(4000)
+    before = source.table.clone()
+    x = source(0, torch.Generator().manual_seed(seed))
+    assert torch.equal(source.table, before)
+    for tokens in x[:, : 2 * target.n].split(target.n, 1):
+        assert torch.equal(tokens.sum(1), torch.ones(4000))
+        # Each token with its share; six standard deviations.
+        assert (tokens.mean(0) - 1 / task.p).abs().max() < 6 * math.sqrt(1 / task.p / 4000)
+    switches = x[:, 2 * target.n :]
+    assert switches.unique().tolist() == [0.0, 1.0]
+    assert (switches.mean(0) - probability).abs().max() < 6 * math.sqrt(probability * (1 - probability) / 4000)
+
+
+@given(p=st.integers(3, 9), seed=seeds)
+def test_the_split_by_tokens_is_exact_under_every_mask_of_tokens_that_are_not_there(p: int, seed: int) -> None:
+    target = ModularArithmetic([ModularTask(p)])
+    network = apd.Network(target, ["hidden.weight"])
+    split = apd.Components.from_matrices(
+        {"hidden.weight": torch.eye(2 * p)[:, :, None] * network.weights["hidden.weight"]}, 1
+    )
+    x = target.inputs()
+    generator = torch.Generator().manual_seed(seed)
+    gates = torch.maximum(x, torch.rand(x.shape, generator=generator))
+    torch.testing.assert_close(network(x, split, gates), target(x), atol=1e-6, rtol=0)
+    waves = apd.Components.from_matrices({"hidden.weight": target.mechanisms()["hidden.weight"]}, 4)
+    dropped = torch.ones(len(x), len(target.owner))
+    dropped[:, 0] = 0  # a frequency is missed on every input
+    assert (network(x, waves, dropped) - target(x)).square().sum(1).min() > 0.01
+
+
+def test_the_embedding_hides_tokens_and_frequencies_from_the_axes() -> None:
+    target = ModularArithmetic([ModularTask(13, 1, (1, 4))], switches="frequency", embedding=True)
+    assert target.embed.shape == (26, 8)
+    own = target.mechanisms()["hidden.weight"].square().sum(2)  # [J, d_in]
+    assert ((own / own.sum(0)) < 0.99).all()  # no axis belongs to one frequency
+    again = ModularArithmetic([ModularTask(13, 1, (1, 4))], switches="frequency", embedding=True, seed=1)
+    assert not torch.allclose(target.embed, again.embed, atol=0.1)
+    torch.testing.assert_close(target(target.inputs()), again(target.inputs()), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"tasks": []}, "several tasks need"),
+        ({"tasks": [ModularTask(5), ModularTask(7)]}, "several tasks need"),
+        ({"tasks": [ModularTask(5), ModularTask(7)], "switches": "frequency"}, "several tasks need"),
+        ({"tasks": [ModularTask(5)], "switches": "both"}, "switches must be"),
+    ],
+)
+def test_tasks_that_do_not_fit_are_refused(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ModularArithmetic(**arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("frequencies", [(), (0,), (3,), (1, 1), (1.5,)])
+def test_frequencies_that_a_modulus_does_not_have_are_refused(frequencies: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="frequencies must be"):
+        ModularTask(5, 1, frequencies)
+
+
+def test_nine_neurons_a_frequency() -> None:
+    assert [len(ModularArithmetic([ModularTask(p)]).hidden.weight) for p in (23, 59, 113)] == [
+        GRID * 11,
+        GRID * 29,
+        GRID * 56,
+    ]
