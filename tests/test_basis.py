@@ -10,7 +10,9 @@ from torch import Tensor
 
 import apd_minimal as apd
 from apd_minimal import losses
+from apd_minimal.targets import ResidualMLP
 from experiments import basis_networks as networks
+from experiments import basis_stream
 from experiments.basis_networks import Change, Coder, OneScaleAdam
 
 N, D, C = 6, 3, 5
@@ -166,3 +168,20 @@ def test_a_rotation_is_uniform() -> None:
     angle = torch.atan2(many[:, 1, 0], many[:, 0, 0])
     assert torch.histc(angle, 4, -torch.pi, torch.pi).min() > 60
     assert 0.4 < (torch.linalg.det(many) > 0).double().mean() < 0.6
+
+
+def test_stretched_is_not_scaled() -> None:
+    expected = torch.tensor([4, 4, 0.25, 0.25]).double().diag()
+    torch.testing.assert_close(networks.change("stretched 4", 3, 4, 0).M, expected)
+
+
+@pytest.mark.parametrize("name", ["stream rotated", "neurons scaled"])
+def test_a_residual_mlp_in_another_basis_is_the_same_function(name: str) -> None:
+    own, moved = (ResidualMLP(6, 30, (3, 4), seed=1) for _ in range(2))
+    moved.load_state_dict(own.state_dict())
+    basis_stream.changed(moved, name, 5)
+    x = 3 * torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(moved(x), own(x), atol=1e-5, rtol=1e-5)
+    for path in own.weights:
+        assert (moved.get_parameter(path) - own.get_parameter(path)).abs().max() > 0.1
