@@ -8,9 +8,11 @@ import inspect
 import apd_minimal as apd
 
 NAMES = {
-    "": "Components Config Decomposition Network NonFiniteLoss artefacts attributions bottleneck data decompose "
-    "diagnose frames glue importance leakage losses metrics plots rate rules selection store targets tune",
+    "": "Components Config Decomposition Network NonFiniteLoss artefacts attributions baselines bottleneck data "
+    "decompose diagnose frames glue importance leakage losses metrics plots rate rules selection store targets tune",
     "attributions": "ablation activation gradient inner_activation integrated_gradients path_shapley shapley",
+    "baselines": "Chosen Dictionary GRIDS activations beside choose copies costs fit match_directions neurons owners "
+    "replaced singular transcoded",
     "bottleneck": "Bottleneck GAINS MEMORY",
     "data": "SparseFeatures",
     "diagnose": "Diagnosis diagnose",
