@@ -26,7 +26,7 @@ class Circuit(nn.Module):
         seed: of directions and patterns.
         n_mechanisms: J.
         d_stream: width of the stream, at least 4 J + 2.
-        neurons: K, of each shared group; at least 2 J. The first layer has two groups and two neurons for the distractor.
+        neurons: K, of each shared group; at least 2 J. The first layer has two groups, and two neurons more.
         beside: chance that the distractor is on.
     """
 
