@@ -20,7 +20,7 @@ from ..batch import Batches
 from ..components import Components, usable
 from ..losses import mse
 from .dictionaries import Dictionary as Dictionary
-from .dictionaries import Places, _listed
+from .dictionaries import Places, _places
 from .dictionaries import activations as activations
 from .dictionaries import fit as fit
 from .dictionaries import replaced as replaced
@@ -66,6 +66,8 @@ def costs(
     """
     epsilons = _checked(epsilons)
     checks.kind("dictionary", dictionary, Dictionary, "a Dictionary")
+    _places(target, "reads", reads)
+    _places(target, "writes", reads if writes is None else writes)
     spliced = _Spliced(target, dictionary, x, reads, reads if writes is None else writes)
     alone = spliced(0)  # biases and the skip path
     return [alone if alone.error <= epsilon else _search(spliced, epsilon) for epsilon in epsilons]
@@ -173,7 +175,12 @@ def choose(
         TypeError, ValueError: as `fit` and `costs`, or an empty grid.
     """
     checks.choice("kind", kind, list(GRIDS))
-    values = [s for s in GRIDS[kind] if kind == "relu" or s <= n_features] if grid is None else list(grid)
+    F = checks.number("n_features", n_features, 1, whole=True)
+    checks.kind("grid", grid, (list, tuple, type(None)), "a list of sparsities")
+    values = [s for s in GRIDS[kind] if kind == "relu" or s <= F] if grid is None else grid
+    values = [checks.number("grid", s, 0) for s in values]
+    if not callable(batches):
+        raise TypeError(f"batches must be a function of (step, generator), got {checks.given(batches)}")
     if not values:
         raise ValueError(f"grid must hold at least one sparsity, got {checks.given(grid)}")
     generator = torch.Generator().manual_seed(checks.number("seed", seed, 0, 2**62, whole=True) + 5_000_000_029)
@@ -206,7 +213,9 @@ def transcoded(dictionary: Dictionary, paths: str | Sequence[str]) -> Components
         TypeError, ValueError: as many places as paths are needed, read and written.
     """
     checks.kind("dictionary", dictionary, Dictionary, "a Dictionary")
-    names = _listed(paths)
+    names = [paths] if isinstance(paths, str) else paths
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"paths must be a parameter path, or a list of such, got {checks.given(paths)}")
     if not len(names) == len(dictionary.reads) == len(dictionary.writes) == len(set(names)):
         raise ValueError(
             f"paths must be one for each place, got {names} for {len(dictionary.reads)} places that are read and "
@@ -239,7 +248,7 @@ def beside(parts: Sequence[Components]) -> Components:
     Raises:
         TypeError, ValueError: no decomposition, restarts, or weights of one name and several shapes.
     """
-    if not checks.kind("parts", parts, (list, tuple), "a list of Components"):
+    if not len(checks.kind("parts", parts, (list, tuple), "a list of Components")):
         raise ValueError("parts must hold at least one decomposition, got none")
     parts = [usable(part, alone=True) for part in parts]
     paths = list(dict.fromkeys(path for part in parts for path in part.paths))

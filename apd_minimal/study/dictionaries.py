@@ -70,10 +70,7 @@ class Dictionary(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.reads, self.writes = (
-            [checks.number(name, size, 1, whole=True) for size in sizes]
-            for name, sizes in (("reads", reads), ("writes", writes))
-        )
+        self.reads, self.writes = _sizes("reads", reads), _sizes("writes", writes)
         F = checks.number("n_features", n_features, 1, whole=True)
         self.kind, self.centred = checks.choice("kind", kind, KINDS), checks.flag("centred", centred)
         self.sparsity = (
@@ -124,7 +121,8 @@ class Dictionary(nn.Module):
             codes: of the features.
             x: inputs [B, d_in], for the skip path; not used where there is none.
         """
-        out = checks.tensor("codes", codes, "B", self.n_features) @ self.decoder + self.decoder_bias
+        x = checks.tensor("x", x, len(checks.tensor("codes", codes, "B", self.n_features)), len(self.encoder))
+        out = codes @ self.decoder + self.decoder_bias
         return (out if self.skip is None else out + (x * self.scale_in) @ self.skip) / self.scale_out
 
     def forward(self, x: Tensor) -> Tensor:
@@ -145,6 +143,7 @@ class Dictionary(nn.Module):
             tuple: two scalars, in units of the scaled places, and the codes [B, F].
         """
         codes = self.encode(x)
+        checks.tensor("y", y, len(x), self.decoder.shape[1])
         error = ((self.decode(codes, x) - y) * self.scale_out).square().sum(1).mean()
         lengths = torch.stack([part.norm(dim=1) for part in self.decoder.split(self.writes, dim=1)]).sum(0)
         weight = self.sparsity if self.kind == "relu" else 0.0
@@ -164,6 +163,12 @@ class Dictionary(nn.Module):
         if checks.choice("side", side, ("write", "read")) == "write":
             return _unit(self.decoder.detach() / self.scale_out)
         return _unit(self.encoder.detach().T * self.scale_in)
+
+
+def _sizes(name: str, sizes: Any) -> list[int]:
+    if not len(checks.kind(name, sizes, (list, tuple), "a list of sizes")):
+        raise ValueError(f"{name} must have at least one size, got none")
+    return [checks.number(name, size, 1, whole=True) for size in sizes]
 
 
 def _unit(rows: Tensor) -> Tensor:
@@ -232,8 +237,9 @@ def activations(target: nn.Module, x: Tensor, places: Places) -> list[Tensor]:
         seen[number] = value.detach().flatten(0, -2).clone()
         return value
 
+    checks.inputs(x)
     with _hooked(found, keep), evaluating(target), checks.running(x, "its own weights"):
-        target(checks.inputs(x))
+        target(x)
     if len(seen) < len(found):
         raise ValueError(f"of {places!r}, the places {sorted(set(range(len(found))) - set(seen))} are never reached")
     return [seen[number] for number in range(len(found))]
@@ -252,11 +258,16 @@ def replaced(target: nn.Module, x: Tensor, places: Places, values: Sequence[Tens
     Returns:
         Tensor: the target's outputs.
     """
-    found = _places(target, "places", places)
+    found, x = _places(target, "places", places), checks.inputs(x)
+    checks.kind("values", values, (list, tuple), "a list of tensors")
     if len(values) != len(found):
-        raise ValueError(f"values must be one for each place of {places!r}, got {len(values)}")
-    with _hooked(found, lambda number, value: values[number].view_as(value)), evaluating(target):
-        return target(checks.inputs(x))
+        raise ValueError(f"values must be one for each place of {places!r}, got {checks.given(values)}")
+
+    def other(number: int, value: Tensor) -> Tensor:
+        return checks.tensor("values", values[number], value.shape[:-1].numel(), value.shape[-1]).view_as(value)
+
+    with _hooked(found, other), evaluating(target), checks.running(x, "its own weights"):
+        return target(x)
 
 
 def fit(
@@ -302,7 +313,10 @@ def fit(
     """
     steps, lr = checks.number("steps", steps, 1, whole=True), checks.number("lr", lr, 0, above=True)
     revive, checked = checks.number("revive", revive, 0, whole=True), checks.number("seed", seed, 0, 2**62, whole=True)
-    checks.function("batches", batches)
+    if not callable(batches):
+        raise TypeError(f"batches must be a function of (step, generator), got {checks.given(batches)}")
+    _places(target, "reads", reads)
+    _places(target, "writes", reads if writes is None else writes)
     generator = torch.Generator().manual_seed(checked + 3_000_000_019)  # not the numbers of the target's own training
 
     read, written = _listed(reads), _listed(reads if writes is None else writes)
