@@ -64,10 +64,10 @@ def decomposed(network: Coder, settings: Row, name: str) -> tuple[apd.Decomposit
 
     def begun(*arguments: Any) -> Any:
         run = begin(*arguments)
-        run.optimiser = own(run.parameters(), run.config.lr)
+        run.optimiser = own(run.parameters(), run.config.lr)  # type: ignore[assignment]
         return run
 
-    algorithm.begin = begun
+    algorithm.begin = begun  # type: ignore[assignment]
     try:
         return taken_apart(network, settings)
     finally:

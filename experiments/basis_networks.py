@@ -8,7 +8,7 @@ M [d, d]: W' = Q^T W M, V' = M^-1 V Q. What was found in one basis is carried to
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
@@ -95,6 +95,8 @@ class Coder(nn.Module):
         cut: sizes of the blocks of the inputs, and of the hidden numbers; None for whole matrices.
     """
 
+    Q: Tensor
+
     def __init__(self, tms: apd.targets.TMS, change: Change, cut: Cut | None = None) -> None:
         super().__init__()
         n, d = tms.n_features, tms.d_hidden
@@ -155,7 +157,7 @@ def _edges(sizes: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def _linear(matrix: Tensor) -> nn.Linear:
-    layer = nn.Linear(*matrix.shape, bias=False)
+    layer = nn.Linear(matrix.shape[0], matrix.shape[1], bias=False)
     layer.weight.data = matrix.T.float().contiguous()
     return layer
 
@@ -189,7 +191,7 @@ class OneScaleAdam(torch.optim.Adam):
             p.sub_(group["lr"] / (1 - beta1**t) * state["exp_avg"] / scale)
 
 
-OPTIMISERS = {
+OPTIMISERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "SGD": lambda p, lr: torch.optim.SGD(p, lr=lr),
     "Adam": lambda p, lr: torch.optim.Adam(p, lr=lr),
     "one-scale Adam": OneScaleAdam,
@@ -248,7 +250,7 @@ def _begun(tms: apd.targets.TMS, way: Change, optimiser: str, config: apd.Config
     network.Q = way.Q
     data = tms.recipe["batches"]
     run = begin(apd.Network(network, network.weights), lambda step, g: data(step, g).double(), config)
-    run.optimiser = OPTIMISERS[optimiser](run.parameters(), config.lr)
+    run.optimiser = OPTIMISERS[optimiser](run.parameters(), config.lr)  # type: ignore[assignment]
     return run
 
 

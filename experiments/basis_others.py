@@ -64,7 +64,7 @@ def answer(method: str, seed: int, name: str) -> tuple[Tensor | apd.Components, 
             squares = own.encode(network.hidden(torch.eye(len(W)) @ network.Q)).square()
         pure = squares[match.first, match.second] >= 0.98 * squares[:, match.second].sum(0)
         return found, ((match.similarity >= 0.99) & pure & (squares[match.first, match.second] > 0)).tolist()
-    weights = {"encode": network.encode[0].weight.detach().T}
+    weights = {"encode": network.get_parameter("encode.0.weight").detach().T}
     if method == "transcoder":
         own = dictionary(method, seed, name, network, tms.data(128, nonempty=True))
         parts = baselines.transcoded(own, "encode")

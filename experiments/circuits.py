@@ -30,6 +30,9 @@ class Circuit(nn.Module):
         beside: chance that the distractor is on.
     """
 
+    embed: Tensor
+    unembed: Tensor
+
     def __init__(
         self, seed: int, n_mechanisms: int = 3, d_stream: int = 24, neurons: int = 12, beside: float = 0.3
     ) -> None:
@@ -109,6 +112,6 @@ def bend(u: Tensor) -> Tensor:
 
 
 def _linear(matrix: Tensor) -> nn.Linear:
-    layer = nn.Linear(*matrix.shape, bias=False)
+    layer = nn.Linear(matrix.shape[0], matrix.shape[1], bias=False)
     layer.weight.data = matrix.T.contiguous()
     return layer

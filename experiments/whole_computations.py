@@ -93,7 +93,7 @@ def dictionaries(method: str, target: Any, seed: int) -> list[baselines.Dictiona
     if method == "crosscoder":
         return [baselines.fit(target, data, places, 2 * size, **settings)]
     reads = [f"output of read.{i}" for i in range(2)] if method.startswith("transcoder") else places
-    more = [{"writes": place} if method.startswith("transcoder") else {} for place in places]
+    more: list[dict[str, Any]] = [{"writes": place} if method.startswith("transcoder") else {} for place in places]
     return [baselines.fit(target, data, read, size, **settings, **m) for read, m in zip(reads, more, strict=True)]
 
 
