@@ -69,6 +69,10 @@ def costs(
     _places(target, "reads", reads)
     _places(target, "writes", reads if writes is None else writes)
     spliced = _Spliced(target, dictionary, x, reads, reads if writes is None else writes)
+    return _each(spliced, epsilons)
+
+
+def _each(spliced: _Spliced, epsilons: Sequence[float]) -> list[Cost]:
     alone = spliced(0)  # biases and the skip path
     return [alone if alone.error <= epsilon else _search(spliced, epsilon) for epsilon in epsilons]
 
@@ -152,8 +156,9 @@ def choose(
     """Train a dictionary for each sparsity, and keep the one with the fewest bits on held-out inputs, without a truth.
 
     Losses with other L1 weights or k cannot be compared, so that no dictionary's own objective can choose. Of two, the
-    one that reaches more of the errors is better, then the one with fewer bits on average over those errors. It costs
-    as many trainings as the grid has values, and for each about 60 forward passes over eight batches.
+    one that reaches more of the errors is better, then the one with fewer bits on average over those errors, and where
+    none is reached, the one with the smallest error. It costs as many trainings as the grid has values, and for each
+    about 60 forward passes over eight batches.
 
     Args:
         target: the network.
@@ -184,13 +189,18 @@ def choose(
     if not values:
         raise ValueError(f"grid must hold at least one sparsity, got {checks.given(grid)}")
     generator = torch.Generator().manual_seed(checks.number("seed", seed, 0, 2**62, whole=True) + 5_000_000_029)
-    start, tried, best = time.process_time(), list[dict[str, Any]](), list[tuple[tuple[int, float], int, Dictionary]]()
+    start, tried, best = (
+        time.process_time(),
+        list[dict[str, Any]](),
+        list[tuple[tuple[int, float, float], int, Dictionary]](),
+    )
     held = torch.cat([checks.batch(batches(step, generator), step) for step in range(8)])
     for i, sparsity in enumerate(values):
         own = fit(target, batches, reads, n_features, kind, sparsity, writes=writes, seed=seed, **settings)
-        bits = [cost.bits(alpha) for cost in costs(target, own, held, reads, writes, epsilons)]
+        spliced = _Spliced(target, own, held, reads, reads if writes is None else writes)
+        bits = [cost.bits(alpha) for cost in _each(spliced, _checked(epsilons))]
         reached = [b for b in bits if math.isfinite(b)]
-        best.append(((len(bits) - len(reached), sum(reached)), i, own))
+        best.append(((len(bits) - len(reached), sum(reached), spliced(spliced.pairs).error), i, own))
         tried.append({"sparsity": sparsity, "bits": bits})
     _, i, own = min(best, key=lambda row: row[:2])
     return Chosen(own, values[i], tried, time.process_time() - start)
