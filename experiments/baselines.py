@@ -19,7 +19,9 @@ from apd_minimal.study import baselines, controls
 from apd_minimal.targets import TMS, ResidualMLP
 from experiments.experiment import Row, Rows, Study, Tensors, of, taken_apart
 
-TARGETS = {"tms-5-2": (5, 2), "50": (50,), "25-25": (25, 25), "tms-40-10": (40, 10), "tms-5-2-identity": (5, 2)}
+SIZES = {"tms-5-2": (5, 2), "tms-40-10": (40, 10), "tms-5-2-identity": (5, 2)}
+NEURONS: dict[str, tuple[int, ...]] = {"50": (50,), "25-25": (25, 25)}
+TARGETS = ("tms-5-2", "50", "25-25", "tms-40-10", "tms-5-2-identity")
 SEEDS = {
     "tms-5-2": range(10, 15),
     "tms-40-10": range(20, 25),
@@ -27,8 +29,8 @@ SEEDS = {
     "50": range(3),
     "25-25": range(3),
 }
-GRID = {"relu": (0.03, 0.1, 0.3), "topk": (1, 2, 3), "batch_topk": (0.7, 1.0, 1.5, 2.5)}
-FIT = {"steps": 1000, "lr": 1e-2}
+GRID: dict[str, Any] = {"relu": (0.03, 0.1, 0.3), "topk": (1, 2, 3), "batch_topk": (0.7, 1.0, 1.5, 2.5)}
+FIT: dict[str, Any] = {"steps": 1000, "lr": 1e-2}
 LARGE: dict[str, Any] = {"steps": 400, "lr": 1e-2}  # of the residual MLPs, whose stream has 1,000 numbers
 LARGE_GRID = (1.0, 1.5, 2.5)
 EPSILONS = apd.rate.EPSILONS
@@ -40,10 +42,10 @@ def loaded(name: str, seed: int) -> tuple[Target, apd.Components]:
     """Load a stored target and APD's components of it."""
     target: Target
     if name.startswith("tms"):
-        target = TMS(*TARGETS[name], identity=name.endswith("identity"))
+        target = TMS(*SIZES[name], identity=name.endswith("identity"))
         components, own = of("tms", f"{name}/ours/{seed}/")
     else:
-        target = ResidualMLP(neurons=TARGETS[name], seed=seed)
+        target = ResidualMLP(neurons=NEURONS[name], seed=seed)
         components, own = of("residual", f"{name}/{seed}/")
     missing = target.load_state_dict({path: t.float() for path, t in own.items()}, strict=False)  # a tied decoder
     assert own and not missing.unexpected_keys
@@ -163,7 +165,7 @@ def run(job: tuple[str, int]) -> tuple[list[Row], Tensors]:
         rows["APD"] |= directions(true[0], leading(plain))
         rows["neurons"] |= directions(true[0], torch.eye(d))
         rows["singular vectors"] |= directions(true[0], torch.linalg.svd(weights["encode.weight"]).Vh)
-        untrained = TMS(*TARGETS[name], identity=identity)
+        untrained = TMS(*SIZES[name], identity=identity)
         torch.manual_seed(seed)
         torch.nn.init.xavier_normal_(untrained.encode.weight)
         row, own = chosen(untrained, seed, x, "batch_topk", size, hidden)
@@ -226,20 +228,19 @@ def split_run(job: tuple[str, int, int]) -> tuple[list[Row], Tensors]:
     row, own = chosen(target, seed, x, "batch_topk", n, "input of encode", "output of encode")
     made = baselines.transcoded(own, "encode.weight")
     found["transcoder"] = row | {"owners": baselines.owners(made, truth).tolist()}
-    runs: dict[str, Row] = (
-        {"APD": {}, "APD, no merging": {"tidy_every": 0.0}} if target.n_features == 5 else {"APD": {}}
-    )
-    if factor <= 2 or target.n_features == 5:
-        for label, changed in runs.items():
-            result, seconds = taken_apart(target, target.recipe | {"n_components": n} | changed, seed=seed)
-            components = result.components
-            found[label] = {
-                "owners": baselines.owners(components, truth).tolist(),
-                "owned": int(target.ownership(components).owned.sum()),
-                "in_use": int((components.norms() > 0.01 * components.norms().max()).sum()),
-                "bits": bits(apd.rate.costs(target, components, x, EPSILONS, attribution=target.attributions)),
-                "seconds": seconds,
-            }
+    variants: dict[str, Row] = {"APD": {}, "APD, no merging": {"tidy_every": 0.0}}
+    if target.n_features > 5:  # the large one takes a minute and more for each run
+        variants = {"APD": {}} if factor <= 2 else {}
+    for label, changed in variants.items():
+        result, seconds = taken_apart(target, target.recipe | {"n_components": n} | changed, seed=seed)
+        components = result.components
+        found[label] = {
+            "owners": baselines.owners(components, truth).tolist(),
+            "owned": int(target.ownership(components).owned.sum()),
+            "in_use": int((components.norms() > 0.01 * components.norms().max()).sum()),
+            "bits": bits(apd.rate.costs(target, components, x, EPSILONS, attribution=target.attributions)),
+            "seconds": seconds,
+        }
     return [{"found": found}], {}
 
 
@@ -253,14 +254,14 @@ RUNS = Rows(
     fields=("target", "seed"),
     jobs=lambda rows: [(name, seed) for name in TARGETS for seed in SEEDS[name]],
     run=run,
-    settings=lambda job: {"fit": LARGE if job[0] in ("50", "25-25") else FIT, "grid": GRID, "large_grid": LARGE_GRID},
-    order=lambda job: (list(TARGETS).index(job[0]), job[1]),
+    settings=lambda job: LARGE | {"grid": LARGE_GRID} if job[0] in NEURONS else FIT | {"grid": GRID},
+    order=lambda job: (TARGETS.index(job[0]), job[1]),
 )
 SPLITTING = Rows(
     fields=("target", "seed", "factor"),
     jobs=lambda rows: [(name, s, f) for name, (seeds, factors) in SPLIT.items() for s in seeds for f in factors],
     run=split_run,
-    settings=lambda job: {"fit": FIT, "grid": GRID},
+    settings=lambda job: FIT | {"grid": GRID},
 )
 STUDY = Study(
     "baselines", {"runs": RUNS, "splitting": SPLITTING}, about=lambda processes: {"processes": processes}, compact=True

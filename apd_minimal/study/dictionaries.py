@@ -126,7 +126,11 @@ class Dictionary(nn.Module):
         return (out if self.skip is None else out + (x * self.scale_in) @ self.skip) / self.scale_out
 
     def forward(self, x: Tensor) -> Tensor:
-        """Reconstruct what is written, [B, d_out], from inputs [B, d_in]."""
+        """Reconstruct what is written, [B, d_out].
+
+        Args:
+            x: inputs [B, d_in].
+        """
         return self.decode(self.encode(x), x)
 
     def losses(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -257,6 +261,9 @@ def replaced(target: nn.Module, x: Tensor, places: Places, values: Sequence[Tens
 
     Returns:
         Tensor: the target's outputs.
+
+    Raises:
+        TypeError, ValueError: no such place, or values that are not one tensor of its shape for each.
     """
     found, x = _places(target, "places", places), checks.inputs(x)
     checks.kind("values", values, (list, tuple), "a list of tensors")
