@@ -11,7 +11,7 @@ NAMES = {
     "": "Components Config Decomposition Network NonFiniteLoss artefacts attributions bottleneck data decompose "
     "diagnose frames glue importance leakage losses metrics plots rate rules selection store targets tune",
     "attributions": "ablation activation gradient inner_activation integrated_gradients path_shapley shapley",
-    "bottleneck": "Bottleneck GAINS MEMORY",
+    "bottleneck": "Bottleneck FAITHFULNESS GAINS MEMORY settings",
     "data": "SparseFeatures",
     "diagnose": "Diagnosis diagnose",
     "importance": "Importance leaky_clamp",
