@@ -27,7 +27,7 @@ from .network import Network
 from .selection import Selection
 
 GAINS = (4.0, 6.0, 8.0, 10.0, 12.0, 16.0)
-"""Gains of six restarts, of which a judge picks one: small networks want slow growth, larger ones a faster one."""
+"""Gains of six restarts, of which a judge picks one: no one of them is best at every size (chapter 28)."""
 FAITHFULNESS = 60.0
 """Weight of the faithfulness loss, in units of the error with nothing active."""
 MEMORY = 0.9
