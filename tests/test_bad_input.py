@@ -282,6 +282,10 @@ VALID: dict[str, tuple[Any, dict[str, Any]]] = {  # name: (self or None, argumen
         | {"steps": 1, "progress": False, "minutes": 0},
     ),
     "bottleneck.Bottleneck": (None, {}),
+    "bottleneck.settings": (
+        None,
+        {"network": apd.Network(TARGET, ["encode.weight"]), "x": X, "n_components": 3},
+    ),
     "importance.Importance": (None, {"coefficient": 0.1, "p": 1.0}),
     "importance.leaky_clamp": (None, {"value": torch.rand(4, 3)}),
     "leakage.leakage": (None, ATTRIBUTION | {"top_k": 1.0}),
@@ -719,6 +723,7 @@ OWN_KINDS: dict[str, dict[str, Strategy]] = {
         "alpha": number(0, above=True, none=True),
         "min_cosine": number(0, above=True),
     },
+    "bottleneck.settings": {"divergence": st.one_of(function(), st.just("hinge"))},
     "bottleneck.Bottleneck": {
         "allowed": schedule(0.0, 1.0),
         "gain": of_number_or_list(number(0, above=True)),
