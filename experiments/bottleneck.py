@@ -69,7 +69,11 @@ def selection_of(job: Job) -> Row:
     facts = {"allowed": selection.allowed, "gain": selection.gain, "first": selection.first}
     return {
         "n_components": n_components(job),
+        "rank": 4,
         "steps": steps,
+        "lr": 1e-2,
+        "simplicity": ((0.0, 20.0), (0.7, 0.0)),
+        "restarts": len(FEWER.get(job[0], GAINS)),
         "faithfulness": f"{FAITHFULNESS:g} times the error with nothing active",
         "seed": job[2] + 1000,  # another than the target's, so that nothing can start where its weights did
         "selection": facts,
