@@ -20,7 +20,7 @@ from .network import Network
 if TYPE_CHECKING:
     from . import attributions, bottleneck, data, importance, store, targets
     from .book import artefacts, frames, glue
-    from .study import diagnose, leakage, metrics, plots, rate, tune
+    from .study import baselines, diagnose, leakage, metrics, plots, rate, tune
 
 __all__ = [
     "Components",
@@ -30,6 +30,7 @@ __all__ = [
     "NonFiniteLoss",
     "artefacts",
     "attributions",
+    "baselines",
     "bottleneck",
     "data",
     "decompose",
@@ -55,6 +56,7 @@ __version__ = "0.1.0"
 _LATER = {
     "artefacts": "book.artefacts",
     "attributions": "attributions",
+    "baselines": "study.baselines",
     "bottleneck": "bottleneck",
     "data": "data",
     "diagnose": "study.diagnose",

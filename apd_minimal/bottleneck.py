@@ -2,10 +2,11 @@
 
 What is kept of the target is fixed instead of how many components are on. The error of the sparse network is compared
 with the error that it would have with nothing active; while it is above a share that is allowed, more components are
-let through, and while it is below, fewer: dual ascent on a constraint, with log k in the place of the multiplier::
+let through, and while it is below, fewer: dual ascent on a constraint, with log k in the place of the multiplier. The
+other settings follow from the number of components and from the error with nothing active::
 
-    decompose(target, batches, weights, n_components=3 * n, rank=4, steps=1500, simplicity=((0.0, 20.0), (0.7, 0.0)),
-              restarts=6, selection=Bottleneck(gain=GAINS), judge=apd.rate.Judge())
+    network, x = Network(target, weights), batches(0, torch.Generator().manual_seed(0))
+    decompose(target, batches, weights, C, judge=apd.rate.Judge(), **settings(network, x, C))
 """
 
 from __future__ import annotations
@@ -13,16 +14,22 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import checks
+from .components import Components
 from .config import Schedule, at_progress, schedule
+from .losses import DIVERGENCES, Divergence, minimality
+from .network import Network
 from .selection import Selection
 
 GAINS = (4.0, 6.0, 8.0, 10.0, 12.0, 16.0)
-"""Gains of six restarts, of which a judge picks one: small networks want slow growth, larger ones a faster one."""
+"""Gains of six restarts, of which a judge picks one: no one of them is best at every size (chapter 28)."""
+FAITHFULNESS = 60.0
+"""Weight of the faithfulness loss, in units of the error with nothing active."""
 MEMORY = 0.9
 """Share of the errors so far that is kept from step to step: about ten steps count."""
 
@@ -134,3 +141,45 @@ class Bottleneck(Selection):
         """Give the number of pairs that are active, [R]: at least one, at most all."""
         rows, C = scores[0, ..., 0].numel(), scores.shape[-1]
         return (self.k * rows / share + 1e-6).long().clamp(1, max(1, rows * C))
+
+
+@torch.no_grad()
+def settings(network: Network, x: Tensor, n_components: int, divergence: str | Divergence = "mse") -> dict[str, Any]:
+    """Make the settings of a decomposition without a k: the same rule for every network.
+
+    The losses of the sparse network grow with the share of samples on which much is active, and the faithfulness loss
+    does not: its weight is in proportion to the error with nothing active. More components take more steps.
+
+    Args:
+        network: the target with the weights to decompose.
+        x: inputs [B, ...] of the kind that the run draws, a thousand or more; best without samples that are all zero.
+        n_components: C.
+        divergence: that of the run.
+
+    Returns:
+        dict[str, Any]: arguments of `decompose`: the selection, and numbers for `Config`.
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit, or a network that does the same with nothing active.
+    """
+    checks.kind("network", network, Network, "an apd_minimal.Network")
+    n_components, x = checks.number("n_components", n_components, 1, whole=True), checks.inputs(x)
+    if not callable(divergence):
+        checks.choice("divergence", divergence, list(DIVERGENCES))
+    function = DIVERGENCES[divergence] if isinstance(divergence, str) else divergence
+    zeros = {path: w.new_zeros(1, 1, max(w.shape)) for path, w in network.weights.items()}
+    A = {path: zeros[path][..., : w.shape[0]].mT for path, w in network.weights.items()}
+    B = {path: zeros[path][..., : w.shape[1]] for path, w in network.weights.items()}
+    with checks.running(x, "the network's weights"):
+        nothing = float(minimality(network(x, Components(A, B)), network(x), function))
+    if not nothing > 0:
+        raise ValueError(f"the network gives the same outputs with nothing active: the error is {nothing} on inputs x")
+    return {
+        "selection": Bottleneck(gain=GAINS),
+        "restarts": len(GAINS),
+        "rank": 4,
+        "lr": 1e-2,
+        "steps": max(1500, 25 * n_components),
+        "faithfulness": FAITHFULNESS * nothing,
+        "simplicity": ((0.0, 20.0), (0.7, 0.0)),
+    }

@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 import apd_minimal as apd
 from apd_minimal import store
+from apd_minimal.bottleneck import Bottleneck
 from apd_minimal.scale import processes
 
 STEPS = 15
@@ -65,6 +66,12 @@ CASES: dict[str, Callable[[Decompose], apd.Decomposition]] = {
     ),
     "tms with empty shares": lambda d: tms(d, source=half_empty),
     "sequence": sequence,
+    # k follows the error of all samples, and is the same on all ranks.
+    # Without merging, as below.
+    "k that follows the error": lambda d: tms(d, top_k=None, selection=Bottleneck(0.9, (2.0, 6.0)), tidy_every=0.0),
+    "k that follows the error, with empty shares": lambda d: tms(
+        d, source=half_empty, top_k=None, selection=Bottleneck(gain=4.0), tidy_every=0.0
+    ),
     # Every rank has all of the selection's parameters, and the gradient through its own gates alone.
     # Without merging, since what Adam does with a component that is all but empty, rounding decides.
     "learned selection": lambda d: tms(d, top_k=None, selection=Learned(), simplicity=0.5, tidy_every=0.0),

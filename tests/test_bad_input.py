@@ -76,6 +76,8 @@ ELSEWHERE = {
     "metrics.Ownership": "made by the package",
     "metrics.Scrubbing": "made by the package",
     "rate.NEVER": "a constant",
+    "baselines.GRIDS": "a constant",
+    "baselines.Chosen": "made by the package",
     "rate.Cost": "made by the package",
     "tune.Tuned": "made by the package",
     **{f"tune.Each.{name}": "called by the package" for name in ("choose", "threshold")},
@@ -182,6 +184,15 @@ SLIDER = {"draw": draw, "values": [1, 2], "label": "k"}
 FRAMES = SLIDER | {"alt": str, "caption": "c"}
 PAIR = {"outputs": torch.rand(2, 4, 5), "target_outputs": torch.rand(4, 5)}
 LABELS = torch.arange(12) % 3
+ROWS = torch.rand(4, 5)
+DICTIONARY = apd.baselines.Dictionary([5], [2], 3, skip=True)
+DICTIONARIES: dict[str, Any] = {
+    "target": TARGET,
+    "batches": lambda step, generator: X,
+    "reads": "output of encode",
+    "n_features": 3,
+    "steps": 1,
+}
 TRAINED = {"seed": 0, "steps": 1, "batch_size": 4}
 VALID: dict[str, tuple[Any, dict[str, Any]]] = {  # name: (self or None, arguments)
     "Components": (None, {"A": components().A, "B": components().B}),
@@ -231,6 +242,31 @@ VALID: dict[str, tuple[Any, dict[str, Any]]] = {  # name: (self or None, argumen
     "data.SparseFeatures": (None, {"n_features": 3}),
     "data.SparseFeatures.__call__": (apd.data.SparseFeatures(3), {"step": 0, "generator": generator()}),
     "diagnose.diagnose": (None, ATTRIBUTION | {"top_k": 1.0}),
+    "baselines.Dictionary": (None, {"reads": [5], "writes": [5], "n_features": 3}),
+    "baselines.Dictionary.encode": (DICTIONARY, {"x": ROWS}),
+    "baselines.Dictionary.forward": (DICTIONARY, {"x": ROWS}),
+    "baselines.Dictionary.decode": (DICTIONARY, {"codes": ROWS[:, :3], "x": ROWS}),
+    "baselines.Dictionary.losses": (DICTIONARY, {"x": ROWS, "y": ROWS[:, :2]}),
+    "baselines.Dictionary.normalise": (apd.baselines.Dictionary([5], [2], 3), {}),
+    "baselines.Dictionary.directions": (DICTIONARY, {}),
+    "baselines.activations": (None, {"target": TARGET, "x": X, "places": "output of encode"}),
+    "baselines.replaced": (None, {"target": TARGET, "x": X, "places": "input of encode", "values": [X]}),
+    "baselines.fit": (None, DICTIONARIES),
+    "baselines.choose": (None, DICTIONARIES | {"grid": [0.1]}),
+    "baselines.costs": (
+        None,
+        {"target": TARGET, "dictionary": DICTIONARY, "x": X, "reads": "input of encode", "writes": "output of encode"},
+    ),
+    "baselines.transcoded": (None, {"dictionary": DICTIONARY, "paths": "encode.weight"}),
+    "baselines.beside": (None, {"parts": [components(), components()]}),
+    "baselines.singular": (None, {"weights": {"encode.weight": torch.ones(5, 2)}}),
+    "baselines.neurons": (
+        None,
+        {"weights": {"encode.weight": torch.ones(5, 2)}, "layers": [{"encode.weight": "output"}]},
+    ),
+    "baselines.match_directions": (None, {"true": ROWS, "found": ROWS + 1, "n_draws": 2}),
+    "baselines.copies": (None, {"true": ROWS, "found": ROWS + 1}),
+    "baselines.owners": (None, MATCH),
     "rate.costs": (None, ATTRIBUTION),
     "rate.curve": (None, ATTRIBUTION),
     "rate.shortest": (None, ATTRIBUTION),
@@ -248,6 +284,10 @@ VALID: dict[str, tuple[Any, dict[str, Any]]] = {  # name: (self or None, argumen
         | {"steps": 1, "progress": False, "minutes": 0},
     ),
     "bottleneck.Bottleneck": (None, {}),
+    "bottleneck.settings": (
+        None,
+        {"network": apd.Network(TARGET, ["encode.weight"]), "x": X, "n_components": 3},
+    ),
     "importance.Importance": (None, {"coefficient": 0.1, "p": 1.0}),
     "importance.leaky_clamp": (None, {"value": torch.rand(4, 3)}),
     "leakage.leakage": (None, ATTRIBUTION | {"top_k": 1.0}),
@@ -493,7 +533,26 @@ SIZE_OR_NONE = number(1, whole=True, none=True)
 SHARE = number(0, 1)
 PROBABILITY = number(0, 1, above=True)
 AXES = st.one_of(but(), st.integers())
+PLACES = st.one_of(but(), st.sampled_from(["encode", "output of nothing", "side of encode", 1, [None]]), st.booleans())
+SIZES = st.one_of(but(list, tuple), NOTHING, st.sampled_from([[], [0], [1.5], ["1"]]))
 KINDS: dict[str, Strategy] = {
+    "sparsity": number(0),
+    "revive": number(0, whole=True),
+    "skip": flag(),
+    "centred": flag(),
+    "least": number(-1, 1),
+    "reads": st.one_of(PLACES, NOTHING),
+    "writes": PLACES,
+    "places": st.one_of(PLACES, NOTHING),
+    "dictionary": st.one_of(but(), NOTHING, st.integers()),
+    "grid": st.one_of(but(list, tuple), st.just([]), number(0).map(lambda bad: [0.1, bad])),
+    "parts": st.one_of(but(), NOTHING, bad_components(alone=True, fit=False).map(lambda bad: [bad])),
+    "paths": st.one_of(but(str), NOTHING, st.integers(), st.booleans()),
+    "layers": st.one_of(but(), NOTHING, st.sampled_from([[{"other": "input"}], [{"encode.weight": "side"}]])),
+    "true": tensor(ROWS, 0),
+    "found": tensor(ROWS, 0),
+    "codes": tensor(ROWS[:, :3], 0),
+    "y": tensor(ROWS[:, :2]),
     "n_components": SIZE,
     "rank": SIZE_OR_NONE,
     "restarts": SIZE,
@@ -620,6 +679,24 @@ WIDTH = {
     )
 }
 OWN_KINDS: dict[str, dict[str, Strategy]] = {
+    "baselines.Dictionary": {
+        "reads": SIZES,
+        "writes": SIZES,
+        "kind": choice("relu", "topk", "batch_topk"),
+        "skip": flag(),
+    },
+    **{f"baselines.Dictionary.{name}": {"x": tensor(ROWS, 0)} for name in ("encode", "forward")},
+    **{f"baselines.Dictionary.{name}": {"x": tensor(ROWS)} for name in ("decode", "losses")},
+    "baselines.Dictionary.directions": {"side": choice("write", "read")},
+    **{
+        f"baselines.{name}": {"kind": choice("relu", "topk", "batch_topk"), "batches": batches()}
+        for name in ("fit", "choose")
+    },
+    "baselines.replaced": {
+        "values": st.one_of(but(), NOTHING, tensor(X).map(lambda bad: [bad])),
+        "x": st.one_of(but(Tensor), NOTHING, st.sampled_from([X[:0], X[:-1], X[0, 0]]), poked(X)),
+    },
+    "baselines.owners": ALONE | {"truth": KINDS["truth"]},
     "Components": {
         name: in_mapping(getattr(components(), name)["encode.weight"], "encode.weight", *free, finite=False)
         for name, free in (("A", (1,)), ("B", (2,)))
@@ -658,6 +735,7 @@ OWN_KINDS: dict[str, dict[str, Strategy]] = {
         "alpha": number(0, above=True, none=True),
         "min_cosine": number(0, above=True),
     },
+    "bottleneck.settings": {"divergence": st.one_of(function(), st.just("hinge"))},
     "bottleneck.Bottleneck": {
         "allowed": schedule(0.0, 1.0),
         "gain": of_number_or_list(number(0, above=True)),
@@ -830,7 +908,7 @@ OWN_KINDS: dict[str, dict[str, Strategy]] = {
 }
 ALIASES = {  # what a message may call the parameter
     "batches": ("x",),
-    "x": ("batches",),
+    "x": ("batches", "values", "y"),
     "components": ("Components", "parameter", "the truth", "truth:", "weights"),
     "decomposed": ("components", "the truth", "truth:"),
     "divergence": (),
@@ -840,6 +918,10 @@ ALIASES = {  # what a message may call the parameter
     "path": ("no file at",),
     "kind": ("holds a",),
     "target_outputs": ("outputs",),
+    "parts": ("Components", "components"),
+    "true": ("found",),
+    "found": ("true",),
+    "y": ("x",),
     "A": ("B",),
     "B": ("A",),
 }

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import apd_minimal as apd
-from apd_minimal.bottleneck import MEMORY, Bottleneck
+from apd_minimal.bottleneck import FAITHFULNESS, GAINS, MEMORY, Bottleneck, settings
 
 SETTINGS: dict[str, Any] = {"top_k": None, "steps": 24, "tidy_every": 0.25, "simplicity": 0.1}
 
@@ -206,3 +206,42 @@ def test_after_a_loss_that_is_not_finite_k_is_as_it_was_with_the_components() ->
 def test_numbers_out_of_range_are_refused(bad: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         Bottleneck(**bad)
+
+
+def test_the_settings_follow_the_error_with_nothing_active_and_the_number_of_components() -> None:
+    target, x = runs.tms(), runs.batches(0, torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        nothing = float((torch.relu(target.bias) - target(x)).square().mean())
+    network = apd.Network(target, target.weights)
+    found = settings(network, x, 15)
+    assert found["faithfulness"] == pytest.approx(FAITHFULNESS * nothing)
+    assert (found["steps"], found["restarts"], found["selection"].gain) == (1500, 6, GAINS)
+    assert settings(network, x, 120)["steps"] == 3000
+    twice = settings(network, x, 15, divergence=lambda outputs, wanted: 2 * apd.losses.mse(outputs, wanted))
+    assert twice["faithfulness"] == pytest.approx(2 * found["faithfulness"])
+
+
+def test_sparser_data_changes_the_weight_of_faithfulness_as_it_changes_the_other_losses() -> None:
+    """Samples with nothing on halve every loss but faithfulness, whose weight must be halved by the rule."""
+    target, x = runs.tms(), runs.batches(0, torch.Generator().manual_seed(1))
+    network = apd.Network(target, target.weights)
+    target.bias.data.fill_(0.0)  # so that an empty sample has no error
+    full = settings(network, x, 15)["faithfulness"]
+    half = settings(network, torch.cat([x, torch.zeros_like(x)]), 15)["faithfulness"]
+    assert half == pytest.approx(full / 2)
+
+
+def test_the_settings_do_for_decompose() -> None:
+    target, x = runs.tms(), runs.batches(0, torch.Generator().manual_seed(1))
+    found = settings(apd.Network(target, target.weights), x, 6) | {"steps": 3}
+    result = apd.decompose(target, runs.batches, target.weights, 6, progress=False, **found)
+    assert result.config.faithfulness == found["faithfulness"]
+    assert result.selection is found["selection"]
+
+
+def test_a_network_that_needs_no_weights_has_no_settings() -> None:
+    target = runs.tms()
+    target.bias.data.fill_(-100.0)
+    network = apd.Network(target, target.weights)
+    with pytest.raises(ValueError, match="the same outputs with nothing active"):
+        settings(network, runs.batches(0, torch.Generator().manual_seed(1)), 6)

@@ -8,10 +8,12 @@ import inspect
 import apd_minimal as apd
 
 NAMES = {
-    "": "Components Config Decomposition Network NonFiniteLoss artefacts attributions bottleneck data decompose "
-    "diagnose frames glue importance leakage losses metrics plots rate rules selection store targets tune",
+    "": "Components Config Decomposition Network NonFiniteLoss artefacts attributions baselines bottleneck data "
+    "decompose diagnose frames glue importance leakage losses metrics plots rate rules selection store targets tune",
     "attributions": "ablation activation gradient inner_activation integrated_gradients path_shapley shapley",
-    "bottleneck": "Bottleneck GAINS MEMORY",
+    "baselines": "Chosen Dictionary GRIDS activations beside choose copies costs fit match_directions neurons owners "
+    "replaced singular transcoded",
+    "bottleneck": "Bottleneck FAITHFULNESS GAINS MEMORY settings",
     "data": "SparseFeatures",
     "diagnose": "Diagnosis diagnose",
     "importance": "Importance leaky_clamp",

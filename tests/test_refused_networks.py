@@ -373,3 +373,17 @@ def test_the_fingerprint_takes_extra_state_that_is_no_tensor() -> None:
     same.load_state_dict(one.state_dict(), strict=False)
     fingerprint = apd.decomposition.fingerprint
     assert fingerprint(one.state_dict()) == fingerprint(same.state_dict())
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_sample_on_which_everything_cancels_does_not_mix(seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    turn = torch.linalg.qr(torch.randn(12, 12, generator=g)).Q
+    net = first(nn.Linear(12, 12, bias=False))
+    net[2] = nn.Linear(12, 12, bias=False)
+    # The first layer keeps half of the directions: on inputs of the other half there is rounding and nothing else.
+    net[0].weight.data = turn[:6].T @ turn[:6]
+    x = torch.randn(8, 12, generator=g) @ turn.T @ turn
+    x[:2] = torch.randn(2, 6, generator=g) @ turn[6:]
+    assert 0 < net(x)[:2].norm() < 1e-5 * net(x).norm()
+    apd.Network(net, ["0.weight", "2.weight"]).check(x)

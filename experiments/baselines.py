@@ -1,0 +1,271 @@
+"""Create data/baselines.json: one network, many ways to take it apart (chapter 30).
+
+python -m experiments.baselines [--only tms-5-2 | tms-40-10 | tms-5-2-identity | 50 | 25-25]     (about 40 minutes)
+
+Targets and APD's components are those of data/tms.* and data/residual.*. No setting of a dictionary was chosen on
+them: sizes are those of APD's recipe, and the sparsity is chosen for each by bits, without the truth.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import apd_minimal as apd
+from apd_minimal.study import baselines, controls
+from apd_minimal.targets import TMS, ResidualMLP
+from experiments.experiment import Row, Rows, Study, Tensors, of, taken_apart
+
+SIZES = {"tms-5-2": (5, 2), "tms-40-10": (40, 10), "tms-5-2-identity": (5, 2)}
+NEURONS: dict[str, tuple[int, ...]] = {"50": (50,), "25-25": (25, 25)}
+TARGETS = ("tms-5-2", "50", "25-25", "tms-40-10", "tms-5-2-identity")
+SEEDS = {
+    "tms-5-2": range(10, 15),
+    "tms-40-10": range(20, 25),
+    "tms-5-2-identity": range(10, 13),
+    "50": range(3),
+    "25-25": range(3),
+}
+GRID: dict[str, Any] = {"relu": (0.03, 0.1, 0.3), "topk": (1, 2, 3), "batch_topk": (0.7, 1.0, 1.5, 2.5)}
+FIT: dict[str, Any] = {"steps": 1000, "lr": 1e-2}
+LARGE: dict[str, Any] = {"steps": 400, "lr": 1e-2}  # of the residual MLPs, whose stream has 1,000 numbers
+LARGE_GRID = (1.0, 1.5, 2.5)
+EPSILONS = apd.rate.EPSILONS
+SPLIT = {"tms-5-2": (range(10, 13), (1, 2, 4, 8)), "tms-40-10": (range(20, 21), (1, 2, 4))}
+Target = TMS | ResidualMLP
+
+
+def loaded(name: str, seed: int) -> tuple[Target, apd.Components]:
+    """Load a stored target and APD's components of it."""
+    target: Target
+    if name.startswith("tms"):
+        target = TMS(*SIZES[name], identity=name.endswith("identity"))
+        components, own = of("tms", f"{name}/ours/{seed}/")
+    else:
+        target = ResidualMLP(neurons=NEURONS[name], seed=seed)
+        components, own = of("residual", f"{name}/{seed}/")
+    missing = target.load_state_dict({path: t.float() for path, t in own.items()}, strict=False)  # a tied decoder
+    assert own and not missing.unexpected_keys
+    return target, components
+
+
+def held_out(target: Target, seed: int, n: int = 2048) -> Tensor:
+    """Draw inputs that no training saw, from the source that all methods are trained on."""
+    batches, generator = target.recipe["batches"], torch.Generator().manual_seed(70_000 + seed)
+    parts = [batches(i, generator) for i in range(math.ceil(n / batches.batch_size))]
+    return torch.cat(parts)[:n]
+
+
+def bits(costs: list[apd.rate.Cost]) -> list[float | None]:
+    """Give the bits at each error; None where it is not reached."""
+    every = [cost.bits() for cost in costs]
+    return [round(b, 3) if math.isfinite(b) else None for b in every]
+
+
+def by_weights(target: Target, components: apd.Components, x: Tensor, active: float) -> Row:
+    """Measure a decomposition of the weights: ownership, bits, scrubbing, faithfulness."""
+    weights = apd.Network(target, target.weights).weights
+    own = target.ownership(components)
+    errors = apd.metrics.scrubbing(target, components, x, active, attribution=target.attributions)
+    costs = apd.rate.costs(target, components, x, EPSILONS, attribution=target.attributions)
+    with torch.no_grad():
+        wanted = target(x)
+        variance = (wanted - wanted.mean(0)).square().mean().item()
+    return {
+        "owned": int(own.owned.sum()),
+        "cosine": round(own.cosine.mean().item(), 4),
+        "bits": bits(costs),
+        "ranks": [round(c.ranks, 3) if math.isfinite(c.ranks) else None for c in costs],
+        "in_use": int((components.norms() > 0.01 * components.norms().max()).sum()),
+        "unfaithful": round(apd.metrics.relative_faithfulness(components, weights).item(), 6),
+        **{name: round(error / variance, 6) for name, error in errors.means().items()},
+    }
+
+
+def directions(true: Tensor, found: Tensor) -> Row:
+    """Score directions: those recovered (cosine 0.9 or more, one to one), their mean cosine, the same by chance."""
+    matching = baselines.match_directions(true, found)
+    n = len(true)
+    return {
+        **{f"recovered_{least:g}": int((matching.similarity >= least).sum()) for least in (0.9, 0.99)},
+        "direction": round(matching.similarity.sum().item() / n, 4),
+        "chance": round(matching.chance.sum(1).mean().item() / n, 4),
+        **{f"chance_{v:g}": round((matching.chance >= v).sum(1).double().mean().item(), 3) for v in (0.9, 0.99)},
+    }
+
+
+def chosen(
+    target: Target, seed: int, x: Tensor, kind: str, size: int, reads: Any, writes: Any = None, **settings: Any
+) -> tuple[Row, baselines.Dictionary]:
+    """Train a dictionary for each sparsity, keep that of the fewest bits, and measure its bits on other inputs."""
+    large = isinstance(target, ResidualMLP)
+    grid = LARGE_GRID if large else GRID[kind]
+    settings = (LARGE if large else FIT) | settings
+    found = baselines.choose(
+        target, target.recipe["batches"], reads, size, kind, grid, writes=writes, seed=seed, **settings
+    )
+    costs = baselines.costs(target, found.best, x, reads, writes, EPSILONS)
+    return {"sparsity": found.sparsity, "bits": bits(costs), "seconds": round(found.seconds, 1)}, found.best
+
+
+def true_directions(target: Target) -> list[Tensor]:
+    """Give each feature's direction at the places that are read: a TMS's row, or the neurons that it drives."""
+    if isinstance(target, TMS):
+        return [target.encode.weight.detach().T]
+    n = target.n_features
+    return baselines.activations(target, torch.eye(n), [f"output of neurons.{i}" for i in range(len(target.neurons))])
+
+
+def layer_ownership(target: ResidualMLP, dictionary: baselines.Dictionary) -> Row:
+    """Match a transcoder of one whole MLP with the features, by what each input does to each output."""
+    E, i = target.embedding, torch.arange(target.n_features)
+    read = (E @ (dictionary.encoder.detach() * dictionary.scale_in[:, None])).T  # [F, n]
+    write = (dictionary.decoder.detach() / dictionary.scale_out) @ E.T
+    (out,) = baselines.activations(target, torch.eye(target.n_features), "output of write.0")
+    truth = torch.zeros(len(i), len(i), len(i))
+    truth[i, i] = out @ E.T
+    P = apd.Components({"layer": read[:, :, None]}, {"layer": write[:, None, :]})
+    own = apd.metrics.ownership(P, {"layer": truth}, 0.95, (0.5, 1.5), 0.95)
+    return {"owned": int(own.owned.sum()), "cosine": round(own.cosine.mean().item(), 4)}
+
+
+def run(job: tuple[str, int]) -> tuple[list[Row], Tensors]:
+    """Take one network apart in every way."""
+    name, seed = job
+    target, components = loaded(name, seed)
+    x, weights = held_out(target, seed), apd.Network(target, target.weights).weights
+    batches, size = target.recipe["batches"], target.recipe["n_components"]
+    identity = isinstance(target, TMS) and target.middle is not None
+    active = batches.mean_active + identity
+    layers = [{path: "output"} for path in weights] if isinstance(target, TMS) else []
+    if isinstance(target, ResidualMLP):
+        layers = [{f"read.{i}.weight": "output", f"write.{i}.weight": "input"} for i in range(len(target.read))]
+    parts = {
+        "APD": components,
+        "APD, parts turned": controls.dealt(components, seed, turned=True),
+        "singular vectors": baselines.singular(weights),
+        "neurons": baselines.neurons(weights, layers),
+    }
+    if isinstance(target, TMS) and not identity:
+        parts |= {
+            "input columns": controls.input_columns(weights),
+            "random split": controls.random_split(weights, seed),
+        }
+    rows: dict[str, Row] = {method: by_weights(target, own, x, active) for method, own in parts.items()}
+    true = true_directions(target)
+    if isinstance(target, TMS):
+        hidden, d = "output of encode", target.d_hidden
+        for kind, label in (("relu", "SAE, L1"), ("topk", "SAE, TopK"), ("batch_topk", "SAE, BatchTopK")):
+            row, own = chosen(target, seed, x, kind, size, hidden)
+            rows[label] = row | directions(true[0], own.directions())
+        plain = apd.Components(*({"encode.weight": f["encode.weight"]} for f in (components.A, components.B)))
+        rows["APD"] |= directions(true[0], leading(plain))
+        rows["neurons"] |= directions(true[0], torch.eye(d))
+        rows["singular vectors"] |= directions(true[0], torch.linalg.svd(weights["encode.weight"]).Vh)
+        untrained = TMS(*SIZES[name], identity=identity)
+        torch.manual_seed(seed)
+        torch.nn.init.xavier_normal_(untrained.encode.weight)
+        row, own = chosen(untrained, seed, x, "batch_topk", size, hidden)
+        rows["SAE, BatchTopK, untrained network"] = row | directions(true_directions(untrained)[0], own.directions())
+        places = ("input of encode", "output of encode")
+        if identity:
+            row, own = chosen(target, seed, x, "batch_topk", size, [hidden, "output of middle"])
+            first, second = own.directions().split(d, 1)
+            rows["crosscoder"] = row | directions(true[0], first)
+            rows["crosscoder"]["second_place"] = directions(true[0], second)["recovered_0.99"]
+        for label, skip in (("transcoder", False), ("transcoder with skip", True)):
+            row, own = chosen(target, seed, x, "batch_topk", size, *places, skip=skip)
+            made = baselines.transcoded(own, "encode.weight")
+            if identity:  # the other weight has a component of its own, which is the weight
+                middle = apd.Components.from_matrices({"middle.weight": weights["middle.weight"][None]})
+                made = baselines.beside([made, middle])
+            by = by_weights(target, made, x, active)
+            rows[label] = by | row | {"bits_as_weights": by["bits"]} | directions(true[0], own.directions())
+    else:
+        every = [f"output of neurons.{i}" for i in range(len(target.neurons))]
+        for i, place in enumerate(every):
+            row, own = chosen(target, seed, x, "batch_topk", size, place)
+            rows[f"SAE, BatchTopK, layer {i}"] = row | directions(true[i], own.directions())
+        if len(every) > 1:
+            row, own = chosen(target, seed, x, "batch_topk", size, every)
+            rows["crosscoder"] = row | directions(torch.cat(true, 1), own.directions())
+        else:
+            for label, skip in (("transcoder", False), ("transcoder with skip", True)):
+                row, own = chosen(
+                    target, seed, x, "batch_topk", size, "input of read.0", "output of write.0", skip=skip
+                )
+                rows[label] = row | layer_ownership(target, own)
+    return [{"methods": rows, "active": active, "size": size}], {}
+
+
+def leading(components: apd.Components) -> Tensor:
+    """Give the direction that each component writes along: its first right singular vector, signed by what it reads."""
+    (path,) = components.paths
+    U, S, Vh = torch.linalg.svd(components.matrices(path), full_matrices=False)
+    sign = U[:, :, 0].gather(1, U[:, :, 0].abs().argmax(1, keepdim=True)).sign()
+    return Vh[:, 0] * sign * (S[:, :1] > 1e-3 * S.max())
+
+
+def split_run(job: tuple[str, int, int]) -> tuple[list[Row], Tensors]:
+    """Train dictionaries and components of a multiple of the number of features, and count what points to each."""
+    name, seed, factor = job
+    target, _ = loaded(name, seed)
+    assert isinstance(target, TMS)
+    n, x, truth, W = factor * target.n_features, held_out(target, seed), target.mechanisms(), true_directions(target)[0]
+    found: Row = {}
+    for kind, label in (("relu", "SAE, L1"), ("batch_topk", "SAE, BatchTopK")):
+        row, own = chosen(target, seed, x, kind, n, "output of encode")
+        codes = own.encode(baselines.activations(target, x, "output of encode")[0])
+        alive = (codes > 0).double().mean(0) > 1e-3
+        found[label] = row | {
+            "copies": baselines.copies(W, own.directions()[alive]).tolist(),
+            "in_use": int(alive.sum()),
+            "chance": baselines.copies(W, turned(own.directions()[alive], seed)).tolist(),
+        }
+    row, own = chosen(target, seed, x, "batch_topk", n, "input of encode", "output of encode")
+    made = baselines.transcoded(own, "encode.weight")
+    found["transcoder"] = row | {"owners": baselines.owners(made, truth).tolist()}
+    variants: dict[str, Row] = {"APD": {}, "APD, no merging": {"tidy_every": 0.0}}
+    if target.n_features > 5:  # the large one takes a minute and more for each run
+        variants = {"APD": {}} if factor <= 2 else {}
+    for label, changed in variants.items():
+        result, seconds = taken_apart(target, target.recipe | {"n_components": n} | changed, seed=seed)
+        components = result.components
+        found[label] = {
+            "owners": baselines.owners(components, truth).tolist(),
+            "owned": int(target.ownership(components).owned.sum()),
+            "in_use": int((components.norms() > 0.01 * components.norms().max()).sum()),
+            "bits": bits(apd.rate.costs(target, components, x, EPSILONS, attribution=target.attributions)),
+            "seconds": seconds,
+        }
+    return [{"found": found}], {}
+
+
+def turned(found: Tensor, seed: int) -> Tensor:
+    """Draw as many random mixtures of the directions: how many point along a feature by chance."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(len(found), len(found), generator=generator) @ found
+
+
+RUNS = Rows(
+    fields=("target", "seed"),
+    jobs=lambda rows: [(name, seed) for name in TARGETS for seed in SEEDS[name]],
+    run=run,
+    settings=lambda job: LARGE | {"grid": LARGE_GRID} if job[0] in NEURONS else FIT | {"grid": GRID},
+    order=lambda job: (TARGETS.index(job[0]), job[1]),
+)
+SPLITTING = Rows(
+    fields=("target", "seed", "factor"),
+    jobs=lambda rows: [(name, s, f) for name, (seeds, factors) in SPLIT.items() for s in seeds for f in factors],
+    run=split_run,
+    settings=lambda job: FIT | {"grid": GRID},
+)
+STUDY = Study(
+    "baselines", {"runs": RUNS, "splitting": SPLITTING}, about=lambda processes: {"processes": processes}, compact=True
+)
+
+if __name__ == "__main__":
+    STUDY.main(__doc__)

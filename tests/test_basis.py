@@ -1,0 +1,187 @@
+"""Networks of one function in many bases (chapter 31): what of APD stays the same, by closed forms."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor
+
+import apd_minimal as apd
+from apd_minimal import losses
+from apd_minimal.targets import ResidualMLP
+from experiments import basis_networks as networks
+from experiments import basis_stream
+from experiments.basis_networks import Change, Coder, OneScaleAdam
+
+N, D, C = 6, 3, 5
+CHANGES = ("inputs rotated", "hidden rotated", "scaled 4", "stretched 4")
+ORTHOGONAL = CHANGES[:2]
+
+
+@cache
+def model() -> apd.targets.TMS:
+    """A TMS with random weights: nothing here depends on training."""
+    tms, generator = apd.targets.TMS(N, D).double(), torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in (tms.encode.weight, tms.bias):
+            p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.double))
+    return tms
+
+
+def pair(name: str) -> tuple[Change, tuple[apd.Network, apd.Components], tuple[apd.Network, apd.Components]]:
+    """The network and random components of it, in its own basis and in another one."""
+    way, found = networks.change(name, N, D, 7), []
+    generator = torch.Generator().manual_seed(1)
+    own = apd.Components.random({"encode": (N, D), "decode": (D, N)}, C, std=0.7, generator=generator)
+    own = own.map(Tensor.double)
+    for moved, components in ((networks.change("plain", N, D, 7), own), (way, way.of(own))):
+        coder = exact(moved)
+        named = [{f"{path}.0.weight": t for path, t in f.items()} for f in (components.A, components.B)]
+        found.append((apd.Network(coder, coder.weights), apd.Components(*named)))
+    return way, found[0], found[1]
+
+
+def exact(moved: Change) -> Coder:
+    """The network in double precision: what it is made of is rounded to single otherwise."""
+    coder = Coder(model(), moved).double()
+    for path, W in networks.whole_matrices(model()).items():
+        L, R = moved.matrices(path)
+        getattr(coder, path)[0].weight.data = (L @ W @ R).T.contiguous()
+    coder.Q = moved.Q
+    return coder
+
+
+def inputs() -> Tensor:
+    return torch.randn(40, N, generator=torch.Generator().manual_seed(2), dtype=torch.double)
+
+
+@pytest.mark.parametrize("cut", [None, ((2, 4), (3,)), ((6,), (1, 2)), ((1, 5), (2, 1))])
+@pytest.mark.parametrize("name", CHANGES)
+def test_the_function_is_that_of_the_formula(name: str, cut: networks.Cut | None) -> None:
+    moved, x, tms = networks.change(name, N, D, 7), inputs().float(), model()
+    W = tms.encode.weight.detach().T.float()
+    wanted = torch.relu(x @ W @ W.T + tms.bias.detach().float())
+    coder = Coder(tms, moved, cut).float()
+    with torch.no_grad():
+        torch.testing.assert_close(coder(x), wanted, atol=1e-5, rtol=1e-5)
+        hidden = (x @ W) @ moved.M.float()
+        torch.testing.assert_close(coder.hidden(x @ coder.Q), hidden, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_carried_there_and_back(name: str) -> None:
+    way, (_, own), (_, carried) = pair(name)
+    torch.testing.assert_close(way.back.of(carried).flat(), own.flat())
+    assert not torch.allclose(carried.flat(), own.flat())
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_attributions_and_masked_outputs_are_those_of_the_function_in_every_basis(name: str) -> None:
+    _, first, second = pair(name)
+    x, gates = inputs(), torch.rand(40, C, generator=torch.Generator().manual_seed(4), dtype=torch.double)
+    scores = [apd.attributions.gradient(network, components, x) for network, components in (first, second)]
+    outputs = [network(x, components, gates) for network, components in (first, second)]
+    torch.testing.assert_close(scores[0], scores[1])
+    torch.testing.assert_close(outputs[0], outputs[1])
+
+
+def prices(network: apd.Network, components: apd.Components, p: float) -> Tensor:
+    mask = torch.ones(1, C, dtype=torch.double)
+    return torch.stack(
+        [
+            losses.faithfulness(components, network.weights),
+            losses.simplicity(components, mask, p),
+            losses.simplicity_exact(components, mask, p),
+        ]
+    )
+
+
+@pytest.mark.parametrize("p", [0.9, 1.0])
+@pytest.mark.parametrize("name", ORTHOGONAL)
+def test_faithfulness_and_schatten_prices_stay_in_orthonormal_bases(name: str, p: float) -> None:
+    _, first, second = pair(name)
+    torch.testing.assert_close(prices(*first, p), prices(*second, p))
+
+
+@pytest.mark.parametrize("p", [0.9, 1.0])
+def test_a_scale_between_the_layers_weighs_them_by_its_powers(p: float) -> None:
+    """4 on the encoder and 1/4 on the decoder: squares by 16 and 1/16, prices by 4^p and 4^-p."""
+    _, (network, components), second = pair("scaled 4")
+    mask, parts = torch.ones(1, C, dtype=torch.double), []
+    for path in components.paths:
+        one = apd.Components({path: components.A[path]}, {path: components.B[path]})
+        square = (one.sum(path) - network.weights[path]).square().sum()
+        price = losses.simplicity_exact(one, mask, p) * one.n_entries
+        parts.append((square, price))
+    (square, price), (square_2, price_2) = parts
+    size = components.n_entries
+    found = prices(*second, p)
+    torch.testing.assert_close(found[0], (16 * square + square_2 / 16).detach() / size)
+    torch.testing.assert_close(found[2], (4**p * price + 4**-p * price_2).detach() / size)
+
+
+def test_the_price_of_a_cut_is_the_sum_of_its_blocks_lengths() -> None:
+    """A rank-one matrix costs its length; in blocks it costs the sum of their lengths, which is more."""
+    coder = Coder(model(), networks.change("plain", N, D, 7), ((2, 4), (1, 2))).double()
+    generator = torch.Generator().manual_seed(5)
+    u, v = (torch.randn(1, n, 1, generator=generator, dtype=torch.double) for n in (N, D))
+    whole = {"encode": u @ v.mT, "decode": v @ u.mT}
+    pieces = apd.Components.from_matrices(coder.cut_up(whole))
+    mask = torch.ones(1, 1, dtype=torch.double)
+    price = losses.simplicity_exact(pieces, mask) * pieces.n_entries
+    us, vs = [part.norm() for part in u.split((2, 4), 1)], [part.norm() for part in v.split((1, 2), 1)]
+    torch.testing.assert_close(price, sum(a * b for a in us for b in vs) + u.norm() * sum(vs))
+    assert price > 1.2 * 2 * u.norm() * v.norm()
+    back = coder.whole(pieces)
+    for path, matrix in whole.items():
+        torch.testing.assert_close(back.matrices(path), matrix)
+
+
+@pytest.mark.parametrize("name", ORTHOGONAL)
+@pytest.mark.parametrize(("optimiser", "agrees"), [("SGD", True), ("Adam", False), ("one-scale Adam", True)])
+def test_from_one_start_in_two_bases(optimiser: str, agrees: bool, name: str) -> None:
+    tms = apd.targets.TMS(5, 2).fit(seed=1, steps=200)
+    lr = 1.0 if optimiser == "SGD" else 3e-2
+    distance = networks.apart(tms, networks.change(name, 5, 2, 7), optimiser, [1, 20], 0, lr)
+    assert max(distance) < 1e-11 if agrees else min(distance) > 1e-2
+
+
+def test_one_scale_adam_is_adam_on_matrices_of_one_entry() -> None:
+    generator, ends = torch.Generator().manual_seed(0), []
+    start, gradients = torch.randn(3, 4, 1, 1, generator=generator), torch.randn(7, 3, 4, 1, 1, generator=generator)
+    for kind in (torch.optim.Adam, OneScaleAdam):
+        p = start.clone().requires_grad_()
+        optimiser = kind([p], lr=0.1)
+        for gradient in gradients:
+            p.grad = gradient
+            optimiser.step()
+        ends.append(p.detach())
+    torch.testing.assert_close(ends[0], ends[1])
+
+
+def test_a_rotation_is_uniform() -> None:
+    """Of the plane: the angle of the first column is anywhere, and half of the matrices turn a figure over."""
+    many = torch.stack([networks.orthogonal(2, seed) for seed in range(400)])
+    torch.testing.assert_close(many @ many.mT, torch.eye(2).double().expand(400, 2, 2))
+    angle = torch.atan2(many[:, 1, 0], many[:, 0, 0])
+    assert torch.histc(angle, 4, -torch.pi, torch.pi).min() > 60
+    assert 0.4 < (torch.linalg.det(many) > 0).double().mean() < 0.6
+
+
+def test_stretched_is_not_scaled() -> None:
+    expected = torch.tensor([4, 4, 0.25, 0.25]).double().diag()
+    torch.testing.assert_close(networks.change("stretched 4", 3, 4, 0).M, expected)
+
+
+@pytest.mark.parametrize("name", ["stream rotated", "neurons scaled"])
+def test_a_residual_mlp_in_another_basis_is_the_same_function(name: str) -> None:
+    own, moved = (ResidualMLP(6, 30, (3, 4), seed=1) for _ in range(2))
+    moved.load_state_dict(own.state_dict())
+    basis_stream.changed(moved, name, 5)
+    x = 3 * torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(moved(x), own(x), atol=1e-5, rtol=1e-5)
+    for path in own.weights:
+        assert (moved.get_parameter(path) - own.get_parameter(path)).abs().max() > 0.1
