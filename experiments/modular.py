@@ -46,7 +46,7 @@ def jobs() -> list[Job]:
     one += [(kind, MECHANISMS[kind], FIRST + i) for kind in ("task", "frequency") for i in range(10)]
     one += [("task, no waves", 3, FIRST + i) for i in range(3)]
     one += [(kind, c, FIRST) for kind, counts in OTHERS.items() for c in counts]
-    return [(*job, weights) for job in one for weights in (["strong"] if job[0] == "tokens" else WEIGHTS)]
+    return [(*job, weights) for job in one for weights in WEIGHTS]
 
 
 def target_of(kind: str, seed: int) -> ModularArithmetic:
