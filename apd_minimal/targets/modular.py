@@ -141,7 +141,11 @@ class ModularArithmetic(nn.Module):
         return ["hidden.weight", "out.weight"]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map inputs [..., 2 n + S] to scores [..., n]."""
+        """Compute scores [..., n].
+
+        Args:
+            x: inputs [..., 2 n + S], the two one-hot vectors and then the switches.
+        """
         checks.tensor("x", x, ..., 2 * self.n + len(self.opens), finite=False)
         squares = self.hidden(x[..., : 2 * self.n] @ self.embed).square()
         return self.out(squares * (x[..., 2 * self.n :] @ self.opens) if self.switches else squares)
@@ -159,7 +163,11 @@ class ModularArithmetic(nn.Module):
         return torch.cat(rows).to(self.embed.device)
 
     def answers(self, x: Tensor) -> Tensor:
-        """Compute the right answers [B] of inputs [B, 2 n + S]."""
+        """Compute the right answers [B].
+
+        Args:
+            x: inputs [B, 2 n + S], as `inputs` lists them.
+        """
         checks.tensor("x", x, "B", 2 * self.n + len(self.opens))
         a, b = x[:, : self.n].argmax(1), x[:, self.n : 2 * self.n].argmax(1)
         t = x[:, 2 * self.n :].argmax(1) if self.switches == "task" else torch.zeros_like(a)
