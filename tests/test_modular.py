@@ -66,7 +66,7 @@ def test_each_task_and_each_frequency_alone_is_its_sum_of_waves(
         of_task = x[:, 2 * target.n + t] > 0
         single = scores(ModularTask(task.p, task.sign, (f,)), target.n).float()
         torch.testing.assert_close(alone[of_task], single, atol=1e-5, rtol=0)
-        assert alone[~of_task].abs().max() == 0
+        assert alone[~of_task].abs().max() < 1e-10  # factors have rounding
 
 
 @given(task=tasks(), seed=seeds)
@@ -93,7 +93,7 @@ def test_a_closed_frequency_neither_acts_nor_is_attributed_anything(task: Modula
     torch.testing.assert_close(target(x), wanted, atol=1e-5, rtol=0)
     parts = apd.Components.from_matrices(target.mechanisms(), 4)
     attributed = apd.attributions.gradient(apd.Network(target, target.weights), parts, x)
-    assert attributed[:, 0].abs().max() == 0
+    assert attributed[:, 0].abs().max() < 1e-10
     assert (attributed[:, 1:] > 0).all()
 
 
