@@ -188,8 +188,8 @@ def test_the_ledger_says_what_the_notebooks_say(site: Path) -> None:
         return re.sub(r"[^A-Za-z0-9]", "", html_module.unescape(text))
 
     for number, verdict, finding in printed:
-        row = next(row for row in rows if row.startswith(f"{number} ") and f" {verdict} " in row)
-        assert letters(finding) in letters(row), f"claim {number} is cut: {row}"
+        found = [row for row in rows if row.startswith(f"{number} ") and f" {verdict} " in row]  # one for each chapter
+        assert any(letters(finding) in letters(row) for row in found), f"claim {number} is cut: {found}"
     settled = {number for number, _, _ in printed}
     for row in rows[1:]:
         assert ("not settled yet" in row) == (row.split()[0] not in settled)
