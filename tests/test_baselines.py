@@ -309,3 +309,17 @@ def test_the_target_is_left_as_it_was() -> None:
     baselines.fit(target, sparse, "output of mix", 4, steps=3)
     assert target.training and all(torch.equal(before[name], t) for name, t in target.state_dict().items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in target.modules())
+
+
+@pytest.mark.parametrize("kind", ["relu", "batch_topk"])
+def test_a_list_of_exactly_as_many_batches_as_steps_is_enough(kind: str) -> None:
+    target = apd.targets.TMS(5, 2)
+    source = target.data(32, nonempty=True)
+    generator = torch.Generator().manual_seed(0)
+    items = [source(step, generator) for step in range(5)]
+    own = apd.baselines.fit(target, lambda step, generator: items[step], "output of encode", 6, kind, 1.0, steps=5)
+    assert torch.isfinite(own.decoder).all()
+    chosen = apd.baselines.choose(
+        target, lambda step, generator: items[step], "output of encode", 6, kind, [1.0], steps=5
+    )
+    torch.testing.assert_close(chosen.best.decoder, own.decoder)

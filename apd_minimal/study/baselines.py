@@ -194,7 +194,8 @@ def choose(
         list[dict[str, Any]](),
         list[tuple[tuple[int, float, float], int, Dictionary]](),
     )
-    held = torch.cat([checks.batch(batches(step, generator), step) for step in range(8)])
+    steps = checks.number("steps", settings.get("steps", 8), 1, whole=True)  # a list of batches has no more
+    held = torch.cat([checks.batch(batches(step % steps, generator), step % steps) for step in range(8)])
     for i, sparsity in enumerate(values):
         own = fit(target, batches, reads, n_features, kind, sparsity, writes=writes, seed=seed, **settings)
         spliced = _Spliced(target, own, held, reads, reads if writes is None else writes)

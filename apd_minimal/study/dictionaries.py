@@ -300,14 +300,15 @@ def fit(
 
     Args:
         target: any network; it is left as it is.
-        batches: batches(step, generator) gives the inputs of a step, as for `decompose`.
+        batches: batches(step, generator) gives the inputs of a step, 0 <= step < steps, as for `decompose`. They are drawn
+            ahead, 16 at a time, and go through the target together; some are asked for again after the last step.
         reads: places that are read, such as "output of encode"; several make a crosscoder.
         n_features: F.
         kind: "relu", "topk" or "batch_topk".
         sparsity: L1 weight, or k.
         writes: places that are written; None for those that are read, which makes a sparse autoencoder.
         skip: add a linear path.
-        steps: training steps, each one forward pass of the target on one batch.
+        steps: training steps, each on one batch.
         lr: learning rate.
         revive: how often silent features start anew.
         seed: of the first weights and the data.
@@ -332,7 +333,7 @@ def fit(
 
     def draw(step: int) -> tuple[Tensor, Tensor]:
         if not drawn:  # several batches go through the target at once, which takes less time
-            parts = [checks.batch(batches(s, generator), s) for s in range(step, step + AT_ONCE)]
+            parts = [checks.batch(batches(s % steps, generator), s % steps) for s in range(step, step + AT_ONCE)]
             values = activations(target, torch.cat(parts), read if writes is None else [*read, *written])
             sizes[:] = [value.shape[1] for value in values]
             sides = torch.cat(values[: len(read)], 1), torch.cat(values[-len(written) :], 1)
