@@ -1,19 +1,20 @@
 """Create data/modular.json: arithmetic with a remainder taken apart, where frequencies are the answer and where not.
 
-python -m experiments.modular [--only tokens task frequency ...] [--processes N]      (about half an hour of one core)
+python -m experiments.modular [--only tokens task frequency ...] [--processes N]      (about an hour of one core)
 
 Chapter 33. Targets are written by hand (`targets.ModularArithmetic`), so that nothing of them is trained:
 
 - "tokens": one-hot inputs, p = 13, all six frequencies always on; the first matrix alone is decomposed.
 - "task": two additions and a subtraction with two frequencies each, after an embedding; each sample opens one.
 - "frequency": one addition with five frequencies, after an embedding; each is open on a fifth of the samples.
+- "task, larger" and "frequency, larger": four tasks of moduli up to 31, and eight frequencies modulo 31.
 - "task, no waves": the control. The same switches, and every frequency's weights replaced by random ones of the same
   singular values: nothing is left of the arithmetic.
 
 Seeds of the embedding from 7700 up, and 1,000 more for the decomposition. Every target is taken apart under two sets of
 weights of the losses, both made on seeds 90 to 93: one was better for tasks there, the other for frequencies. The judge
 is to choose. The number of components is that of the mechanisms, and on one seed also others. (The strong set was run
-on all of these targets first, found tasks and no frequencies, and only then were the runs with the other set added.)
+on all of these targets first, found tasks and no frequencies, and only then were the runs with the other set added. The larger ones came last, with nothing changed.)
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from apd_minimal.targets.modular import GRID, ModularArithmetic, ModularTask
 from experiments.experiment import Row, Rows, Study, Tensors, numbers
 
 Job = tuple[str, int, int, str]  # kind, number of components, seed, weights of the losses
-MECHANISMS = {"tokens": 26, "task": 3, "frequency": 5, "task, no waves": 3}
+MECHANISMS = {"tokens": 26, "task": 3, "frequency": 5, "task, no waves": 3, "task, larger": 4, "frequency, larger": 8}
 FIRST = 7700
 OTHERS = {"task": (2, 4, 6), "frequency": (4, 6, 10)}  # numbers of components on the first seed
 WEIGHTS: dict[str, dict[str, Any]] = {
@@ -44,7 +45,8 @@ def jobs() -> list[Job]:
     """List the runs: every target under both sets of weights, of which the judge is to choose."""
     one = [("tokens", 40, FIRST + i) for i in range(5)]
     one += [(kind, MECHANISMS[kind], FIRST + i) for kind in ("task", "frequency") for i in range(10)]
-    one += [("task, no waves", 3, FIRST + i) for i in range(3)]
+    others = ("task, no waves", "task, larger", "frequency, larger")
+    one += [(kind, MECHANISMS[kind], FIRST + i) for kind in others for i in range(3)]
     one += [(kind, c, FIRST) for kind, counts in OTHERS.items() for c in counts]
     return [(*job, weights) for job in one for weights in WEIGHTS]
 
@@ -53,6 +55,13 @@ def target_of(kind: str, seed: int) -> ModularArithmetic:
     """Write down a target."""
     if kind == "tokens":
         return ModularArithmetic([ModularTask(13)])
+    if kind == "frequency, larger":
+        task = ModularTask(31, 1, (1, 3, 4, 6, 9, 11, 12, 14))
+        return ModularArithmetic([task], switches="frequency", embedding=True, seed=seed)
+    if kind == "task, larger":
+        moduli, signs, pairs = (31, 29, 23, 19), (1, -1, 1, 1), ((1, 5), (3, 8), (2, 7), (4, 6))
+        tasks = [ModularTask(*task) for task in zip(moduli, signs, pairs, strict=True)]
+        return ModularArithmetic(tasks, switches="task", embedding=True, seed=seed)
     if kind == "frequency":
         return ModularArithmetic([ModularTask(23, 1, (1, 3, 4, 6, 9))], switches="frequency", embedding=True, seed=seed)
     tasks = [ModularTask(23, 1, (1, 4)), ModularTask(23, -1, (3, 7)), ModularTask(19, 1, (2, 5))]
@@ -80,7 +89,7 @@ def without_waves(target: ModularArithmetic, seed: int) -> ModularArithmetic:
 def truth_of(kind: str, target: ModularArithmetic) -> dict[str, Tensor]:
     """Give what a decomposition is compared with: columns of the first matrix, tasks or frequencies."""
     if kind != "tokens":
-        return target.mechanisms("frequency" if kind == "frequency" else "task")
+        return target.mechanisms("frequency" if "frequency" in kind else "task")
     W = target.hidden.weight.detach().T
     return {"hidden.weight": torch.eye(len(W))[:, :, None] * W}
 
@@ -90,7 +99,7 @@ def settings_of(job: Job) -> Row:
     kind, n_components, seed, weights = job
     tokens = kind == "tokens"
     settings: dict[str, Any] = {
-        "n_components": n_components, "rank": 4 if tokens else None, "top_k": 2.0 if tokens else 1.0,
+        "n_components": n_components, "rank": 4 if tokens else None, "top_k": {"tokens": 2.0, "frequency, larger": 1.6}.get(kind, 1.0),
         "steps": 800, "restarts": 2 if tokens else 12, "seed": seed + 1000,
         **WEIGHTS[weights],
     }  # fmt: skip

@@ -300,8 +300,8 @@ def fit(
 
     Args:
         target: any network; it is left as it is.
-        batches: batches(step, generator) gives the inputs of a step, 0 <= step < steps, as for `decompose`. They are drawn
-            ahead, 16 at a time, and go through the target together; some are asked for again after the last step.
+        batches: batches(step, generator) gives the inputs of a step, 0 <= step < steps, as for `decompose`. They are
+            drawn ahead, 16 at a time, and go through the target together; some are asked for again at the end.
         reads: places that are read, such as "output of encode"; several make a crosscoder.
         n_features: F.
         kind: "relu", "topk" or "batch_topk".
