@@ -14,7 +14,8 @@ Chapter 33. Targets are written by hand (`targets.ModularArithmetic`), so that n
 Seeds of the embedding from 7700 up, and 1,000 more for the decomposition. Every target is taken apart under two sets of
 weights of the losses, both made on seeds 90 to 93: one was better for tasks there, the other for frequencies. The judge
 is to choose. The number of components is that of the mechanisms, and on one seed also others. (The strong set was run
-on all of these targets first, found tasks and no frequencies, and only then were the runs with the other set added. The larger ones came last, with nothing changed.)
+on all of these targets first, found tasks and no frequencies, and only then were the runs with the other set added. The
+larger ones came last, with nothing changed.)
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ from apd_minimal.targets.modular import GRID, ModularArithmetic, ModularTask
 from experiments.experiment import Row, Rows, Study, Tensors, numbers
 
 Job = tuple[str, int, int, str]  # kind, number of components, seed, weights of the losses
-MECHANISMS = {"tokens": 26, "task": 3, "frequency": 5, "task, no waves": 3, "task, larger": 4, "frequency, larger": 8}
+MECHANISMS = {
+    "tokens": 26, "task": 3, "frequency": 5, "task, no waves": 3, "task, larger": 4, "frequency, larger": 8,
+}  # fmt: skip
+ACTIVE = {"tokens": 2.0, "frequency, larger": 1.6}  # on a sample; else one mechanism
 FIRST = 7700
 OTHERS = {"task": (2, 4, 6), "frequency": (4, 6, 10)}  # numbers of components on the first seed
 WEIGHTS: dict[str, dict[str, Any]] = {
@@ -99,7 +103,7 @@ def settings_of(job: Job) -> Row:
     kind, n_components, seed, weights = job
     tokens = kind == "tokens"
     settings: dict[str, Any] = {
-        "n_components": n_components, "rank": 4 if tokens else None, "top_k": {"tokens": 2.0, "frequency, larger": 1.6}.get(kind, 1.0),
+        "n_components": n_components, "rank": 4 if tokens else None, "top_k": ACTIVE.get(kind, 1.0),
         "steps": 800, "restarts": 2 if tokens else 12, "seed": seed + 1000,
         **WEIGHTS[weights],
     }  # fmt: skip
