@@ -1,6 +1,6 @@
 """Create data/baselines.json: one network, many ways to take it apart (chapter 30).
 
-python -m experiments.baselines [--only tms-5-2 | tms-40-10 | tms-5-2-identity | 50 | 25-25]     (about 40 minutes)
+python -m experiments.baselines [--only tms-5-2 | tms-40-10 | tms-5-2-identity | 50 | 25-25]     (about an hour)
 
 Targets and APD's components are those of data/tms.* and data/residual.*. No setting of a dictionary was chosen on
 them: sizes are those of APD's recipe, and the sparsity is chosen for each by bits, without the truth.
@@ -9,10 +9,14 @@ them: sizes are those of APD's recipe, and the sparsity is chosen for each by bi
 from __future__ import annotations
 
 import math
+import time
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import apd_minimal as apd
 from apd_minimal.study import baselines, controls
@@ -25,15 +29,30 @@ TARGETS = ("tms-5-2", "50", "25-25", "tms-40-10", "tms-5-2-identity")
 SEEDS = {
     "tms-5-2": range(10, 15),
     "tms-40-10": range(20, 25),
-    "tms-5-2-identity": range(10, 13),
-    "50": range(3),
-    "25-25": range(3),
+    "tms-5-2-identity": range(10, 15),
+    "50": range(5),
+    "25-25": range(5),
 }
 GRID: dict[str, Any] = {"relu": (0.03, 0.1, 0.3), "topk": (1, 2, 3), "batch_topk": (0.7, 1.0, 1.5, 2.5)}
 FIT: dict[str, Any] = {"steps": 1000, "lr": 1e-2}
 LARGE: dict[str, Any] = {"steps": 400, "lr": 1e-2}  # of the residual MLPs, whose stream has 1,000 numbers
 LARGE_GRID = (1.0, 1.5, 2.5)
 EPSILONS = apd.rate.EPSILONS
+LONGER = {  # what is trained again with ten times the steps, on the first three seeds
+    "tms-40-10": ("SAE, TopK", "SAE, BatchTopK", "transcoder"),
+    "50": ("SAE, BatchTopK, layer 0", "transcoder"),
+    "25-25": ("crosscoder",),
+}
+WIDER: dict[str, dict[str, tuple[float, ...]]] = {  # where the choice above fell on an end of the grid
+    "tms-40-10": {
+        "SAE, L1": (0.003, 0.01, 0.03, 0.1, 0.3, 1.0),
+        "SAE, TopK": (1, 2, 3, 4, 6),
+        "SAE, BatchTopK": (0.7, 1.0, 1.5, 2.5, 4.0, 6.0),
+        "transcoder": (0.7, 1.0, 1.5, 2.5, 4.0, 6.0),
+        "transcoder with skip": (0.2, 0.4, 0.7),
+    },
+    "tms-5-2": {"SAE, L1": (0.003, 0.01, 0.03, 0.1, 0.3, 1.0), "transcoder with skip": (0.2, 0.4, 0.7)},
+}
 SPLIT = {"tms-5-2": (range(10, 13), (1, 2, 4, 8)), "tms-40-10": (range(20, 21), (1, 2, 4))}
 Target = TMS | ResidualMLP
 
@@ -244,6 +263,110 @@ def split_run(job: tuple[str, int, int]) -> tuple[list[Row], Tensors]:
     return [{"found": found}], {}
 
 
+def wider_run(job: tuple[str, int, str, float]) -> tuple[list[Row], Tensors]:
+    """Train one dictionary of a TMS with one sparsity; `bits_to_choose` are of other inputs than `bits`."""
+    name, seed, label, sparsity = job
+    target, _ = loaded(name, seed)
+    x, recipe, to_layer = held_out(target, seed), target.recipe, label.startswith("transcoder")
+    kind = {"SAE, L1": "relu", "SAE, TopK": "topk"}.get(label, "batch_topk")
+    reads, writes = ("input of encode", "output of encode") if to_layer else ("output of encode", None)
+    settings = FIT | ({"skip": label.endswith("skip")} if to_layer else {})
+    found = baselines.choose(
+        target,
+        recipe["batches"],
+        reads,
+        recipe["n_components"],
+        kind,
+        (sparsity,),
+        writes=writes,
+        seed=seed,
+        **settings,
+    )
+    (tried,) = found.tried
+    row: Row = {"bits_to_choose": [round(b, 3) if math.isfinite(b) else None for b in tried["bits"]]}
+    row |= {"bits": bits(baselines.costs(target, found.best, x, reads, writes, EPSILONS))}
+    row |= directions(true_directions(target)[0], found.best.directions()) | {"seconds": round(found.seconds, 1)}
+    if to_layer:
+        own = target.ownership(baselines.transcoded(found.best, "encode.weight"))
+        row["owned"] = int(own.owned.sum())
+    return [row], {}
+
+
+def ten_times(name: str) -> Row:
+    """Give the settings of a dictionary's training, with ten times the steps."""
+    settings = LARGE if name in NEURONS else FIT
+    return settings | {"steps": 10 * settings["steps"]}
+
+
+def longer_run(job: tuple[str, int, str]) -> tuple[list[Row], Tensors]:
+    """Train one dictionary again with ten times the steps, and the sparsity that was chosen for it."""
+    name, seed, label = job
+    target, _ = loaded(name, seed)
+    x, recipe, large = held_out(target, seed), target.recipe, isinstance(target, ResidualMLP)
+    before = next(r for r in STUDY.stored()["runs"] if (r["target"], r["seed"]) == (name, seed))["methods"][label]
+    true, every = true_directions(target), [f"output of neurons.{i}" for i in range(2 if name == "25-25" else 1)]
+    hidden: Any = every if large else "output of encode"
+    places = ("input of read.0", "output of write.0") if large else ("input of encode", "output of encode")
+    reads, writes = places if label == "transcoder" else (hidden, None)
+    kind = {"SAE, L1": "relu", "SAE, TopK": "topk"}.get(label, "batch_topk")
+    start = time.process_time()
+    own = baselines.fit(
+        target, recipe["batches"], reads, recipe["n_components"], kind, before["sparsity"], writes=writes, seed=seed,
+        **ten_times(name),
+    )  # fmt: skip
+    row: Row = {"seconds": round(time.process_time() - start, 1)}
+    row |= {"bits": bits(baselines.costs(target, own, x, reads, writes, EPSILONS))}
+    if label != "transcoder":
+        return [row | directions(torch.cat(true, 1), own.directions())], {}
+    if isinstance(target, ResidualMLP):
+        return [row | layer_ownership(target, own)], {}
+    owned = int(target.ownership(baselines.transcoded(own, "encode.weight")).owned.sum())
+    return [row | {"owned": owned} | directions(true[0], own.directions())], {}
+
+
+def operations(train: Callable[[int], None], n: int) -> float:
+    """Count the floating-point operations of a training step: those of 2 n steps less those of n, over n."""
+    counts = []
+    for steps in (n, 2 * n):
+        with FlopCounterMode(display=False) as counter:
+            train(steps)
+        counts.append(counter.get_total_flops())
+    return (counts[1] - counts[0]) / n
+
+
+def work() -> dict[str, Row]:
+    """Count the operations of a training step, in forward passes of the whole network over as many samples."""
+    found: dict[str, Row] = {}
+    for name in ("tms-5-2", "tms-40-10", "50", "25-25"):
+        target, _ = loaded(name, SEEDS[name][0])
+        recipe, large = target.recipe, isinstance(target, ResidualMLP)
+        x = recipe["batches"](0, torch.Generator().manual_seed(0))
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            target(x)
+        forward, steps = counter.get_total_flops(), (LARGE if large else FIT)["steps"]
+        hidden = [f"output of neurons.{i}" for i in range(len(NEURONS[name]))] if large else ["output of encode"]
+
+        def dictionary(n: int, places: list[str] = hidden, own: Target = target) -> None:
+            batches, size = own.recipe["batches"], own.recipe["n_components"]
+            baselines.fit(own, batches, places, size, "batch_topk", 1.0, steps=n, seed=0)
+
+        def apd_run(n: int, own: Target = target) -> None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that it is not finished
+                apd.decompose(own, progress=False, **(own.recipe | {"steps": n, "tidy_every": 0.0}))
+
+        own = operations(dictionary, 16) / forward  # the activations of 16 steps are recorded at once
+        one = operations(apd_run, 2) / forward
+        found[name] = {
+            "samples": len(x),
+            "dictionary_step": round(own, 2),
+            "dictionary_steps": steps,
+            "apd_step": round(one, 2),
+            "apd_steps": recipe["steps"],
+        }
+    return found
+
+
 def turned(found: Tensor, seed: int) -> Tensor:
     """Draw as many random mixtures of the directions: how many point along a feature by chance."""
     generator = torch.Generator().manual_seed(seed)
@@ -263,9 +386,20 @@ SPLITTING = Rows(
     run=split_run,
     settings=lambda job: FIT | {"grid": GRID},
 )
-STUDY = Study(
-    "baselines", {"runs": RUNS, "splitting": SPLITTING}, about=lambda processes: {"processes": processes}, compact=True
+LONG = Rows(
+    fields=("target", "seed", "method"),
+    jobs=lambda rows: [(n, seed, m) for n, methods in LONGER.items() for seed in SEEDS[n][:3] for m in methods],
+    run=longer_run,
+    settings=lambda job: ten_times(job[0]),
 )
+WIDE = Rows(
+    fields=("target", "seed", "method", "sparsity"),
+    jobs=lambda rows: [(n, s, m, v) for n, own in WIDER.items() for s in SEEDS[n] for m, vs in own.items() for v in vs],
+    run=wider_run,
+    settings=lambda job: FIT,
+)
+PARTS = {"runs": RUNS, "splitting": SPLITTING, "longer": LONG, "wider": WIDE}
+STUDY = Study("baselines", PARTS, {"work": work}, about=lambda processes: {"processes": processes}, compact=True)
 
 if __name__ == "__main__":
     STUDY.main(__doc__)
