@@ -141,10 +141,12 @@ class Study:
     def write(self, table: Row, tensors: Tensors, processes: int) -> None:
         """Write both files and the manifest; the tensors first, since the table lists what is stored."""
         if tensors:
-            save_file(tensors, self.arrays)
+            save_file(tensors, _part(self.arrays))
+            _part(self.arrays).replace(self.arrays)
         about = {"torch": str(torch.__version__), "threads": 1, **self.about(processes)}
         style: dict[str, Any] = {"separators": (",", ":")} if self.compact else {"indent": 1}
-        self.table.write_text(json.dumps(table | {"about": about}, **style) + "\n")
+        _part(self.table).write_text(json.dumps(table | {"about": about}, **style) + "\n")
+        _part(self.table).replace(self.table)  # at once: a worker may be reading it
         write_manifest(self.folder)
 
     def add(self, name: str, job: Job, results: list[Row], new_tensors: Tensors, processes: int) -> None:
@@ -199,6 +201,11 @@ class Study:
                 self.write(table | {name: value}, tensors, options.processes)
 
 
+def _part(path: Path) -> Path:
+    """Name the file that is written before it takes the place of `path`."""
+    return path.with_name(path.name + ".part")
+
+
 def _in_short(row: Row) -> str:
     """Summarise a row for the progress output."""
     facts = {name: row[name] for name in ("owned", "seconds") if name in row}
@@ -212,7 +219,8 @@ def prefix(job: Job) -> str:
 
 def write_manifest(folder: Path = DATA) -> None:
     """Store the hash of every artefact, by which a fetched copy is checked."""
-    names = sorted(p.name for p in folder.iterdir() if p.name not in ("manifest.json", "README.md"))
+    own = [p.name for p in folder.iterdir() if p.suffix != ".part"]
+    names = sorted(name for name in own if name not in ("manifest.json", "README.md"))
     hashes = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
     (folder / "manifest.json").write_text(json.dumps(hashes, indent=1) + "\n")
 

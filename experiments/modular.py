@@ -2,7 +2,7 @@
 
 python -m experiments.modular [--only tokens task frequency ...] [--processes N]      (about an hour of one core)
 
-Chapter 33. Targets are written by hand (`targets.ModularArithmetic`), so that nothing of them is trained:
+Chapter 35. Targets are written by hand (`targets.ModularArithmetic`), so that nothing of them is trained:
 
 - "tokens": one-hot inputs, p = 13, all six frequencies always on; the first matrix alone is decomposed.
 - "task": two additions and a subtraction with two frequencies each, after an embedding; each sample opens one.

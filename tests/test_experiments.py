@@ -216,6 +216,17 @@ def test_the_manifest_names_what_is_there(study: Study, monkeypatch: pytest.Monk
     assert '"manifest.json"' not in manifest
 
 
+def test_who_reads_while_it_is_written_sees_the_table_before_or_after(study: Study) -> None:
+    table = {"about": {}, "runs": [{"name": str(i)} for i in range(30_000)]}
+    study.write(table, {}, 1)
+    with ThreadPool(1) as pool:
+        writing = pool.apply_async(lambda: [study.write(table, {}, 1) for _ in range(10)])
+        while not writing.ready():
+            assert len(study.stored()["runs"]) == 30_000
+        writing.get()
+    assert not list(study.folder.glob("*.part"))
+
+
 def test_scaled_schedules() -> None:
     assert scaled(3.0, 2) == 6.0
     assert scaled(((0.0, 1.0), (0.5, 4.0)), 0.5) == ((0.0, 0.5), (0.5, 2.0))

@@ -1,4 +1,4 @@
-"""Arithmetic with a remainder, written by hand as waves: every frequency is a mechanism that is known (chapter 33).
+"""Arithmetic with a remainder, written by hand as waves: every frequency is a mechanism that is known (chapter 35).
 
 A neuron that squares turns a sum of two waves into a wave of the sum: 2 cos(u) cos(v) = cos(u + v) + cos(u - v).
 Nine neurons for each frequency, with the phases 0, 2 pi / 3 and 4 pi / 3 of a and of b, cancel everything else
