@@ -1,4 +1,4 @@
-"""Induction written by hand in a network of attention alone, beside two other circuits in its weights (chapter 35).
+"""Induction written by hand in a network of attention alone, beside two other circuits in its weights (chapter 36).
 
 Letters are the corners of a cube, so that they have fewer dimensions than there are letters. A head compares what it
 looks for with what is there by a dot product, and may also look at nothing: each head has a fixed score for that, and
@@ -50,7 +50,11 @@ class Heads(nn.Module):
         return layer(stream).unflatten(-1, (len(self.nothing), -1)).movedim(-2, -3)  # [..., H, T, e]
 
     def patterns(self, stream: Tensor) -> Tensor:
-        """Compute how much each position looks at each, [..., H, T, T]; what is missing to 1 looks at nothing."""
+        """Compute how much each position looks at each, [..., H, T, T]; what is missing to 1 looks at nothing.
+
+        Args:
+            stream: that the layer reads, [..., T, d].
+        """
         T = stream.shape[-2]
         later = torch.ones(T, T, dtype=torch.bool, device=stream.device).triu(1)
         scores = (self._heads(self.q, stream) @ self._heads(self.k, stream).mT).masked_fill(later, -math.inf)
@@ -58,7 +62,11 @@ class Heads(nn.Module):
         return torch.cat([scores, nothing], dim=-1).softmax(-1)[..., :-1]
 
     def forward(self, stream: Tensor) -> Tensor:
-        """Map the stream [..., T, d] to the stream after this layer."""
+        """Map the stream to the stream after this layer, [..., T, d].
+
+        Args:
+            stream: that the layer reads, [..., T, d].
+        """
         mixed = self.patterns(stream) @ self._heads(self.v, stream)  # [..., H, T, e]
         return stream + self.o(mixed.movedim(-3, -2).flatten(-2))
 
@@ -162,7 +170,7 @@ class Induction(nn.Module):
 
     @property
     def weights(self) -> list[str]:
-        """The parameter paths to decompose: queries, keys, values and outputs of both layers."""
+        """The parameter paths to decompose, those of queries, keys, values and outputs of both layers."""
         return [f"blocks.{i}.{part}.weight" for i in (0, 1) for part in "qkvo"]
 
     def _embedded(self, x: Tensor) -> Tensor:
