@@ -137,6 +137,8 @@ LETTERS = apd.targets.Transformer(7, 4, 2, 4, 1)
 GATED = apd.targets.GatedFunctions(2, 3)
 TASK = apd.targets.ModularTask(5)
 MODULAR = apd.targets.ModularArithmetic([TASK], switches="frequency")
+INDUCTION = apd.targets.Induction()
+TOKENS = INDUCTION.data(4)(0, torch.Generator().manual_seed(0))
 X = torch.rand(4, 5, generator=torch.Generator().manual_seed(1)) + 0.1
 TRUTH = {"encode.weight": torch.eye(5)[:, :, None] * torch.tensor([1.0, 2.0])}
 FIGURE_KINDS = ("svg", "webp")
@@ -332,6 +334,13 @@ VALID: dict[str, tuple[Any, dict[str, Any]]] = {  # name: (self or None, argumen
     "targets.GatedFunctions.mechanisms": (GATED, {}),
     "targets.GatedInputs": (None, {"n_functions": 2}),
     "targets.GatedInputs.__call__": (apd.targets.GatedInputs(2), {"step": 0, "generator": generator()}),
+    "targets.Induction": (None, {}),
+    **{f"targets.Induction.{name}": (INDUCTION, {"x": TOKENS}) for name in ("forward", "patterns", "says", "answers")},
+    "targets.Induction.uses": (INDUCTION, {"x": TOKENS}),
+    "targets.Induction.data": (INDUCTION, {}),
+    "targets.Induction.mechanisms": (INDUCTION, {}),
+    "targets.Sequences": (None, {}),
+    "targets.Sequences.__call__": (INDUCTION.data(4), {"step": 0, "generator": generator()}),
     "targets.ModularTask": (None, {"p": 5}),
     "targets.ModularTask.waves": (TASK, {"n": 6}),
     "targets.ModularArithmetic": (None, {"tasks": [TASK]}),
@@ -668,6 +677,7 @@ NO_NAN = {
 ALONE = {"components": bad_components(alone=True)}
 ANY_WEIGHTS = {"components": bad_components(alone=True, fit=False)}
 FEW_WEIGHTS = {"components": bad_components(finite=True)}
+CIRCUITS = st.one_of(but(list, tuple), NOTHING, st.sampled_from([(), ("last",), ["first", "first"], (1,), [None]]))
 WIDTH = {
     name: {"x": tensor(x, 0, finite=False).filter(lambda t, n=n: not isinstance(t, Tensor) or t.shape[-1:] != (n,))}
     for name, x, n in (
@@ -860,6 +870,27 @@ OWN_KINDS: dict[str, dict[str, Strategy]] = {
     },
     "targets.GatedFunctions": {"neurons": number(2, whole=True)},
     "targets.GatedFunctions.functions": {"x": st.one_of(but(Tensor), NOTHING)},
+    "targets.Induction": {
+        "circuits": CIRCUITS,
+        "positions": number(7, 8, whole=True),
+        "bits": number(3, 10, whole=True),
+        "gap": number(0, above=True),
+    },
+    **{
+        f"targets.Induction.{name}": {
+            "x": st.one_of(
+                but(Tensor), NOTHING, st.sampled_from([TOKENS + 0.0, TOKENS[:, :7], TOKENS + 10, TOKENS - 20])
+            )
+        }
+        for name in ("forward", "patterns", "says", "answers", "uses")
+    },
+    "targets.Induction.mechanisms": {"by": choice("circuit", "role")},
+    "targets.Sequences": {
+        "n_letters": number(7, whole=True),
+        "positions": number(7, 8, whole=True),
+        "circuits": CIRCUITS,
+    },
+    "targets.Sequences.__call__": {"generator": source(none=False)},
     "targets.ModularArithmetic": {
         "tasks": st.one_of(but(list, tuple), NOTHING, st.sampled_from([[], [5], [TASK, TASK], [TASK, None]])),
         "switches": choice("task", "frequency", none=True),

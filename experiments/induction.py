@@ -1,0 +1,257 @@
+"""Create data/induction.json: three circuits in the same weights taken apart, with gates per sequence and per position.
+
+python -m experiments.induction [--only sequence position ...] [--processes N]          (about five minutes of one core)
+
+Chapter 36. The target is written by hand (`targets.Induction`), so that nothing of it is trained. A run has gates for
+whole sequences, where the cheapest mechanisms are the three circuits, or for each position, where they are the six
+roles. It starts at random ("scratch"), or at the truth plus the same random numbers ("truth"): that asks whether the
+losses hold the truth where it is. "random" is the control: every matrix is replaced by a random one of the same
+singular values, with the same settings, from scratch. Seeds of the targets from 8600 up, and 1,000 more for the runs.
+Runs from scratch are of the first target only: what was tried on seed 90 before had not found anything either.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import apd_minimal as apd
+from apd_minimal.algorithm import begin, finish
+from apd_minimal.config import Config
+from apd_minimal.selection import TopK
+from apd_minimal.study import controls
+from apd_minimal.study.rate import Judge
+from apd_minimal.targets.induction import CIRCUIT_OF, CIRCUITS, Induction
+from experiments.experiment import Row, Rows, Study, Tensors, numbers
+
+Job = tuple[str, str, int]  # gates, start, seed
+TRUTHS = {"sequence": "circuit", "position": "role"}  # gates, and what is cheapest under them
+GROUPS = {"sequence": tuple(range(len(CIRCUITS))), "position": CIRCUIT_OF}  # the circuit of each true mechanism
+ACTIVE = {"sequence": 1.0, "position": 0.25}  # of the truth, on a sequence or at a position
+TESTS = ("own error without", "others' error without", "own error alone", "others' error alone")
+RANK, FIRST = 4, 8600  # no matrix of a circuit has a higher rank
+
+BATCH = 64  # sequences
+WEIGHTS: dict[str, Any] = {"faithfulness": 100.0, "minimality": 50.0, "scrub": 50.0}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "near": {**WEIGHTS, "steps": 150, "restarts": 2, "simplicity": 1.0},
+    "far": {**WEIGHTS, "steps": 400, "restarts": 2, "simplicity": ((0.0, 5.0), (1.0, 0.0))},
+}
+
+
+@dataclass
+class Fading(TopK):
+    """The top k, and the others not off at once: what is left of them falls from 1 to 0 until a point of the run.
+
+    A head of which a part is missing looks at nothing, and then no gradient says what is missing.
+    """
+
+    until: float = 0.7
+
+    def choose(self, scores: Tensor, t: float, share: float = 1.0) -> Tensor:
+        """Choose the k most attributed, and let the others fade."""
+        mask = super().choose(scores, t, share)
+        left = max(0.0, 1 - t / self.until)
+        return torch.where(mask, 1.0, left) if left else mask
+
+
+def along_the_answer(outputs: Tensor) -> Tensor:
+    """Measure the outputs along the target's own, [B, 1]: one number to take a gradient of."""
+    return (outputs * outputs.detach()).flatten(1).sum(1, keepdim=True)
+
+
+def attribution(network: apd.Network, components: apd.Components, x: Tensor, per_position: bool = False) -> Tensor:
+    """Compute gradient attributions to the size of the answers: [B, C], or [B, T, C] per position."""
+    one = apd.Network(network.target, list(network.weights), along_the_answer)
+    return apd.attributions.gradient(one, components, x, per_position=per_position, mode="backward")
+
+
+def scores_of(gates: str) -> Any:
+    """Give the attributions for these gates."""
+    return partial(attribution, per_position=gates == "position")
+
+
+@torch.no_grad()
+def without_circuits(target: Induction, seed: int) -> Induction:
+    """Replace every matrix by a random one of the same singular values."""
+    generator = torch.Generator().manual_seed(seed)
+    for layer in target.layers:
+        for part in (layer.q, layer.k, layer.v, layer.o):
+            U, S, Vh = torch.linalg.svd(part.weight, full_matrices=False)
+            U, V = (torch.linalg.qr(torch.randn(m.shape, generator=generator)).Q for m in (U, Vh.T))
+            part.weight.copy_(U @ S.diag() @ V.T)
+        layer.nothing.zero_()  # else most of them would look at nothing
+    return target
+
+
+def asked(target: Induction, circuit: int, n: int = 256, seed: int = 0) -> Tensor:
+    """Draw sequences in which this circuit is asked, and no other: [n, T]."""
+    x = target.data(16 * n)(0, torch.Generator().manual_seed(seed))
+    on = (target.says(x) != 0).any(-1).any(1)  # [B, circuit]
+    return x[on[:, circuit] & (on.sum(1) == 1)][:n]
+
+
+@torch.no_grad()
+def causal(target: Induction, components: apd.Components, groups: list[list[int]], seed: int = 0) -> Tensor:
+    """Take each circuit's components away, and keep them alone: errors [circuit, 4], as `TESTS` names them.
+
+    Errors are shares of the answers' size, at most 1.
+
+    Args:
+        target: with all circuits.
+        components: C of them.
+        groups: the components of each circuit.
+        seed: of the sequences.
+    """
+    network = apd.Network(target, target.weights)
+    inputs = [asked(target, c, seed=seed) for c in range(len(CIRCUITS))]
+
+    def errors(gates: Tensor) -> Tensor:
+        found = []
+        for x in inputs:
+            wanted = target.answers(x)
+            gap = network(x, components, gates.expand(len(x), -1)) - wanted
+            found.append((gap.square().sum() / wanted.square().sum()).clamp(max=1))
+        return torch.stack(found)
+
+    rows = []
+    for c, group in enumerate(groups):
+        own = torch.zeros(components.n_components)
+        own[group] = 1
+        gone, alone = errors(1 - own), errors(own)
+        others = torch.arange(len(groups)) != c
+        rows.append(torch.stack([gone[c], gone[others].mean(), alone[c], alone[others].mean()]))
+    return torch.stack(rows)
+
+
+@torch.no_grad()
+def moved(target: Induction, components: apd.Components, k: float, seed: int = 0) -> dict[str, float]:
+    """Move the pattern by one position: does the mask have to move with it? Errors as shares, with gates per position.
+
+    Args:
+        target: with induction.
+        components: C of them.
+        k: active at a position.
+        seed: of the sequences.
+
+    Returns:
+        dict[str, float]: of the moved sequences with the mask that they have themselves, with the mask of before, with
+        that one moved as well, and with the mask of another sequence.
+    """
+    network = apd.Network(target, target.weights)
+    score = scores_of("position")
+    usual = score(network, components, target.data(2048)(0, torch.Generator().manual_seed(seed + 1)))
+    least = usual.flatten().topk(int(k * usual[..., 0].numel())).values[-1]  # of the training mixture, with its share
+    # Whatever is at the first position is left there, the last letter comes after it, and all others move on by one.
+    x = asked(target, 0, n=1024, seed=seed)
+    x = x[(target.uses(x)[:, 0, 0] == 0) & ~target.uses(x)[:, -1].any(-1)]
+    order = [0, target.positions - 1, *range(1, target.positions - 1)]
+    there, wanted = x[:, order], target.answers(x[:, order])
+    mask, own = (score(network, components, y) >= least for y in (x, there))
+    size = wanted.square().sum()
+
+    def error(gates: Tensor) -> float:
+        gap = network(there, components, gates.float()) - wanted
+        return min(1.0, float(gap.square().sum() / size))
+
+    return {"own": error(own), "stays": error(mask), "moves": error(mask[:, order]), "another's": error(own.roll(1, 0))}
+
+
+def jobs() -> list[Job]:
+    """List the runs."""
+    seeds = range(FIRST, FIRST + 5)
+    near = [(gates, "truth", seed) for seed in seeds for gates in TRUTHS]
+    return near + [(gates, start, FIRST) for start in ("scratch", "random") for gates in TRUTHS]
+
+
+def settings_of(job: Job) -> Row:
+    """Give the settings: one set for all, but for the gates, and the fading of runs that do not start at the truth."""
+    gates, start, seed = job
+    return {
+        "n_components": len(GROUPS[gates]), "top_k": ACTIVE[gates], "rank": RANK, "seed": seed + 1000,
+        "tidy_every": 0.0, "reseed_until": 0.0, **SETTINGS["near" if start == "truth" else "far"],
+    }  # fmt: skip
+
+
+def run(job: Job) -> tuple[list[Row], Tensors]:
+    """Take one target apart, and measure what is owned, what it does, and the bits."""
+    gates, start, seed = job
+    target = Induction(seed=seed)
+    if start == "random":
+        target = without_circuits(target, seed)
+    truth, score, began = target.mechanisms(TRUTHS[gates]), scores_of(gates), time.process_time()
+    judge, network = Judge(attribution=score), apd.Network(target, target.weights)
+    k, settings = ACTIVE[gates], settings_of(job)
+    source = target.data(BATCH)
+    selection = None if start == "truth" else Fading(k)
+    progress = begin(network, source, Config.from_dict(settings), attribution=score, selection=selection)
+    known = apd.Components.from_matrices(truth, RANK)
+    if start == "truth":
+        with torch.no_grad():
+            for mine, true in zip(progress.components.parameters(), known.parameters(), strict=True):
+                mine.add_(true)
+    first = progress.components.map(lambda t: t.detach().clone()).restart(0)
+    found = finish(progress, None, 500, None, False, None)
+    seconds = time.process_time() - began
+    x = target.data(512)(0, torch.Generator().manual_seed(20_000 + seed))
+    parts, every = found.components, found.restarts
+    own, dealt = apd.metrics.ownership(parts, truth), controls.dealt(parts, seed)
+    assert every is not None and every.restarts is not None
+    row: Row = {
+        "owned": int(own.owned.sum()),
+        "cosine": [round(v, 4) for v in own.cosine.tolist()],
+        "length_ratio": [round(v, 4) for v in own.length_ratio.tolist()],
+        "purity": [round(v, 4) for v in own.purity.tolist()],
+        "owned_by_restart": [
+            int(apd.metrics.ownership(every.restart(r), truth).owned.sum()) for r in range(every.restarts)
+        ],
+        "start_cosine": apd.metrics.ownership(first, truth).cosine.mean().item(),
+        "restarts_cosine": apd.metrics.ownership(every.restart(0), as_truth(every.restart(1))).cosine.mean().item(),
+        "dealt_cosine": apd.metrics.ownership(dealt, truth).cosine.mean().item(),
+        "another_cosine": apd.metrics.ownership(parts, Induction(seed=seed + 50).mechanisms(TRUTHS[gates]))
+        .cosine.mean()
+        .item(),
+        "relative_faithfulness": apd.metrics.relative_faithfulness(parts, network.weights).item(),
+        "bits": finite(judge(network, parts, x)),
+        "bits_of_the_truth": finite(judge(network, known, x)),
+        "bits_dealt": finite(judge(network, dealt, x)),
+        "seconds": round(seconds, 1),
+    }
+    if start != "random":
+        groups = [[int(own.owner[j]) for j, g in enumerate(GROUPS[gates]) if g == c] for c in range(len(CIRCUITS))]
+        row["causal"] = causal(target, parts, groups, seed).tolist()
+        as_known = [[j for j, g in enumerate(GROUPS[gates]) if g == c] for c in range(len(CIRCUITS))]
+        row["causal_start"] = causal(target, first, as_known, seed).tolist()
+        row["causal_dealt"] = causal(target, dealt, groups, seed).tolist()
+        if gates == "position":
+            row["moved"], row["moved_dealt"] = moved(target, parts, k, seed), moved(target, dealt, k, seed)
+    return [row], {}
+
+
+def finite(bits: float) -> float | None:
+    """Give None for bits that are infinite, as JSON has no infinity."""
+    return bits if math.isfinite(bits) else None
+
+
+def as_truth(components: apd.Components) -> dict[str, Tensor]:
+    """Give the matrices of components, to compare others with."""
+    return {path: components.matrices(path).detach() for path in components.paths}
+
+
+RUNS = Rows(
+    fields=("gates", "start", "seed"),
+    jobs=lambda rows: jobs(),
+    run=run,
+    settings=lambda job: numbers(settings_of(job), batch=BATCH),
+    order=lambda job: (["truth", "scratch", "random"].index(job[1]), list(TRUTHS).index(job[0]), job[2]),
+)
+STUDY = Study("induction", {"runs": RUNS}, about=lambda processes: {"processes": processes}, compact=True)
+
+if __name__ == "__main__":
+    STUDY.main(__doc__)
