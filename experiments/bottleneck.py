@@ -53,8 +53,7 @@ BATCH = 512
 PLAIN = ((0.0, 20.0), (0.7, 0.0))  # the simplicity loss of the first and second settings
 SHARP = 10.0  # a TMS's outputs, times this, are the logits of a classifier
 UNITS: dict[str, range] = {
-    "logits 5-2": range(7500, 7503), "logits 20 5-2": range(7500, 7501), "logits 7-3": range(7500, 7502),
-    "computed": range(7500, 7501), "5-2": range(7600, 7601),
+    "logits 5-2": range(7500, 7503), "logits 20 5-2": range(7500, 7501), "logits 7-3": range(7500, 7501),
 }  # fmt: skip
 
 
