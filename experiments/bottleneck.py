@@ -10,9 +10,9 @@ the seeds here were fixed before, and run once, in order. The decomposition has 
 are the runs of the first settings, in which empty samples are in the batches, the faithfulness loss has weight 1
 whatever the data, and every network gets 1,500 steps. "Computed" is a small residual MLP.
 
-"Units" are runs by `bottleneck.settings` as it stands, in which the weight of the simplicity loss follows the network:
-on TMS, on small residual MLPs, and on classifiers: the softmax of ten times the outputs of a TMS, which says which
-feature is on the most. The mechanisms of these are those of the TMS. "Logits 20" are the same by the second settings.
+"Units" are runs by `bottleneck.settings` as it stands, in which the weight of the simplicity loss follows the network,
+on classifiers: the softmax of ten times the outputs of a TMS, which says which feature is on the most. The mechanisms
+are those of the TMS. "Logits 20" are the same by the second settings.
 
 Every restart is kept with what it owns and its held-out error, so that other picks can be compared, and for the first
 target of each kind also how k went.
@@ -129,24 +129,17 @@ class Noted(Bottleneck):
 
 def run(job: Job) -> tuple[list[Row], Tensors]:
     """Train a target, decompose it by the second settings, and measure."""
-    return [by_rule(job, simplicity=PLAIN)], {}
-
-
-def by_rule(job: Job, **changes: Any) -> Row:
-    """Train a target, decompose it by `bottleneck.settings`, with changes, and measure."""
     target = target_of(job)
     batches = target.data(BATCH, nonempty=True)
     x = target.data(8192, nonempty=True)(0, torch.Generator().manual_seed(30_000 + job[2]))
     settings = bottleneck.settings(apd.Network(target, target.weights), x, n_components(job))
     gains = FEWER.get(job[0], GAINS)
-    settings |= {"n_components": n_components(job), "seed": job[2] + 1000, "restarts": len(gains)} | changes
+    settings |= {"n_components": n_components(job), "seed": job[2] + 1000, "restarts": len(gains), "simplicity": PLAIN}
     row = measured(job, target, batches, settings, gains)
     row["faithfulness"] = settings["faithfulness"]
-    if not changes:
-        row["simplicity"] = settings["simplicity"]
-    if job[2] > FIRST_SEED or not changes:
+    if job[2] > FIRST_SEED:
         del row["noted"]
-    return row
+    return [row], {}
 
 
 def run_before(job: Job) -> tuple[list[Row], Tensors]:
@@ -200,16 +193,12 @@ def measured(
 
 def run_computed(job: tuple[int, int]) -> tuple[list[Row], Tensors]:
     """Decompose a small residual MLP by the second settings, and by its own recipe, which knows a k and much else."""
-    return [computed(*job, simplicity=PLAIN)], {}
-
-
-def computed(n: int, seed: int, **changes: Any) -> Row:
-    """Decompose a residual MLP by `bottleneck.settings`, with changes, and by its own recipe."""
+    n, seed = job
     target = apd.targets.ResidualMLP(n, 10 * n, (n // 2,), seed=seed).fit(seed=seed)
     batches = apd.data.SparseFeatures(n, target.probability, -1.0, 1.0, batch_size=BATCH, nonempty=True)
     x = dataclasses.replace(batches, batch_size=2048)(0, torch.Generator().manual_seed(30_000 + seed))
     settings = bottleneck.settings(apd.Network(target, target.weights), x, 3 * n)
-    settings |= changes
+    settings["simplicity"] = PLAIN
     selection = Noted(gain=GAINS)
     start = time.process_time()
     found = apd.decompose(
@@ -221,12 +210,11 @@ def computed(n: int, seed: int, **changes: Any) -> Row:
     every = [found.restarts.restart(i) for i in range(len(GAINS))]
     known = apd.decompose(target, progress=False, seed=seed + 1000, **target.recipe)
     judge = rate.Judge(attribution=target.attributions)
-    return {
+    row = {
         "owned": int(target.ownership(found.components).owned.sum()),
         "chosen": found.chosen,
         "mean_active": batches.mean_active,
         "faithfulness": settings["faithfulness"],
-        "simplicity": settings["simplicity"],
         "restarts": [
             {
                 "owned": int(target.ownership(components).owned.sum()),
@@ -244,6 +232,7 @@ def computed(n: int, seed: int, **changes: Any) -> Row:
         "bits_by_recipe": judge(apd.Network(target, target.weights), known.components, x),
         "seconds": round(seconds, 1),
     }
+    return [row], {}
 
 
 def classified(size: str, seed: int, **changes: Any) -> Row:
@@ -292,14 +281,9 @@ def logits(outputs: torch.Tensor) -> torch.Tensor:
 
 
 def run_units(job: tuple[str, int]) -> tuple[list[Row], Tensors]:
-    """Do one run by `bottleneck.settings` as it stands."""
+    """Decompose a classifier by `bottleneck.settings` as it stands, or by the second settings."""
     what, seed = job
-    if what == "computed":
-        return [computed(COMPUTED[0], seed)], {}
-    *how, size = what.split()
-    if how:
-        return [classified(size, seed, **{"simplicity": PLAIN} if "20" in how else {})], {}
-    return [by_rule((size, 0.05, seed))], {}
+    return [classified(what.split()[-1], seed, **{"simplicity": PLAIN} if "20" in what.split() else {})], {}
 
 
 RUNS = Rows(("size", "probability", "seed"), lambda rows: jobs(), run, selection_of, jobs().index)
