@@ -7,6 +7,11 @@ other settings follow from the number of components and from the error with noth
 
     network, x = Network(target, weights), batches(0, torch.Generator().manual_seed(0))
     decompose(target, batches, weights, C, judge=apd.rate.Judge(), **settings(network, x, C))
+
+Where outputs are distributions, the run, the judge and the rule are all told::
+
+    judge, rule = apd.rate.Judge(divergence="kl"), settings(network, x, C, "kl")
+    decompose(target, batches, weights, C, judge=judge, divergence="kl", **rule)
 """
 
 from __future__ import annotations
@@ -22,7 +27,7 @@ from torch import Tensor
 from . import checks
 from .components import Components
 from .config import Schedule, at_progress, schedule
-from .losses import DIVERGENCES, Divergence, minimality
+from .losses import DIVERGENCES, Divergence, minimality, simplicity_exact
 from .network import Network
 from .selection import Selection
 
@@ -30,6 +35,8 @@ GAINS = (4.0, 6.0, 8.0, 10.0, 12.0, 16.0)
 """Gains of six restarts, of which a judge picks one: no one of them is best at every size (chapter 28)."""
 FAITHFULNESS = 60.0
 """Weight of the faithfulness loss, in units of the error with nothing active."""
+SIMPLICITY = 100.0
+"""First weight of the simplicity loss, in units of the error with nothing active over the loss of the whole network."""
 MEMORY = 0.9
 """Share of the errors so far that is kept from step to step: about ten steps count."""
 
@@ -147,8 +154,10 @@ class Bottleneck(Selection):
 def settings(network: Network, x: Tensor, n_components: int, divergence: str | Divergence = "mse") -> dict[str, Any]:
     """Make the settings of a decomposition without a k: the same rule for every network.
 
-    The losses of the sparse network grow with the share of samples on which much is active, and the faithfulness loss
-    does not: its weight is in proportion to the error with nothing active. More components take more steps.
+    The losses of the sparse network grow with the share of samples on which much is active, and with the unit of the
+    outputs. Faithfulness and simplicity do not: their weights are in proportion to the error with nothing active.
+    That of simplicity is also divided by what the loss would be with the whole network as one component that is always
+    on, so that neither the unit of the weights nor the sizes of the matrices count. More components take more steps.
 
     Args:
         network: the target with the weights to decompose.
@@ -172,8 +181,10 @@ def settings(network: Network, x: Tensor, n_components: int, divergence: str | D
     B = {path: zeros[path][..., : w.shape[1]] for path, w in network.weights.items()}
     with checks.running(x, "the network's weights"):
         nothing = float(minimality(network(x, Components(A, B)), network(x), function))
+        whole = Components.from_matrices({path: w.detach()[None] for path, w in network.weights.items()})
     if not nothing > 0:
         raise ValueError(f"the network gives the same outputs with nothing active: the error is {nothing} on inputs x")
+    simple = float(simplicity_exact(whole, next(iter(whole.A.values())).new_ones(1, 1)))
     return {
         "selection": Bottleneck(gain=GAINS),
         "restarts": len(GAINS),
@@ -181,5 +192,5 @@ def settings(network: Network, x: Tensor, n_components: int, divergence: str | D
         "lr": 1e-2,
         "steps": max(1500, 25 * n_components),
         "faithfulness": FAITHFULNESS * nothing,
-        "simplicity": ((0.0, 20.0), (0.7, 0.0)),
+        "simplicity": ((0.0, SIMPLICITY * nothing / simple), (0.7, 0.0)),
     }

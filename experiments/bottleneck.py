@@ -1,13 +1,18 @@
 """Create data/bottleneck.json: TMS of several sizes decomposed without a k, which follows an allowed error.
 
-python -m experiments.bottleneck [--only runs before computed 5-2 7-3 ...] [--processes N]     (an hour of one core)
+python -m experiments.bottleneck [--only runs before computed units 5-2 7-3 ...] [--processes N]     (two hours)
 
-Chapter 28. In "runs", `bottleneck.settings` as it stands: three components for each feature, and nothing else is told.
-Samples with no feature on are left out. The six restarts differ in how fast k follows, and the judge picks one. At one
-size the data is also sparser and denser (probability 0.01 and 0.1), with nothing changed. The settings were made on
-target seeds 90 to 96; the seeds here were fixed before, and run once, in order. The decomposition has another seed than
-its target. "Before" are the runs of the first settings, in which empty samples are in the batches, the faithfulness
-loss has weight 1 whatever the data, and every network gets 1,500 steps. "Computed" is a small residual MLP.
+Chapter 28. In "runs" and "computed", the second settings: `bottleneck.settings`, but for a simplicity loss that falls
+from 20 whatever the network; three components for each feature, and nothing else is told. Samples with no feature on
+are left out. The six restarts differ in how fast k follows, and the judge picks one. At one size the data is also
+sparser and denser (probability 0.01 and 0.1), with nothing changed. The settings were made on target seeds 90 to 96;
+the seeds here were fixed before, and run once, in order. The decomposition has another seed than its target. "Before"
+are the runs of the first settings, in which empty samples are in the batches, the faithfulness loss has weight 1
+whatever the data, and every network gets 1,500 steps. "Computed" is a small residual MLP.
+
+"Units" are runs by `bottleneck.settings` as it stands, in which the weight of the simplicity loss follows the network,
+on classifiers: the softmax of ten times the outputs of a TMS, which says which feature is on the most. The mechanisms
+are those of the TMS. "Logits 20" are the same by the second settings.
 
 Every restart is kept with what it owns and its held-out error, so that other picks can be compared, and for the first
 target of each kind also how k went.
@@ -16,6 +21,7 @@ target of each kind also how k went.
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from typing import Any
 
@@ -37,13 +43,18 @@ KINDS: dict[Kind, int] = {
     ("40-10", 0.05): 1, ("10-4", 0.05): 3, ("20-6", 0.05): 2, ("60-15", 0.05): 1,
 }  # fmt: skip
 FEWER = {"60-15": (10.0, 16.0)}  # gains where six restarts would take too long
-MANY = 40  # targets of the first kind; those after the first ten are run last
+MANY = 55  # targets of the first kind; those after the first ten are run last
 COMPUTED = (20, 7500)  # features and seed of a residual MLP: half as many neurons, a stream ten times as wide
 KINDS_BEFORE: dict[Kind, int] = {
     ("5-2", 0.05): 10, ("7-3", 0.05): 5, ("10-4", 0.05): 3, ("20-6", 0.05): 2, ("5-2", 0.01): 2, ("5-2", 0.1): 2,
     ("5-2 rotated", 0.05): 2, ("40-10", 0.05): 1,
 }  # fmt: skip
 BATCH = 512
+PLAIN = ((0.0, 20.0), (0.7, 0.0))  # the simplicity loss of the first and second settings
+SHARP = 10.0  # a TMS's outputs, times this, are the logits of a classifier
+UNITS: dict[str, range] = {
+    "logits 5-2": range(7500, 7503), "logits 20 5-2": range(7500, 7501), "logits 7-3": range(7500, 7501),
+}  # fmt: skip
 
 
 def jobs() -> list[Job]:
@@ -72,7 +83,7 @@ def selection_of(job: Job) -> Row:
         "rank": 4,
         "steps": steps,
         "lr": 1e-2,
-        "simplicity": ((0.0, 20.0), (0.7, 0.0)),
+        "simplicity": PLAIN,
         "restarts": len(FEWER.get(job[0], GAINS)),
         "faithfulness": f"{FAITHFULNESS:g} times the error with nothing active",
         "seed": job[2] + 1000,  # another than the target's, so that nothing can start where its weights did
@@ -88,7 +99,7 @@ def settings_before(job: Job) -> Row:
         "rank": 4,
         "steps": 1500,
         "lr": 1e-2,
-        "simplicity": ((0.0, 20.0), (0.7, 0.0)),
+        "simplicity": PLAIN,
         "restarts": len(GAINS),
         "seed": job[2] + 1000,
         "selection": {"allowed": selection.allowed, "gain": selection.gain, "first": selection.first},
@@ -117,13 +128,13 @@ class Noted(Bottleneck):
 
 
 def run(job: Job) -> tuple[list[Row], Tensors]:
-    """Train a target, decompose it by the rule, and measure."""
+    """Train a target, decompose it by the second settings, and measure."""
     target = target_of(job)
     batches = target.data(BATCH, nonempty=True)
     x = target.data(8192, nonempty=True)(0, torch.Generator().manual_seed(30_000 + job[2]))
     settings = bottleneck.settings(apd.Network(target, target.weights), x, n_components(job))
     gains = FEWER.get(job[0], GAINS)
-    settings |= {"n_components": n_components(job), "seed": job[2] + 1000, "restarts": len(gains)}
+    settings |= {"n_components": n_components(job), "seed": job[2] + 1000, "restarts": len(gains), "simplicity": PLAIN}
     row = measured(job, target, batches, settings, gains)
     row["faithfulness"] = settings["faithfulness"]
     if job[2] > FIRST_SEED:
@@ -181,12 +192,13 @@ def measured(
 
 
 def run_computed(job: tuple[int, int]) -> tuple[list[Row], Tensors]:
-    """Decompose a small residual MLP by the rule, and by its own recipe, which knows a k and much else."""
+    """Decompose a small residual MLP by the second settings, and by its own recipe, which knows a k and much else."""
     n, seed = job
     target = apd.targets.ResidualMLP(n, 10 * n, (n // 2,), seed=seed).fit(seed=seed)
     batches = apd.data.SparseFeatures(n, target.probability, -1.0, 1.0, batch_size=BATCH, nonempty=True)
     x = dataclasses.replace(batches, batch_size=2048)(0, torch.Generator().manual_seed(30_000 + seed))
     settings = bottleneck.settings(apd.Network(target, target.weights), x, 3 * n)
+    settings["simplicity"] = PLAIN
     selection = Noted(gain=GAINS)
     start = time.process_time()
     found = apd.decompose(
@@ -223,14 +235,66 @@ def run_computed(job: tuple[int, int]) -> tuple[list[Row], Tensors]:
     return [row], {}
 
 
+def classified(size: str, seed: int, **changes: Any) -> Row:
+    """Decompose a TMS that is read as a classifier: errors are Kullback-Leibler divergences."""
+    target = target_of((size, 0.05, seed))
+    n, batches = target.n_features, target.data(BATCH, nonempty=True)
+    x, held_out = (
+        dataclasses.replace(batches, batch_size=8192)(0, torch.Generator().manual_seed(start + seed))
+        for start in (30_000, 20_000)
+    )
+    network = apd.Network(target, target.weights, logits)
+    settings = bottleneck.settings(network, x, 3 * n, "kl") | changes
+    judge = rate.Judge(divergence="kl", attribution=target.attributions)
+    start = time.process_time()
+    found = apd.decompose(
+        target, batches, target.weights, 3 * n, output=logits, divergence="kl", judge=judge, progress=False,
+        attribution=target.attributions, seed=seed + 1000, **settings,
+    )  # fmt: skip
+    seconds, every = time.process_time() - start, found.restarts
+    assert every is not None and isinstance(found.selection, Bottleneck)
+    with torch.no_grad():
+        p = network(held_out).softmax(-1)
+    owned = [int(target.ownership(every.restart(i)).owned.sum()) for i in range(len(GAINS))]
+    return {
+        "owned": owned[found.chosen],
+        "chosen": found.chosen,
+        "mean_active": batches.mean_active,
+        "entropy": float(torch.special.entr(p).sum(-1).mean() / math.log(2)),
+        "nothing": settings["faithfulness"] / FAITHFULNESS / math.log(2),
+        "bits": judge(network, found.components, held_out),
+        "known": {name: judge(network, components, held_out) for name, components in known(target).items()},
+        "same_line": target.same_line,
+        "restarts": [
+            {"owned": own, "bits": round(bits, 5), "k": round(float(k), 5)}
+            for own, bits, k in zip(owned, found.scores, found.selection.k, strict=True)
+        ],
+        "faithfulness": settings["faithfulness"],
+        "simplicity": settings["simplicity"],
+        "seconds": round(seconds, 1),
+    }
+
+
+def logits(outputs: torch.Tensor) -> torch.Tensor:
+    """Give the logits of the classifier."""
+    return SHARP * outputs
+
+
+def run_units(job: tuple[str, int]) -> tuple[list[Row], Tensors]:
+    """Decompose a classifier by `bottleneck.settings` as it stands, or by the second settings."""
+    what, seed = job
+    return [classified(what.split()[-1], seed, **{"simplicity": PLAIN} if "20" in what.split() else {})], {}
+
+
 RUNS = Rows(("size", "probability", "seed"), lambda rows: jobs(), run, selection_of, jobs().index)
 BEFORE = Rows(
     ("size", "probability", "seed"), lambda rows: jobs_before(), run_before, settings_before, jobs_before().index
 )
 SMALL = Rows(("features", "seed"), lambda rows: [COMPUTED], run_computed)
+NOW = Rows(("what", "seed"), lambda rows: [(what, seed) for what, seeds in UNITS.items() for seed in seeds], run_units)
 STUDY = Study(
     "bottleneck",
-    {"runs": RUNS, "before": BEFORE, "computed": SMALL},
+    {"runs": RUNS, "before": BEFORE, "computed": SMALL, "units": NOW},
     about=lambda processes: {"processes": processes},
     compact=True,
 )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import apd_minimal as apd
-from apd_minimal.bottleneck import FAITHFULNESS, GAINS, MEMORY, Bottleneck, settings
+from apd_minimal.bottleneck import FAITHFULNESS, GAINS, MEMORY, SIMPLICITY, Bottleneck, settings
 
 SETTINGS: dict[str, Any] = {"top_k": None, "steps": 24, "tidy_every": 0.25, "simplicity": 0.1}
 
@@ -217,8 +217,56 @@ def test_the_settings_follow_the_error_with_nothing_active_and_the_number_of_com
     assert found["faithfulness"] == pytest.approx(FAITHFULNESS * nothing)
     assert (found["steps"], found["restarts"], found["selection"].gain) == (1500, 6, GAINS)
     assert settings(network, x, 120)["steps"] == 3000
+    lump = torch.linalg.svdvals(target.encode.weight.detach()).sum() / 10  # the simplicity loss of the whole, 5 x 2
+    (_, first), end = found["simplicity"]
+    assert first == pytest.approx(float(SIMPLICITY * nothing / lump))
+    assert end == (0.7, 0.0)
     twice = settings(network, x, 15, divergence=lambda outputs, wanted: 2 * apd.losses.mse(outputs, wanted))
     assert twice["faithfulness"] == pytest.approx(2 * found["faithfulness"])
+
+
+def test_outputs_in_another_unit_give_the_same_components() -> None:
+    """All losses are 64 times as large, which Adam hardly sees. That k follows a share has no unit anyway."""
+    target, x = runs.tms(), runs.batches(0, torch.Generator().manual_seed(1))
+    found = []
+    for unit in (1.0, 8.0):
+
+        def output(y: Tensor, unit: float = unit) -> Tensor:
+            return unit * y
+
+        rule = settings(apd.Network(target, target.weights, output), x, 6) | {"steps": 12}
+        result = apd.decompose(target, runs.batches, target.weights, 6, output=output, progress=False, **rule)
+        assert result.restarts is not None
+        found.append((result.restarts, rule["selection"].k))
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-3, atol=0)
+    for a, b in zip(found[0][0].parameters(), found[1][0].parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=3e-3)
+
+
+def test_where_outputs_are_distributions_all_errors_are_divergences() -> None:
+    """The share that k follows, and the weights of the rule, against the formula of the divergence."""
+    selection, target = Noted(gain=1.0), runs.tms()
+    x = runs.batches(0, torch.Generator().manual_seed(1))
+
+    def nothing(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            p, q = target(x).softmax(-1), torch.relu(target.bias).softmax(-1)
+        return (p * (p / q).log()).sum(-1).mean()
+
+    mse, kl = (settings(apd.Network(target, target.weights), x, 6, divergence) for divergence in ("mse", "kl"))
+    assert kl["faithfulness"] == pytest.approx(FAITHFULNESS * float(nothing(x)), rel=1e-4)
+    ratio = kl["faithfulness"] / mse["faithfulness"]
+    assert kl["simplicity"][0][1] == pytest.approx(ratio * mse["simplicity"][0][1])
+    batches = []
+
+    def source(step: int, generator: torch.Generator) -> Tensor:
+        batches.append(runs.batches(step, generator))
+        return batches[-1]
+
+    runs.decompose(source, selection=selection, divergence="kl", **SETTINGS | {"tidy_every": 0.0})
+    assert len(selection.told) == 24
+    for x, (_, told, _) in zip(batches[1:], selection.told, strict=False):
+        torch.testing.assert_close(told, nothing(x).expand(2), rtol=1e-4, atol=1e-6)
 
 
 def test_sparser_data_changes_the_weight_of_faithfulness_as_it_changes_the_other_losses() -> None:

@@ -13,7 +13,7 @@ NAMES = {
     "attributions": "ablation activation gradient inner_activation integrated_gradients path_shapley shapley",
     "baselines": "Chosen Dictionary GRIDS activations beside choose copies costs fit match_directions neurons owners "
     "replaced singular transcoded",
-    "bottleneck": "Bottleneck FAITHFULNESS GAINS MEMORY settings",
+    "bottleneck": "Bottleneck FAITHFULNESS GAINS MEMORY SIMPLICITY settings",
     "data": "SparseFeatures",
     "diagnose": "Diagnosis diagnose",
     "importance": "Importance leaky_clamp",
