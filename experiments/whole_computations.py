@@ -5,7 +5,7 @@ python -m experiments.whole_computations [--only apd | circuit | residual] [--pr
 Planted circuits (`circuits.Circuit`), seeds 7700 to 7704: APD (`SETTINGS`, found on seed 100 in nine runs; the one with
 the largest cosines was taken, in which one of four mechanisms was owned), and dictionaries of what each layer writes.
 Residual MLPs of 25 and 25 neurons: the stored APD runs of data/residual.*, and dictionaries of the neurons'
-activations, on the first three of their five seeds; the mechanisms are the functions. Dictionaries have 12 features for
+activations; the mechanisms are the functions. Dictionaries have 12 features for
 a layer of a circuit and 200 for one of a residual MLP, a crosscoder twice as many. Of k = 1, 2, 3 the one with the
 fewest bits at a fixed error (`baselines.choose`) on circuit seed 100 was taken for all; no reported network was used.
 Scores are those of `causal.scores`; features of two layers are stitched by every rule of `stitch`, and the means of all
@@ -27,7 +27,7 @@ from experiments.causal import Crossed, Features, Model, Weights, best, correlat
 from experiments.circuits import Circuit
 from experiments.experiment import Row, Rows, Study, Tensors, factors, numbers, of, ownership_lists, prefix, taken_apart
 
-SEEDS, RESIDUAL = range(7700, 7705), range(3)
+SEEDS, RESIDUAL = range(7700, 7705), range(5)
 SETTINGS: dict[str, Any] = {
     "n_components": 6, "rank": 3, "top_k": 1.3, "steps": 2500, "scrub": 1.0, "simplicity": ((0.0, 5.0), (0.7, 0.0)),
     "restarts": 2,
