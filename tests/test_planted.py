@@ -7,7 +7,8 @@ import torch
 from torch.func import functional_call
 
 import apd_minimal as apd
-from experiments.planted import KINDS, Planted
+from experiments.planted import Planted
+from experiments.planted_kinds import KINDS
 
 
 def planted(kind: str, seed: int = 3) -> tuple[Planted, torch.Tensor, torch.Tensor]:
