@@ -12,7 +12,8 @@ whatever the data, and every network gets 1,500 steps. "Computed" is a small res
 
 "Units" are runs by `bottleneck.settings` as it stands, in which the weight of the simplicity loss follows the network,
 on classifiers: the softmax of ten times the outputs of a TMS, which says which feature is on the most. The mechanisms
-are those of the TMS. "Logits 20" are the same by the second settings.
+are those of the TMS. "Logits 20" are the same by the second settings, "errors" TMS under squared errors as above, on
+fresh targets, by the settings as they stand.
 
 Every restart is kept with what it owns and its held-out error, so that other picks can be compared, and for the first
 target of each kind also how k went.
@@ -54,6 +55,7 @@ PLAIN = ((0.0, 20.0), (0.7, 0.0))  # the simplicity loss of the first and second
 SHARP = 10.0  # a TMS's outputs, times this, are the logits of a classifier
 UNITS: dict[str, range] = {
     "logits 5-2": range(7500, 7503), "logits 20 5-2": range(7500, 7501), "logits 7-3": range(7500, 7501),
+    "errors 5-2": range(7600, 7610), "errors 7-3": range(7600, 7603), "errors 20-6": range(7600, 7601),
 }  # fmt: skip
 
 
@@ -281,8 +283,18 @@ def logits(outputs: torch.Tensor) -> torch.Tensor:
 
 
 def run_units(job: tuple[str, int]) -> tuple[list[Row], Tensors]:
-    """Decompose a classifier by `bottleneck.settings` as it stands, or by the second settings."""
+    """Decompose a classifier by `bottleneck.settings` or by the second settings, or a TMS by the former."""
     what, seed = job
+    if what.startswith("errors"):
+        own: Job = (what.split()[-1], 0.05, seed)
+        target = target_of(own)
+        batches = target.data(BATCH, nonempty=True)
+        x = target.data(8192, nonempty=True)(0, torch.Generator().manual_seed(30_000 + seed))
+        settings = bottleneck.settings(apd.Network(target, target.weights), x, n_components(own))
+        settings |= {"n_components": n_components(own), "seed": seed + 1000}
+        row = measured(own, target, batches, settings, GAINS)
+        del row["noted"]
+        return [row | {"simplicity": settings["simplicity"]}], {}
     return [classified(what.split()[-1], seed, **{"simplicity": PLAIN} if "20" in what.split() else {})], {}
 
 
