@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import apd_minimal as apd
-from experiments.architectures import ORDER, settings, singular, without_mechanisms
+from experiments.architectures import INSIDE, ORDER, open_together, settings, singular, without_mechanisms
 from experiments.digits import without_training
 from experiments.drawn_digits import Reader, digits
 from experiments.planted_kinds import KINDS
@@ -57,6 +57,17 @@ def test_parts_by_singular_values_sum_to_the_weights() -> None:
         torch.testing.assert_close(
             largest[0].sort(descending=True).values[:share], values[:share], atol=1e-3, rtol=1e-3
         )
+
+
+@pytest.mark.parametrize("kind", INSIDE)
+def test_a_cut_by_the_inside_owns_neurons_that_are_mixed_in_order_and_no_heads_that_are_turned(kind: str) -> None:
+    target = KINDS[kind](seed=3)
+    parts = open_together(target, INSIDE[kind])
+    for path, w in apd.Network(target, target.weights).weights.items():
+        if kind != "attention":
+            torch.testing.assert_close(parts.sum(path), w, atol=1e-5, rtol=0)
+    owned = int(target.ownership(parts).owned.sum())
+    assert owned >= 5 if kind != "attention" else owned == 0
 
 
 def test_digits_belong_to_their_pictures() -> None:
