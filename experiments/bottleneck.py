@@ -1,19 +1,19 @@
 """Create data/bottleneck.json: TMS of several sizes decomposed without a k, which follows an allowed error.
 
-python -m experiments.bottleneck [--only runs before computed units 5-2 7-3 ...] [--processes N]     (two hours)
+python -m experiments.bottleneck [--only runs computed classifiers twenty before 5-2 7-3 ...] [--processes N]
 
-Chapter 28. In "runs" and "computed", the second settings: `bottleneck.settings`, but for a simplicity loss that falls
-from 20 whatever the network; three components for each feature, and nothing else is told. Samples with no feature on
-are left out. The six restarts differ in how fast k follows, and the judge picks one. At one size the data is also
-sparser and denser (probability 0.01 and 0.1), with nothing changed. The settings were made on target seeds 90 to 96;
-the seeds here were fixed before, and run once, in order. The decomposition has another seed than its target. "Before"
-are the runs of the first settings, in which empty samples are in the batches, the faithfulness loss has weight 1
-whatever the data, and every network gets 1,500 steps. "Computed" is a small residual MLP.
+Chapter 28; about three hours of two cores. In "runs", "computed" and "classifiers" everything follows from
+`bottleneck.settings`; three components for each feature, and nothing else is told. Samples with no feature on are left
+out. The six restarts differ in how fast k follows, and the judge picks one. At one size the data is also sparser and
+denser (probability 0.01 and 0.1), or its inputs are rotated, with nothing changed. The settings were made on target
+seeds 90 to 96; the seeds here were fixed before, and run once, in order. The decomposition has another seed than its
+target. "Computed" are small residual MLPs; "classifiers" are TMS whose outputs, times ten, are logits: which feature is
+on the most?
 
-"Units" are runs by `bottleneck.settings` as it stands, in which the weight of the simplicity loss follows the network,
-on classifiers: the softmax of ten times the outputs of a TMS, which says which feature is on the most. The mechanisms
-are those of the TMS. "Logits 20" are the same by the second settings, "errors" TMS under squared errors as above, on
-fresh targets, by the settings as they stand.
+"Twenty" are runs of an earlier rule, in which the simplicity loss falls from 20 whatever the network, and
+"computed_twenty" and "logits 20" are the same on the other networks. "Before" are the runs of the first settings, in
+which empty samples are in the batches, too, the faithfulness loss has weight 1 whatever the data, and every network
+gets 1,500 steps.
 
 Every restart is kept with what it owns and its held-out error, so that other picks can be compared, and for the first
 target of each kind also how k went.
@@ -24,13 +24,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 import apd_minimal as apd
 from apd_minimal import bottleneck
-from apd_minimal.bottleneck import FAITHFULNESS, GAINS, Bottleneck
+from apd_minimal.bottleneck import FAITHFULNESS, GAINS, SIMPLICITY, Bottleneck
 from apd_minimal.study import rate
 from experiments.experiment import Row, Rows, Study, Tensors
 from experiments.tuned import known
@@ -38,36 +39,39 @@ from experiments.tuned import known
 Job = tuple[str, float, int]  # size, perhaps "rotated"; probability of a feature; seed
 Kind = tuple[str, float]
 
-FIRST_SEED, FIRST_SEED_BEFORE = 7500, 7400
+FIRST_SEED, FIRST_SEED_TWENTY, FIRST_SEED_BEFORE = 7600, 7500, 7400
 KINDS: dict[Kind, int] = {
+    ("5-2", 0.05): 100, ("7-3", 0.05): 5, ("10-4", 0.05): 5, ("20-6", 0.05): 5, ("5-2 rotated", 0.05): 5,
+    ("5-2", 0.01): 5, ("5-2", 0.1): 5, ("60-15", 0.05): 1, ("40-10", 0.05): 10,
+}  # fmt: skip
+COMPUTED = [(20, FIRST_SEED + i) for i in range(5)] + [(40, FIRST_SEED)]  # features and seeds of residual MLPs
+FEWER = {"60-15": (10.0, 16.0)}  # gains where six restarts would take too long
+KINDS_TWENTY: dict[Kind, int] = {
     ("5-2", 0.05): 10, ("5-2", 0.01): 3, ("5-2", 0.1): 3, ("7-3", 0.05): 5, ("5-2 rotated", 0.05): 2,
     ("40-10", 0.05): 1, ("10-4", 0.05): 3, ("20-6", 0.05): 2, ("60-15", 0.05): 1,
 }  # fmt: skip
-FEWER = {"60-15": (10.0, 16.0)}  # gains where six restarts would take too long
-MANY = 55  # targets of the first kind; those after the first ten are run last
-COMPUTED = (20, 7500)  # features and seed of a residual MLP: half as many neurons, a stream ten times as wide
+MANY_TWENTY = 55  # targets of the first kind; those after the first ten were run last
 KINDS_BEFORE: dict[Kind, int] = {
     ("5-2", 0.05): 10, ("7-3", 0.05): 5, ("10-4", 0.05): 3, ("20-6", 0.05): 2, ("5-2", 0.01): 2, ("5-2", 0.1): 2,
     ("5-2 rotated", 0.05): 2, ("40-10", 0.05): 1,
 }  # fmt: skip
 BATCH = 512
-PLAIN = ((0.0, 20.0), (0.7, 0.0))  # the simplicity loss of the first and second settings
+TWENTY = ((0.0, 20.0), (0.7, 0.0))  # the simplicity loss of the first two settings
 SHARP = 10.0  # a TMS's outputs, times this, are the logits of a classifier
-UNITS: dict[str, range] = {
+CLASSIFIERS: dict[str, range] = {
     "logits 5-2": range(7500, 7503), "logits 20 5-2": range(7500, 7501), "logits 7-3": range(7500, 7501),
-    "errors 5-2": range(7600, 7610), "errors 7-3": range(7600, 7603), "errors 20-6": range(7600, 7601),
 }  # fmt: skip
 
 
-def jobs() -> list[Job]:
-    """List the runs."""
-    first = [(*kind, FIRST_SEED + i) for kind, n in KINDS.items() for i in range(n)]
-    return first + [("5-2", 0.05, FIRST_SEED + i) for i in range(10, MANY)]
+def jobs(kinds: dict[Kind, int], first: int) -> list[Job]:
+    """List the runs of some settings: kind after kind, seeds in order."""
+    return [(*kind, first + i) for kind, n in kinds.items() for i in range(n)]
 
 
-def jobs_before() -> list[Job]:
-    """List the runs of the first settings."""
-    return [(*kind, FIRST_SEED_BEFORE + i) for kind, n in KINDS_BEFORE.items() for i in range(n)]
+def jobs_twenty() -> list[Job]:
+    """List the runs of the second settings."""
+    more = [("5-2", 0.05, FIRST_SEED_TWENTY + i) for i in range(KINDS_TWENTY["5-2", 0.05], MANY_TWENTY)]
+    return jobs(KINDS_TWENTY, FIRST_SEED_TWENTY) + more
 
 
 def n_components(job: Job) -> int:
@@ -75,8 +79,15 @@ def n_components(job: Job) -> int:
     return 3 * int(job[0].split("-")[0])
 
 
-def selection_of(job: Job) -> Row:
-    """List the settings that are the same for all targets of a kind."""
+def by_rule(job: Job) -> Row:
+    """List what `bottleneck.settings` fixes for all targets of a kind."""
+    return settings_twenty(job) | {
+        "simplicity": f"from {SIMPLICITY:g} times that error over the loss of the whole, to 0"
+    }
+
+
+def settings_twenty(job: Job) -> Row:
+    """Give the second settings: the weight of the simplicity loss does not follow the network."""
     selection = Bottleneck(gain=FEWER.get(job[0], GAINS))
     steps = max(1500, 25 * n_components(job))
     facts = {"allowed": selection.allowed, "gain": selection.gain, "first": selection.first}
@@ -85,7 +96,7 @@ def selection_of(job: Job) -> Row:
         "rank": 4,
         "steps": steps,
         "lr": 1e-2,
-        "simplicity": PLAIN,
+        "simplicity": TWENTY,
         "restarts": len(FEWER.get(job[0], GAINS)),
         "faithfulness": f"{FAITHFULNESS:g} times the error with nothing active",
         "seed": job[2] + 1000,  # another than the target's, so that nothing can start where its weights did
@@ -101,7 +112,7 @@ def settings_before(job: Job) -> Row:
         "rank": 4,
         "steps": 1500,
         "lr": 1e-2,
-        "simplicity": PLAIN,
+        "simplicity": TWENTY,
         "restarts": len(GAINS),
         "seed": job[2] + 1000,
         "selection": {"allowed": selection.allowed, "gain": selection.gain, "first": selection.first},
@@ -129,19 +140,24 @@ class Noted(Bottleneck):
             self.noted.append({"t": round(t, 4), "k": [round(k, 4) for k in self.k.tolist()], "error": share})
 
 
-def run(job: Job) -> tuple[list[Row], Tensors]:
-    """Train a target, decompose it by the second settings, and measure."""
+def run(job: Job, **changes: Any) -> tuple[list[Row], Tensors]:
+    """Train a target, decompose it by the rule or with changes to it, and measure."""
     target = target_of(job)
     batches = target.data(BATCH, nonempty=True)
     x = target.data(8192, nonempty=True)(0, torch.Generator().manual_seed(30_000 + job[2]))
-    settings = bottleneck.settings(apd.Network(target, target.weights), x, n_components(job))
     gains = FEWER.get(job[0], GAINS)
-    settings |= {"n_components": n_components(job), "seed": job[2] + 1000, "restarts": len(gains), "simplicity": PLAIN}
+    settings = bottleneck.settings(apd.Network(target, target.weights), x, n_components(job)) | changes
+    settings |= {"n_components": n_components(job), "seed": job[2] + 1000, "restarts": len(gains)}
     row = measured(job, target, batches, settings, gains)
-    row["faithfulness"] = settings["faithfulness"]
-    if job[2] > FIRST_SEED:
+    row["weights"] = {name: settings[name] for name in ("faithfulness", "simplicity")}
+    if job[2] not in (FIRST_SEED, FIRST_SEED_TWENTY):
         del row["noted"]
     return [row], {}
+
+
+def run_twenty(job: Job) -> tuple[list[Row], Tensors]:
+    """Do the same by the second settings."""
+    return run(job, simplicity=TWENTY)
 
 
 def run_before(job: Job) -> tuple[list[Row], Tensors]:
@@ -193,14 +209,13 @@ def measured(
     }
 
 
-def run_computed(job: tuple[int, int]) -> tuple[list[Row], Tensors]:
-    """Decompose a small residual MLP by the second settings, and by its own recipe, which knows a k and much else."""
+def run_computed(job: tuple[int, int], **changes: Any) -> tuple[list[Row], Tensors]:
+    """Decompose a small residual MLP by the rule, and by its own recipe, which knows a k and much else."""
     n, seed = job
     target = apd.targets.ResidualMLP(n, 10 * n, (n // 2,), seed=seed).fit(seed=seed)
     batches = apd.data.SparseFeatures(n, target.probability, -1.0, 1.0, batch_size=BATCH, nonempty=True)
     x = dataclasses.replace(batches, batch_size=2048)(0, torch.Generator().manual_seed(30_000 + seed))
-    settings = bottleneck.settings(apd.Network(target, target.weights), x, 3 * n)
-    settings["simplicity"] = PLAIN
+    settings = bottleneck.settings(apd.Network(target, target.weights), x, 3 * n) | changes
     selection = Noted(gain=GAINS)
     start = time.process_time()
     found = apd.decompose(
@@ -216,7 +231,7 @@ def run_computed(job: tuple[int, int]) -> tuple[list[Row], Tensors]:
         "owned": int(target.ownership(found.components).owned.sum()),
         "chosen": found.chosen,
         "mean_active": batches.mean_active,
-        "faithfulness": settings["faithfulness"],
+        "weights": {name: settings[name] for name in ("faithfulness", "simplicity")},
         "restarts": [
             {
                 "owned": int(target.ownership(components).owned.sum()),
@@ -235,6 +250,11 @@ def run_computed(job: tuple[int, int]) -> tuple[list[Row], Tensors]:
         "seconds": round(seconds, 1),
     }
     return [row], {}
+
+
+def run_computed_twenty(job: tuple[int, int]) -> tuple[list[Row], Tensors]:
+    """Do the same by the second settings."""
+    return run_computed(job, simplicity=TWENTY)
 
 
 def classified(size: str, seed: int, **changes: Any) -> Row:
@@ -282,31 +302,37 @@ def logits(outputs: torch.Tensor) -> torch.Tensor:
     return SHARP * outputs
 
 
-def run_units(job: tuple[str, int]) -> tuple[list[Row], Tensors]:
-    """Decompose a classifier by `bottleneck.settings` or by the second settings, or a TMS by the former."""
+def run_classifier(job: tuple[str, int]) -> tuple[list[Row], Tensors]:
+    """Decompose a classifier by the rule or by the second settings."""
     what, seed = job
-    if what.startswith("errors"):
-        own: Job = (what.split()[-1], 0.05, seed)
-        target = target_of(own)
-        batches = target.data(BATCH, nonempty=True)
-        x = target.data(8192, nonempty=True)(0, torch.Generator().manual_seed(30_000 + seed))
-        settings = bottleneck.settings(apd.Network(target, target.weights), x, n_components(own))
-        settings |= {"n_components": n_components(own), "seed": seed + 1000}
-        row = measured(own, target, batches, settings, GAINS)
-        del row["noted"]
-        return [row | {"simplicity": settings["simplicity"]}], {}
-    return [classified(what.split()[-1], seed, **{"simplicity": PLAIN} if "20" in what.split() else {})], {}
+    return [classified(what.split()[-1], seed, **{"simplicity": TWENTY} if "20" in what.split() else {})], {}
 
 
-RUNS = Rows(("size", "probability", "seed"), lambda rows: jobs(), run, selection_of, jobs().index)
-BEFORE = Rows(
-    ("size", "probability", "seed"), lambda rows: jobs_before(), run_before, settings_before, jobs_before().index
+def part(listed: list[Job], run: Callable[[Job], tuple[list[Row], Tensors]], settings: Callable[[Job], Row]) -> Rows:
+    """Make a list of the table, its rows in the order of the jobs."""
+    return Rows(("size", "probability", "seed"), lambda rows: listed, run, settings, listed.index)
+
+
+RUNS = part(jobs(KINDS, FIRST_SEED), run, by_rule)
+TWENTIES = part(jobs_twenty(), run_twenty, settings_twenty)
+BEFORE = part(jobs(KINDS_BEFORE, FIRST_SEED_BEFORE), run_before, settings_before)
+SMALL = Rows(("features", "seed"), lambda rows: COMPUTED, run_computed)
+SMALL_TWENTY = Rows(("features", "seed"), lambda rows: [(20, FIRST_SEED_TWENTY)], run_computed_twenty)
+LOGITS = Rows(
+    ("what", "seed"),
+    lambda rows: [(what, seed) for what, seeds in CLASSIFIERS.items() for seed in seeds],
+    run_classifier,
 )
-SMALL = Rows(("features", "seed"), lambda rows: [COMPUTED], run_computed)
-NOW = Rows(("what", "seed"), lambda rows: [(what, seed) for what, seeds in UNITS.items() for seed in seeds], run_units)
 STUDY = Study(
     "bottleneck",
-    {"runs": RUNS, "before": BEFORE, "computed": SMALL, "units": NOW},
+    {
+        "runs": RUNS,
+        "computed": SMALL,
+        "classifiers": LOGITS,
+        "twenty": TWENTIES,
+        "computed_twenty": SMALL_TWENTY,
+        "before": BEFORE,
+    },
     about=lambda processes: {"processes": processes},
     compact=True,
 )
