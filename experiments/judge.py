@@ -1,11 +1,14 @@
 """Create data/judge.json: bits at fixed errors of decompositions made with k too small, right and too large.
 
-python -m experiments.judge [--only tms-5-2 | tms-40-10 | residual] [--processes N]
+python -m experiments.judge [--only tms-5-2 | tms-40-10 | computed | residual] [--processes N]
 
 Chapters 24 and 25. The recipes of `TMS.recipe` with k times a factor, everything else as it is; every restart is a row,
 with what it owns of the truth, its held-out sparse error, and its costs (`rate.costs`) on 2,048 inputs. Seeds 10 to
 19 (TMS 5-2; 10 to 14 also with rotated inputs) and 20 to 24 (TMS 40-10), fixed before. The errors of
 `rate.EPSILONS` were chosen after the runs on 10, 11 and 12 had been seen, and before those on the others.
+`computed` does the same on residual MLPs of one layer (compressed computation, seeds 0 to 2), of which the recipe has
+one restart; with its own k they are those that are stored (experiments/residual.py). Errors are shares of the error
+with nothing active, since most of the outputs pass the layer by.
 `residual` judges the stored decompositions of the one-layer residual MLP (experiments/residual.py) beside two that need
 no training: one component for each neuron, and the network as one lump.
 """
@@ -26,7 +29,7 @@ from experiments.tms import SIZES, stored_target
 FACTORS = (0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0)
 SEEDS = {"tms-5-2": range(10, 20), "tms-5-2 rotated": range(10, 15), "tms-40-10": range(20, 25)}
 EPSILONS = (0.001, 0.003, 0.01, 0.03, 0.1)
-SEEDS_OF_RESIDUAL = range(5)
+SEEDS_OF_RESIDUAL, SEEDS_OF_COMPUTED = range(5), range(3)
 Job = tuple[str, float, int]  # target, factor, seed
 
 
@@ -100,6 +103,51 @@ RUNS = Rows(
 )
 
 
+def settings_of_computed(job: tuple[float, int]) -> Row:
+    """Give the recipe of the residual MLP with another k."""
+    factor, seed = job
+    recipe = apd.targets.ResidualMLP(neurons=(50,)).recipe
+    return {**recipe, "top_k": scaled(recipe["top_k"], factor), "seed": seed}
+
+
+def computed(job: tuple[float, int]) -> tuple[list[Row], Tensors]:
+    """Decompose one residual MLP with one k, and measure as above."""
+    factor, seed = job
+    target, components = stored_residual(seed)
+    settings, seconds = settings_of_computed(job), None
+    if factor != 1:
+        result, seconds = taken_apart(target, settings | {"attribution": target.attributions})
+        components = result.components
+    x, k = target.data(2048)(0, torch.Generator().manual_seed(20_000 + seed)), at_progress(settings["top_k"], 1.0)
+    with torch.no_grad():
+        network = apd.Network(target, target.weights)
+        off = torch.zeros(len(x), components.n_components)
+        nothing = float(apd.losses.mse(network(x, components, off), network(x)).mean())
+
+    def share(outputs: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        return apd.losses.mse(outputs, wanted) / nothing
+
+    errors = apd.metrics.scrubbing(target, components, x, k, attribution=target.attributions)
+    row = {
+        "k": k,
+        "owned": int(target.ownership(components).owned.sum()),
+        "error": errors.means()["top_k"] / nothing,
+        "costs": listed(
+            rate.costs(network, components, x, EPSILONS, divergence=share, attribution=target.attributions)
+        ),
+        "seconds": seconds,
+    }
+    return [row], {}
+
+
+COMPUTED = Rows(
+    fields=("factor", "seed"),
+    jobs=lambda rows: [(f, seed) for seed in SEEDS_OF_COMPUTED for f in FACTORS],
+    run=computed,
+    settings=lambda job: numbers(settings_of_computed(job)),
+)
+
+
 def residual(job: tuple[str, int]) -> tuple[list[Row], Tensors]:
     """Judge what is stored of one residual MLP, its neurons, and the whole."""
     target, found = stored_residual(job[1])
@@ -119,7 +167,10 @@ def residual(job: tuple[str, int]) -> tuple[list[Row], Tensors]:
 
 RESIDUAL = Rows(("target", "seed"), lambda rows: [("residual", seed) for seed in SEEDS_OF_RESIDUAL], residual)
 STUDY = Study(
-    "judge", {"runs": RUNS, "residual": RESIDUAL}, about=lambda processes: {"processes": processes}, compact=True
+    "judge",
+    {"runs": RUNS, "computed": COMPUTED, "residual": RESIDUAL},
+    about=lambda processes: {"processes": processes},
+    compact=True,
 )
 
 if __name__ == "__main__":
