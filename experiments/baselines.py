@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -21,18 +21,19 @@ from torch.utils.flop_counter import FlopCounterMode
 import apd_minimal as apd
 from apd_minimal.study import baselines, controls
 from apd_minimal.targets import TMS, ResidualMLP
+from experiments import residual
 from experiments.experiment import Row, Rows, Study, Tensors, of, taken_apart
 
 SIZES = {"tms-5-2": (5, 2), "tms-40-10": (40, 10), "tms-5-2-identity": (5, 2)}
-NEURONS: dict[str, tuple[int, ...]] = {"50": (50,), "25-25": (25, 25)}
-TARGETS = ("tms-5-2", "50", "25-25", "tms-40-10", "tms-5-2-identity")
 SEEDS = {
-    "tms-5-2": range(10, 15),
-    "tms-40-10": range(20, 25),
+    "tms-5-2": range(10, 15), "50": range(5), "25-25": range(5), "tms-40-10": range(20, 25),
     "tms-5-2-identity": range(10, 15),
-    "50": range(5),
-    "25-25": range(5),
-}
+}  # fmt: skip
+TARGETS = tuple(SEEDS)
+KINDS = {  # of a TMS's autoencoders; everything else is "batch_topk"
+    "SAE, L1": "relu", "SAE, TopK": "topk", "SAE, BatchTopK": "batch_topk",
+    "SAE, BatchTopK, untrained network": "batch_topk",
+}  # fmt: skip
 GRID: dict[str, Any] = {"relu": (0.03, 0.1, 0.3), "topk": (1, 2, 3), "batch_topk": (0.7, 1.0, 1.5, 2.5)}
 FIT: dict[str, Any] = {"steps": 1000, "lr": 1e-2}
 LARGE: dict[str, Any] = {"steps": 400, "lr": 1e-2}  # of the residual MLPs, whose stream has 1,000 numbers
@@ -59,16 +60,36 @@ Target = TMS | ResidualMLP
 
 def loaded(name: str, seed: int) -> tuple[Target, apd.Components]:
     """Load a stored target and APD's components of it."""
-    target: Target
-    if name.startswith("tms"):
-        target = TMS(*SIZES[name], identity=name.endswith("identity"))
-        components, own = of("tms", f"{name}/ours/{seed}/")
-    else:
-        target = ResidualMLP(neurons=NEURONS[name], seed=seed)
-        components, own = of("residual", f"{name}/{seed}/")
-    missing = target.load_state_dict({path: t.float() for path, t in own.items()}, strict=False)  # a tied decoder
-    assert own and not missing.unexpected_keys
+    if name in residual.SIZES:
+        return residual.stored_target(name, seed)
+    target = TMS(*SIZES[name], identity=name.endswith("identity"))
+    components, state = of("tms", f"{name}/ours/{seed}/")
+    target.load_state_dict(state, strict=False)  # the decoder is tied
     return target, components
+
+
+def hidden(target: Target) -> list[str]:
+    """List the places between a network's layers where autoencoders read: a TMS's hidden numbers, or its neurons."""
+    if isinstance(target, TMS):
+        return ["output of encode", "output of middle"][: 1 if target.middle is None else 2]
+    return [f"output of neurons.{i}" for i in range(len(target.neurons))]
+
+
+def dictionaries(target: Target) -> dict[str, Row]:
+    """List the dictionaries of a network: for each method, its kind and places, as arguments of `baselines.fit`."""
+    places, batch = hidden(target), {"kind": "batch_topk"}
+    found: dict[str, Row]
+    if isinstance(target, TMS):
+        found = {method: {"kind": kind, "reads": places[0]} for method, kind in KINDS.items()}
+        layer = {"reads": "input of encode", "writes": "output of encode"}
+    else:
+        found = {f"SAE, BatchTopK, layer {i}": batch | {"reads": place} for i, place in enumerate(places)}
+        layer = {"reads": "input of read.0", "writes": "output of write.0"}
+    if len(places) > 1:
+        found["crosscoder"] = batch | {"reads": places}
+    if isinstance(target, TMS) or len(places) == 1:  # else the layer is not the whole network
+        found |= {"transcoder": batch | layer, "transcoder with skip": batch | layer | {"skip": True}}
+    return found
 
 
 def held_out(target: Target, seed: int, n: int = 2048) -> Tensor:
@@ -78,10 +99,9 @@ def held_out(target: Target, seed: int, n: int = 2048) -> Tensor:
     return torch.cat(parts)[:n]
 
 
-def bits(costs: list[apd.rate.Cost]) -> list[float | None]:
-    """Give the bits at each error; None where it is not reached."""
-    every = [cost.bits() for cost in costs]
-    return [round(b, 3) if math.isfinite(b) else None for b in every]
+def rounded(values: Iterable[float]) -> list[float | None]:
+    """Round what was counted at each error; None where it is not reached."""
+    return [round(v, 3) if math.isfinite(v) else None for v in values]
 
 
 def by_weights(target: Target, components: apd.Components, x: Tensor, active: float) -> Row:
@@ -96,8 +116,8 @@ def by_weights(target: Target, components: apd.Components, x: Tensor, active: fl
     return {
         "owned": int(own.owned.sum()),
         "cosine": round(own.cosine.mean().item(), 4),
-        "bits": bits(costs),
-        "ranks": [round(c.ranks, 3) if math.isfinite(c.ranks) else None for c in costs],
+        "bits": rounded(c.bits() for c in costs),
+        "ranks": rounded(c.ranks for c in costs),
         "in_use": int((components.norms() > 0.01 * components.norms().max()).sum()),
         "unfaithful": round(apd.metrics.relative_faithfulness(components, weights).item(), 6),
         **{name: round(error / variance, 6) for name, error in errors.means().items()},
@@ -117,17 +137,16 @@ def directions(true: Tensor, found: Tensor) -> Row:
 
 
 def chosen(
-    target: Target, seed: int, x: Tensor, kind: str, size: int, reads: Any, writes: Any = None, **settings: Any
-) -> tuple[Row, baselines.Dictionary]:
+    target: Target, seed: int, x: Tensor, method: str, size: int, grid: Sequence[float] | None = None
+) -> tuple[Row, baselines.Chosen]:
     """Train a dictionary for each sparsity, keep that of the fewest bits, and measure its bits on other inputs."""
-    large = isinstance(target, ResidualMLP)
-    grid = LARGE_GRID if large else GRID[kind]
-    settings = (LARGE if large else FIT) | settings
-    found = baselines.choose(
-        target, target.recipe["batches"], reads, size, kind, grid, writes=writes, seed=seed, **settings
-    )
-    costs = baselines.costs(target, found.best, x, reads, writes, EPSILONS)
-    return {"sparsity": found.sparsity, "bits": bits(costs), "seconds": round(found.seconds, 1)}, found.best
+    how = dictionaries(target)[method]
+    usual, settings = (GRID[how["kind"]], FIT) if isinstance(target, TMS) else (LARGE_GRID, LARGE)
+    batches = target.recipe["batches"]
+    found = baselines.choose(target, batches, n_features=size, grid=grid or usual, seed=seed, **how, **settings)
+    costs = baselines.costs(target, found.best, x, how["reads"], how.get("writes"), EPSILONS)
+    row = {"sparsity": found.sparsity, "bits": rounded(c.bits() for c in costs), "seconds": round(found.seconds, 1)}
+    return row, found
 
 
 def true_directions(target: Target) -> list[Tensor]:
@@ -135,7 +154,33 @@ def true_directions(target: Target) -> list[Tensor]:
     if isinstance(target, TMS):
         return [target.encode.weight.detach().T]
     n = target.n_features
-    return baselines.activations(target, torch.eye(n), [f"output of neurons.{i}" for i in range(len(target.neurons))])
+    return baselines.activations(target, torch.eye(n), hidden(target))
+
+
+def as_weights(target: TMS, transcoder: baselines.Dictionary) -> apd.Components:
+    """Turn a transcoder of a TMS into components; the other weight, if there is one, is a component of its own."""
+    made = baselines.transcoded(transcoder, "encode.weight")
+    if target.middle is None:
+        return made
+    middle = apd.Network(target, target.weights).weights["middle.weight"]
+    return baselines.beside([made, apd.Components.from_matrices({"middle.weight": middle[None]})])
+
+
+def by_truth(target: Target, method: str, dictionary: baselines.Dictionary) -> Row:
+    """Score a dictionary by the features' directions, and a transcoder also by its ownership."""
+    true, found, row = true_directions(target), dictionary.directions(), Row()
+    if method.startswith("transcoder"):
+        if isinstance(target, ResidualMLP):
+            return layer_ownership(target, dictionary)
+        row = {"owned": int(target.ownership(as_weights(target, dictionary)).owned.sum())}
+    elif method == "crosscoder" and isinstance(target, TMS):
+        found, second = found.split(target.d_hidden, 1)
+        row = {"second_place": directions(true[0], second)["recovered_0.99"]}
+    elif method == "crosscoder":
+        true = [torch.cat(true, 1)]
+    elif isinstance(target, ResidualMLP):
+        true = true[int(method[-1]) :]  # "SAE, BatchTopK, layer 1"
+    return row | directions(true[0], found)
 
 
 def layer_ownership(target: ResidualMLP, dictionary: baselines.Dictionary) -> Row:
@@ -156,10 +201,9 @@ def run(job: tuple[str, int]) -> tuple[list[Row], Tensors]:
     name, seed = job
     target, components = loaded(name, seed)
     x, weights = held_out(target, seed), apd.Network(target, target.weights).weights
-    batches, size = target.recipe["batches"], target.recipe["n_components"]
-    identity = isinstance(target, TMS) and target.middle is not None
-    active = batches.mean_active + identity
-    layers = [{path: "output"} for path in weights] if isinstance(target, TMS) else []
+    identity, size = "middle.weight" in weights, target.recipe["n_components"]
+    active = target.recipe["batches"].mean_active + identity
+    layers = [{path: "output"} for path in weights]
     if isinstance(target, ResidualMLP):
         layers = [{f"read.{i}.weight": "output", f"write.{i}.weight": "input"} for i in range(len(target.read))]
     parts = {
@@ -174,49 +218,23 @@ def run(job: tuple[str, int]) -> tuple[list[Row], Tensors]:
             "random split": controls.random_split(weights, seed),
         }
     rows: dict[str, Row] = {method: by_weights(target, own, x, active) for method, own in parts.items()}
-    true = true_directions(target)
     if isinstance(target, TMS):
-        hidden, d = "output of encode", target.d_hidden
-        for kind, label in (("relu", "SAE, L1"), ("topk", "SAE, TopK"), ("batch_topk", "SAE, BatchTopK")):
-            row, own = chosen(target, seed, x, kind, size, hidden)
-            rows[label] = row | directions(true[0], own.directions())
+        (true,) = true_directions(target)
         plain = apd.Components(*({"encode.weight": f["encode.weight"]} for f in (components.A, components.B)))
-        rows["APD"] |= directions(true[0], leading(plain))
-        rows["neurons"] |= directions(true[0], torch.eye(d))
-        rows["singular vectors"] |= directions(true[0], torch.linalg.svd(weights["encode.weight"]).Vh)
-        untrained = TMS(*SIZES[name], identity=identity)
-        torch.manual_seed(seed)
-        torch.nn.init.xavier_normal_(untrained.encode.weight)
-        row, own = chosen(untrained, seed, x, "batch_topk", size, hidden)
-        rows["SAE, BatchTopK, untrained network"] = row | directions(true_directions(untrained)[0], own.directions())
-        places = ("input of encode", "output of encode")
-        if identity:
-            row, own = chosen(target, seed, x, "batch_topk", size, [hidden, "output of middle"])
-            first, second = own.directions().split(d, 1)
-            rows["crosscoder"] = row | directions(true[0], first)
-            rows["crosscoder"]["second_place"] = directions(true[0], second)["recovered_0.99"]
-        for label, skip in (("transcoder", False), ("transcoder with skip", True)):
-            row, own = chosen(target, seed, x, "batch_topk", size, *places, skip=skip)
-            made = baselines.transcoded(own, "encode.weight")
-            if identity:  # the other weight has a component of its own, which is the weight
-                middle = apd.Components.from_matrices({"middle.weight": weights["middle.weight"][None]})
-                made = baselines.beside([made, middle])
-            by = by_weights(target, made, x, active)
-            rows[label] = by | row | {"bits_as_weights": by["bits"]} | directions(true[0], own.directions())
-    else:
-        every = [f"output of neurons.{i}" for i in range(len(target.neurons))]
-        for i, place in enumerate(every):
-            row, own = chosen(target, seed, x, "batch_topk", size, place)
-            rows[f"SAE, BatchTopK, layer {i}"] = row | directions(true[i], own.directions())
-        if len(every) > 1:
-            row, own = chosen(target, seed, x, "batch_topk", size, every)
-            rows["crosscoder"] = row | directions(torch.cat(true, 1), own.directions())
-        else:
-            for label, skip in (("transcoder", False), ("transcoder with skip", True)):
-                row, own = chosen(
-                    target, seed, x, "batch_topk", size, "input of read.0", "output of write.0", skip=skip
-                )
-                rows[label] = row | layer_ownership(target, own)
+        rows["APD"] |= directions(true, leading(plain))
+        rows["neurons"] |= directions(true, torch.eye(target.d_hidden))
+        rows["singular vectors"] |= directions(true, torch.linalg.svd(weights["encode.weight"]).Vh)
+    for method in dictionaries(target):
+        network = target
+        if method.endswith("untrained network"):
+            network = TMS(*SIZES[name], identity=identity)
+            torch.manual_seed(seed)
+            torch.nn.init.xavier_normal_(network.encode.weight)
+        row, found = chosen(network, seed, x, method, size)
+        if isinstance(target, TMS) and method.startswith("transcoder"):
+            by = by_weights(target, as_weights(target, found.best), x, active)
+            row = by | row | {"bits_as_weights": by["bits"]}
+        rows[method] = row | by_truth(network, method, found.best)
     return [{"methods": rows, "active": active, "size": size}], {}
 
 
@@ -235,8 +253,9 @@ def split_run(job: tuple[str, int, int]) -> tuple[list[Row], Tensors]:
     assert isinstance(target, TMS)
     n, x, truth, W = factor * target.n_features, held_out(target, seed), target.mechanisms(), true_directions(target)[0]
     found: Row = {}
-    for kind, label in (("relu", "SAE, L1"), ("batch_topk", "SAE, BatchTopK")):
-        row, own = chosen(target, seed, x, kind, n, "output of encode")
+    for label in ("SAE, L1", "SAE, BatchTopK"):
+        row, chose = chosen(target, seed, x, label, n)
+        own = chose.best
         codes = own.encode(baselines.activations(target, x, "output of encode")[0])
         alive = (codes > 0).double().mean(0) > 1e-3
         found[label] = row | {
@@ -244,8 +263,8 @@ def split_run(job: tuple[str, int, int]) -> tuple[list[Row], Tensors]:
             "in_use": int(alive.sum()),
             "chance": baselines.copies(W, turned(own.directions()[alive], seed)).tolist(),
         }
-    row, own = chosen(target, seed, x, "batch_topk", n, "input of encode", "output of encode")
-    made = baselines.transcoded(own, "encode.weight")
+    row, chose = chosen(target, seed, x, "transcoder", n)
+    made = as_weights(target, chose.best)
     found["transcoder"] = row | {"owners": baselines.owners(made, truth).tolist()}
     variants: dict[str, Row] = {"APD": {}, "APD, no merging": {"tidy_every": 0.0}}
     if target.n_features > 5:  # the large one takes a minute and more for each run
@@ -253,11 +272,12 @@ def split_run(job: tuple[str, int, int]) -> tuple[list[Row], Tensors]:
     for label, changed in variants.items():
         result, seconds = taken_apart(target, target.recipe | {"n_components": n} | changed, seed=seed)
         components = result.components
+        costs = apd.rate.costs(target, components, x, EPSILONS, attribution=target.attributions)
         found[label] = {
             "owners": baselines.owners(components, truth).tolist(),
             "owned": int(target.ownership(components).owned.sum()),
             "in_use": int((components.norms() > 0.01 * components.norms().max()).sum()),
-            "bits": bits(apd.rate.costs(target, components, x, EPSILONS, attribution=target.attributions)),
+            "bits": rounded(c.bits() for c in costs),
             "seconds": seconds,
         }
     return [{"found": found}], {}
@@ -265,63 +285,31 @@ def split_run(job: tuple[str, int, int]) -> tuple[list[Row], Tensors]:
 
 def wider_run(job: tuple[str, int, str, float]) -> tuple[list[Row], Tensors]:
     """Train one dictionary of a TMS with one sparsity; `bits_to_choose` are of other inputs than `bits`."""
-    name, seed, label, sparsity = job
+    name, seed, method, sparsity = job
     target, _ = loaded(name, seed)
-    x, recipe, to_layer = held_out(target, seed), target.recipe, label.startswith("transcoder")
-    kind = {"SAE, L1": "relu", "SAE, TopK": "topk"}.get(label, "batch_topk")
-    reads, writes = ("input of encode", "output of encode") if to_layer else ("output of encode", None)
-    settings = FIT | ({"skip": label.endswith("skip")} if to_layer else {})
-    found = baselines.choose(
-        target,
-        recipe["batches"],
-        reads,
-        recipe["n_components"],
-        kind,
-        (sparsity,),
-        writes=writes,
-        seed=seed,
-        **settings,
-    )
-    (tried,) = found.tried
-    row: Row = {"bits_to_choose": [round(b, 3) if math.isfinite(b) else None for b in tried["bits"]]}
-    row |= {"bits": bits(baselines.costs(target, found.best, x, reads, writes, EPSILONS))}
-    row |= directions(true_directions(target)[0], found.best.directions()) | {"seconds": round(found.seconds, 1)}
-    if to_layer:
-        own = target.ownership(baselines.transcoded(found.best, "encode.weight"))
-        row["owned"] = int(own.owned.sum())
-    return [row], {}
+    row, found = chosen(target, seed, held_out(target, seed), method, target.recipe["n_components"], (sparsity,))
+    return [{"bits_to_choose": rounded(found.tried[0]["bits"])} | row | by_truth(target, method, found.best)], {}
 
 
 def ten_times(name: str) -> Row:
     """Give the settings of a dictionary's training, with ten times the steps."""
-    settings = LARGE if name in NEURONS else FIT
+    settings = LARGE if name in residual.SIZES else FIT
     return settings | {"steps": 10 * settings["steps"]}
 
 
 def longer_run(job: tuple[str, int, str]) -> tuple[list[Row], Tensors]:
     """Train one dictionary again with ten times the steps, and the sparsity that was chosen for it."""
-    name, seed, label = job
+    name, seed, method = job
     target, _ = loaded(name, seed)
-    x, recipe, large = held_out(target, seed), target.recipe, isinstance(target, ResidualMLP)
-    before = next(r for r in STUDY.stored()["runs"] if (r["target"], r["seed"]) == (name, seed))["methods"][label]
-    true, every = true_directions(target), [f"output of neurons.{i}" for i in range(2 if name == "25-25" else 1)]
-    hidden: Any = every if large else "output of encode"
-    places = ("input of read.0", "output of write.0") if large else ("input of encode", "output of encode")
-    reads, writes = places if label == "transcoder" else (hidden, None)
-    kind = {"SAE, L1": "relu", "SAE, TopK": "topk"}.get(label, "batch_topk")
-    start = time.process_time()
+    before = next(r for r in STUDY.stored()["runs"] if (r["target"], r["seed"]) == (name, seed))["methods"][method]
+    how, seconds = dictionaries(target)[method], time.process_time()
     own = baselines.fit(
-        target, recipe["batches"], reads, recipe["n_components"], kind, before["sparsity"], writes=writes, seed=seed,
-        **ten_times(name),
+        target, target.recipe["batches"], n_features=target.recipe["n_components"], sparsity=before["sparsity"],
+        seed=seed, **how, **ten_times(name),
     )  # fmt: skip
-    row: Row = {"seconds": round(time.process_time() - start, 1)}
-    row |= {"bits": bits(baselines.costs(target, own, x, reads, writes, EPSILONS))}
-    if label != "transcoder":
-        return [row | directions(torch.cat(true, 1), own.directions())], {}
-    if isinstance(target, ResidualMLP):
-        return [row | layer_ownership(target, own)], {}
-    owned = int(target.ownership(baselines.transcoded(own, "encode.weight")).owned.sum())
-    return [row | {"owned": owned} | directions(true[0], own.directions())], {}
+    row: Row = {"seconds": round(time.process_time() - seconds, 1)}
+    costs = baselines.costs(target, own, held_out(target, seed), how["reads"], how.get("writes"), EPSILONS)
+    return [row | {"bits": rounded(c.bits() for c in costs)} | by_truth(target, method, own)], {}
 
 
 def operations(train: Callable[[int], None], n: int) -> float:
@@ -339,14 +327,13 @@ def work() -> dict[str, Row]:
     found: dict[str, Row] = {}
     for name in ("tms-5-2", "tms-40-10", "50", "25-25"):
         target, _ = loaded(name, SEEDS[name][0])
-        recipe, large = target.recipe, isinstance(target, ResidualMLP)
+        recipe, places = target.recipe, hidden(target)
         x = recipe["batches"](0, torch.Generator().manual_seed(0))
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             target(x)
-        forward, steps = counter.get_total_flops(), (LARGE if large else FIT)["steps"]
-        hidden = [f"output of neurons.{i}" for i in range(len(NEURONS[name]))] if large else ["output of encode"]
+        forward, steps = counter.get_total_flops(), (LARGE if name in residual.SIZES else FIT)["steps"]
 
-        def dictionary(n: int, places: list[str] = hidden, own: Target = target) -> None:
+        def dictionary(n: int, places: list[str] = places, own: Target = target) -> None:
             batches, size = own.recipe["batches"], own.recipe["n_components"]
             baselines.fit(own, batches, places, size, "batch_topk", 1.0, steps=n, seed=0)
 
@@ -377,7 +364,7 @@ RUNS = Rows(
     fields=("target", "seed"),
     jobs=lambda rows: [(name, seed) for name in TARGETS for seed in SEEDS[name]],
     run=run,
-    settings=lambda job: LARGE | {"grid": LARGE_GRID} if job[0] in NEURONS else FIT | {"grid": GRID},
+    settings=lambda job: LARGE | {"grid": LARGE_GRID} if job[0] in residual.SIZES else FIT | {"grid": GRID},
     order=lambda job: (TARGETS.index(job[0]), job[1]),
 )
 SPLITTING = Rows(

@@ -21,6 +21,7 @@ from experiments.experiment import (
     Tensors,
     factors,
     numbers,
+    of,
     ownership_means,
     prefix,
     scrubbing_means,
@@ -81,6 +82,14 @@ def run(job: tuple[str, int]) -> tuple[list[Row], Tensors]:
     }
     own_target = {f"{prefix(job)}target.{p}": target.get_parameter(p).detach().contiguous() for p in target.weights}
     return [facts], factors(full, prefix(job), torch.half) | own_target
+
+
+def stored_target(name: str, seed: int) -> tuple[ResidualMLP, apd.Components]:
+    """Load one of the stored targets and its components, for other studies."""
+    target = ResidualMLP(neurons=SIZES[name], seed=seed)
+    components, state = of("residual", prefix((name, seed)))
+    target.load_state_dict(state, strict=False)  # the embedding is drawn from the seed
+    return target, components
 
 
 def noisy(noise: float, seed: int) -> ResidualMLP:
