@@ -23,7 +23,8 @@ import torch
 import apd_minimal as apd
 from apd_minimal.config import at_progress
 from apd_minimal.study import rate
-from experiments.experiment import Row, Rows, Study, Tensors, numbers, of, prefix, scaled, taken_apart
+from experiments.experiment import Row, Rows, Study, Tensors, numbers, scaled, taken_apart
+from experiments.residual import stored_target as stored_mlp
 from experiments.tms import SIZES, stored_target
 
 FACTORS = (0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0)
@@ -38,14 +39,6 @@ def target_of(kind: str, seed: int) -> apd.targets.TMS:
     name, *rotated = kind.split()
     target = stored_target(name, seed)
     return target.rotate(seed=seed) if rotated else target
-
-
-def stored_residual(seed: int) -> tuple[apd.targets.ResidualMLP, apd.Components]:
-    """Load a stored residual MLP of one layer, and its decomposition."""
-    target = apd.targets.ResidualMLP(neurons=(50,), seed=seed)
-    components, state = of("residual", prefix(("50", seed)))
-    target.load_state_dict(state, strict=False)  # the embedding is drawn from the seed
-    return target, components
 
 
 def held_out(target: apd.targets.TMS, seed: int) -> torch.Tensor:
@@ -113,7 +106,7 @@ def settings_of_computed(job: tuple[float, int]) -> Row:
 def computed(job: tuple[float, int]) -> tuple[list[Row], Tensors]:
     """Decompose one residual MLP with one k, and measure as above."""
     factor, seed = job
-    target, components = stored_residual(seed)
+    target, components = stored_mlp("50", seed)
     settings, seconds = settings_of_computed(job), None
     if factor != 1:
         result, seconds = taken_apart(target, settings | {"attribution": target.attributions})
@@ -150,7 +143,7 @@ COMPUTED = Rows(
 
 def residual(job: tuple[str, int]) -> tuple[list[Row], Tensors]:
     """Judge what is stored of one residual MLP, its neurons, and the whole."""
-    target, found = stored_residual(job[1])
+    target, found = stored_mlp("50", job[1])
     network = apd.Network(target, target.weights)
     (read, W_in), (write, W_out) = network.weights.items()
     eye = torch.eye(W_in.shape[1])

@@ -77,11 +77,9 @@ def toy(name: str, identity: bool, rotated: bool, recipe: str, seed: int) -> Cas
 
 def residual_mlp(name: str, seed: int) -> Case:
     """Build the case of a residual MLP; answers are what its layers compute."""
-    components, state = of("residual", residual.prefix((name, seed)))
-    target = residual.ResidualMLP(neurons=residual.SIZES[name], seed=seed)
+    target, components = residual.stored_target(name, seed)
     computed = PartOf(neurons=residual.SIZES[name], seed=seed)
-    target.load_state_dict(state, strict=False)
-    computed.load_state_dict(state, strict=False)
+    computed.load_state_dict(target.state_dict())
     recipe, whole = target.recipe, apd.Network(target, target.weights)
     data = apd.data.SparseFeatures(target.n_features, target.probability, -1.0, 1.0, FEW, nonempty=True)
     x = data(0, torch.Generator().manual_seed(55_000 + seed))

@@ -26,6 +26,7 @@ from apd_minimal.targets import ResidualMLP
 from experiments.causal import Crossed, Features, Model, Weights, best, correlations, effects, scores, stitched
 from experiments.circuits import Circuit
 from experiments.experiment import Row, Rows, Study, Tensors, factors, numbers, of, ownership_lists, prefix, taken_apart
+from experiments.residual import stored_target as stored_mlp
 
 SEEDS, RESIDUAL = range(7700, 7705), range(5)
 SETTINGS: dict[str, Any] = {
@@ -51,16 +52,6 @@ def taken(job: tuple[int]) -> tuple[list[Row], Tensors]:
     own = apd.metrics.ownership(result.components, target.truth)
     row = {"seconds": seconds, "scores": result.scores, **ownership_lists(own)}
     return [row], factors(result.components.map(Tensor.detach), prefix(job))
-
-
-def residual(seed: int) -> tuple[ResidualMLP, apd.Components]:
-    """Load a stored residual MLP and its components."""
-    target = ResidualMLP(neurons=(25, 25), seed=seed)
-    components, weights = of("residual", f"25-25/{seed}/")
-    with torch.no_grad():
-        for path in target.weights:
-            target.get_parameter(path).copy_(weights[path])
-    return target, components
 
 
 def one_at_a_time(target: Any) -> Tensor:
@@ -165,7 +156,7 @@ def circuit_run(job: tuple[str, int]) -> tuple[list[Row], Tensors]:
 def residual_run(job: tuple[str, int]) -> tuple[list[Row], Tensors]:
     """Measure one method on one residual MLP."""
     method, seed = job
-    target, components = residual(seed)
+    target, components = stored_mlp("25-25", seed)
     return [causes(method, target, components, seed)], {}
 
 
