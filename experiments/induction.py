@@ -5,10 +5,15 @@ python -m experiments.induction [--only sequence position ...] [--processes N]  
 Chapter 36. The target is written by hand (`targets.Induction`), so that nothing of it is trained. A run has gates for
 whole sequences, where the cheapest mechanisms are the three circuits, or for each position, where they are the six
 roles. It starts at random ("scratch"), or at the truth plus the same random numbers ("truth"): that asks whether the
-losses hold the truth where it is. "random" is the control: every matrix is replaced by a random one of the same
-singular values, with the same settings, from scratch. Seeds of the targets from 8600 up, and 1,000 more for the runs.
-Ten targets near the truth, five from scratch and three with random weights. (Five, one and one were run first; the
-others were added with nothing changed.)
+losses hold the truth where it is. Two controls say how much of that is the start: "wrong" starts as near to another
+exact cut of the same weights (heads where gates are for sequences, circuits where they are for positions), and
+"faithful" starts near the truth and has the faithfulness loss alone. "random" is the control of the starts at random:
+every matrix is replaced by a random one of the same singular values, with the same settings, from scratch. Seeds of the
+targets from 8600 up, and 1,000 more for the runs. Ten targets near the truth, five from scratch and for the controls of
+the start, and three with random weights. (Five, one and one were run first; the others were added with nothing changed,
+the controls of the start last.) "Many" starts at random with the call of chapter 33 as it stands (experiments/
+architectures.py: four components for each mechanism, k falling, late merging, 1,200 steps), on the seeds 90 and 91, on
+which other settings had been tried.
 """
 
 from __future__ import annotations
@@ -29,12 +34,14 @@ from apd_minimal.selection import TopK
 from apd_minimal.study import controls
 from apd_minimal.study.rate import Judge
 from apd_minimal.targets.induction import CIRCUIT_OF, CIRCUITS, Induction
+from experiments import architectures
 from experiments.experiment import Row, Rows, Study, Tensors, numbers
 
 Job = tuple[str, str, int]  # gates, start, seed
 TRUTHS = {"sequence": "circuit", "position": "role"}  # gates, and what is cheapest under them
 GROUPS = {"sequence": tuple(range(len(CIRCUITS))), "position": CIRCUIT_OF}  # the circuit of each true mechanism
 ACTIVE = {"sequence": 1.0, "position": 0.25}  # of the truth, on a sequence or at a position
+ACTIVE_HEADS = 4 / 3  # on a sequence: induction has two heads, and each circuit is asked in a third of them
 TESTS = ("own error without", "others' error without", "own error alone", "others' error alone")
 RANK, FIRST = 4, 8600  # no matrix of a circuit has a higher rank
 
@@ -89,6 +96,19 @@ def without_circuits(target: Induction, seed: int) -> Induction:
             part.weight.copy_(U @ S.diag() @ V.T)
         layer.nothing.zero_()  # else most of them would look at nothing
     return target
+
+
+def heads(target: Induction) -> dict[str, Tensor]:
+    """Cut every weight by heads: [4, d_in, d_out] each, the two of the first layer first."""
+    cut = {}
+    for path, whole in target.mechanisms("circuit").items():
+        own = torch.zeros(4, *whole.shape[1:])
+        first = 2 * int(path.split(".")[1])
+        axis = 0 if ".o." in path else 1
+        for h, part in enumerate(whole.sum(0).chunk(2, axis)):
+            own[first + h].narrow(axis, h * part.shape[axis], part.shape[axis]).copy_(part)
+        cut[path] = own
+    return cut
 
 
 def asked(target: Induction, circuit: int, n: int = 256, seed: int = 0) -> Tensor:
@@ -166,17 +186,30 @@ def moved(target: Induction, components: apd.Components, k: float, seed: int = 0
 
 def jobs() -> list[Job]:
     """List the runs."""
-    targets = {"truth": 10, "scratch": 5, "random": 3}
+    targets = {"truth": 10, "wrong": 5, "faithful": 5, "scratch": 5, "random": 3}
     return [(gates, start, FIRST + i) for start, n in targets.items() for i in range(n) for gates in TRUTHS]
 
 
 def settings_of(job: Job) -> Row:
-    """Give the settings: one set for all, but for the gates, and the fading of runs that do not start at the truth."""
+    """Give the settings: one set for all, but for the gates, and the fading of runs that do not start near a cut."""
     gates, start, seed = job
-    return {
+    settings = {
         "n_components": len(GROUPS[gates]), "top_k": ACTIVE[gates], "rank": RANK, "seed": seed + 1000,
-        "tidy_every": 0.0, "reseed_until": 0.0, **SETTINGS["near" if start == "truth" else "far"],
+        "tidy_every": 0.0, "reseed_until": 0.0, **SETTINGS["far" if start in ("scratch", "random") else "near"],
     }  # fmt: skip
+    if start == "wrong":
+        settings |= {"n_components": 4, "top_k": ACTIVE_HEADS} if gates == "sequence" else {"n_components": 3}
+    if start == "faithful":
+        settings |= {"minimality": 0.0, "scrub": 0.0, "simplicity": 0.0}
+    return settings
+
+
+def cut_of(job: Job, target: Induction) -> dict[str, Tensor]:
+    """Give the cut of the weights with which a run is compared, and near which it starts if it does."""
+    gates, start, _ = job
+    if start == "wrong":
+        return heads(target) if gates == "sequence" else target.mechanisms("circuit")
+    return target.mechanisms(TRUTHS[gates])
 
 
 def run(job: Job) -> tuple[list[Row], Tensors]:
@@ -185,14 +218,14 @@ def run(job: Job) -> tuple[list[Row], Tensors]:
     target = Induction(seed=seed)
     if start == "random":
         target = without_circuits(target, seed)
-    truth, score, began = target.mechanisms(TRUTHS[gates]), scores_of(gates), time.process_time()
+    truth, score, began = cut_of(job, target), scores_of(gates), time.process_time()
     judge, network = Judge(attribution=score), apd.Network(target, target.weights)
-    k, settings = ACTIVE[gates], settings_of(job)
-    source = target.data(BATCH)
-    selection = None if start == "truth" else Fading(k)
+    settings, near = settings_of(job), start not in ("scratch", "random")
+    k, source = settings["top_k"], target.data(BATCH)
+    selection = None if near else Fading(k)
     progress = begin(network, source, Config.from_dict(settings), attribution=score, selection=selection)
     known = apd.Components.from_matrices(truth, RANK)
-    if start == "truth":
+    if near:
         with torch.no_grad():
             for mine, true in zip(progress.components.parameters(), known.parameters(), strict=True):
                 mine.add_(true)
@@ -214,16 +247,14 @@ def run(job: Job) -> tuple[list[Row], Tensors]:
         "start_cosine": apd.metrics.ownership(first, truth).cosine.mean().item(),
         "restarts_cosine": apd.metrics.ownership(every.restart(0), as_truth(every.restart(1))).cosine.mean().item(),
         "dealt_cosine": apd.metrics.ownership(dealt, truth).cosine.mean().item(),
-        "another_cosine": apd.metrics.ownership(parts, Induction(seed=seed + 50).mechanisms(TRUTHS[gates]))
-        .cosine.mean()
-        .item(),
+        "another_cosine": apd.metrics.ownership(parts, cut_of(job, Induction(seed=seed + 50))).cosine.mean().item(),
         "relative_faithfulness": apd.metrics.relative_faithfulness(parts, network.weights).item(),
         "bits": finite(judge(network, parts, x)),
         "bits_of_the_truth": finite(judge(network, known, x)),
         "bits_dealt": finite(judge(network, dealt, x)),
         "seconds": round(seconds, 1),
     }
-    if start != "random":
+    if start not in ("random", "wrong"):
         groups = [[int(own.owner[j]) for j, g in enumerate(GROUPS[gates]) if g == c] for c in range(len(CIRCUITS))]
         row["causal"] = causal(target, parts, groups, seed).tolist()
         as_known = [[j for j, g in enumerate(GROUPS[gates]) if g == c] for c in range(len(CIRCUITS))]
@@ -231,6 +262,30 @@ def run(job: Job) -> tuple[list[Row], Tensors]:
         row["causal_dealt"] = causal(target, dealt, groups, seed).tolist()
         if gates == "position":
             row["moved"], row["moved_dealt"] = moved(target, parts, k, seed), moved(target, dealt, k, seed)
+    return [row], {}
+
+
+def run_many(job: tuple[str, int]) -> tuple[list[Row], Tensors]:
+    """Take one target apart with many components, by the call that chapter 33 makes for every kind of network."""
+    gates, seed = job
+    target = Induction(seed=seed)
+    truth, score, began = target.mechanisms(TRUTHS[gates]), scores_of(gates), time.process_time()
+    x = target.data(1024)(0, torch.Generator().manual_seed(20_000 + seed))
+    settings = architectures.settings(target, target.weights, x, len(GROUPS[gates]), ACTIVE[gates], seed + 1000)
+    settings["judge"] = Judge(architectures.EPSILONS, attribution=score)
+    found = apd.decompose(target, target.data(BATCH), target.weights, attribution=score, progress=False, **settings)
+    own = apd.metrics.ownership(found.components, truth)
+    row = {
+        "owned": int(own.owned.sum()),
+        "cosine": [round(v, 4) for v in own.cosine.tolist()],
+        "dealt_cosine": apd.metrics.ownership(controls.dealt(found.components, seed), truth).cosine.mean().item(),
+        "in_use": int((found.components.norms() > 0).sum()),
+        "relative_faithfulness": apd.metrics.relative_faithfulness(
+            found.components, apd.Network(target, target.weights).weights
+        ).item(),
+        "bits": finite(Judge(attribution=score)(apd.Network(target, target.weights), found.components, x)),
+        "seconds": round(time.process_time() - began, 1),
+    }
     return [row], {}
 
 
@@ -249,9 +304,14 @@ RUNS = Rows(
     jobs=lambda rows: jobs(),
     run=run,
     settings=lambda job: numbers(settings_of(job), batch=BATCH),
-    order=lambda job: (["truth", "scratch", "random"].index(job[1]), list(TRUTHS).index(job[0]), job[2]),
+    order=lambda job: (
+        ["truth", "wrong", "faithful", "scratch", "random"].index(job[1]),
+        list(TRUTHS).index(job[0]),
+        job[2],
+    ),
 )
-STUDY = Study("induction", {"runs": RUNS}, about=lambda processes: {"processes": processes}, compact=True)
+MANY = Rows(("gates", "seed"), lambda rows: [(gates, seed) for seed in (90, 91) for gates in TRUTHS], run_many)
+STUDY = Study("induction", {"runs": RUNS, "many": MANY}, about=lambda processes: {"processes": processes}, compact=True)
 
 if __name__ == "__main__":
     STUDY.main(__doc__)
