@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from apd_minimal.study import controls, leakage, matching
 from apd_minimal.study.rate import Judge
 from experiments.experiment import Row, Rows, Study, Tensors, scaled
 from experiments.planted import Planted
-from experiments.planted_kinds import KINDS
+from experiments.planted_kinds import DETERMINED, KINDS
 
 Job = tuple[str, int, str]  # kind, seed, "planted" or "random"
 FIRST, BATCH = 8400, 64
@@ -37,6 +38,7 @@ SEEDS = {
 }  # fmt: skip
 RANDOM = ("MLP", "attention", "experts", "bilinear", "graph")
 ORDER = tuple(SEEDS)
+MADE = KINDS | DETERMINED
 K = ((0.0, 4.0), (0.35, 2.0), (0.5, 1.0), (0.7, 0.8))  # in units of the mean number of mechanisms on a sample
 SETTINGS: Row = {
     "rank": 4, "steps": 1200, "restarts": 3, "lr": 3e-2, "minimality": 20.0, "scrub": 20.0,
@@ -119,7 +121,7 @@ def masks(target: Planted, components: apd.Components, x: Tensor) -> Row:
 def run(job: Job) -> tuple[list[Row], Tensors]:
     """Take one network apart, and measure."""
     kind, seed, weights = job
-    target = KINDS[kind](seed=seed)
+    target = MADE[kind](seed=seed)
     truth, data = target.mechanisms(), target.data(BATCH)
     if weights == "random":
         target = without_mechanisms(target, seed)
@@ -147,7 +149,7 @@ def run(job: Job) -> tuple[list[Row], Tensors]:
     own = apd.metrics.ownership(found.components, truth)
     dealt = controls.dealt(found.components, seed, turned=True)
     svd = singular(apd.Components.from_matrices(truth), target.n)
-    others = {"dealt": dealt, "singular": svd, "another": KINDS[kind](seed=seed + 50).truth}
+    others = {"dealt": dealt, "singular": svd, "another": MADE[kind](seed=seed + 50).truth}
     P = found.components.flat().detach()[own.owner]
     Z = target.truth.flat()
     table = torch.nn.functional.normalize(Z, dim=1) @ torch.nn.functional.normalize(P, dim=1).T
@@ -168,6 +170,40 @@ def run(job: Job) -> tuple[list[Row], Tensors]:
         "bits_of_the_truth": judge(network, target.truth, x),
         "bits_dealt": judge(network, dealt, x),
         "masks": masks(target, found.components, x[:1024]),
+    }
+    return [row], {}
+
+
+# What a reader of the results suggested; tried on tuning seeds alone.
+CHANGES: dict[str, Row] = {
+    "none": {},
+    "scrub rises": {"scrub": ((0.0, 20.0), (0.7, 20.0), (1.0, 80.0))},
+    "small steps": {"lr": 1e-2, "warmup": 0.1},
+}
+
+
+def tries() -> list[Job]:
+    """List the runs with one change, and those without beside them."""
+    some = [("SSM", "scrub rises", (90, 91)), ("bilinear", "small steps", (90, 91, 92, 93))]
+    return [(kind, seed, change) for kind, own, seeds in some for seed in seeds for change in ("none", own)]
+
+
+def run_changed(job: Job) -> tuple[list[Row], Tensors]:
+    """Take one network apart with one change of the settings, and count what is owned."""
+    kind, seed, change = job
+    target = KINDS[kind](seed=seed)
+    data, x = target.data(BATCH), target.data(2048)(0, torch.Generator().manual_seed(20_000 + seed))
+    arguments = settings(target, target.weights, x, target.n, data.mean_active, seed + 1000) | CHANGES[change]
+    start = time.process_time()
+    found = apd.decompose(target, data, target.weights, progress=False, **arguments)
+    seconds = time.process_time() - start
+    network, own = apd.Network(target, target.weights), target.ownership(found.components)
+    row: Row = {
+        "seconds": round(seconds, 1),
+        "sum": float(apd.metrics.relative_faithfulness(found.components, network.weights)),
+        "owned": own.owned.tolist(),
+        "cosine": own.cosine.tolist(),
+        "scores": found.scores,
     }
     return [row], {}
 
@@ -224,8 +260,20 @@ RUNS = Rows(
     settings=settings_of,
     order=lambda job: (ORDER.index(job[0]), job[2], job[1]),
 )
+VARIANTS = replace(
+    RUNS,
+    jobs=lambda rows: [(kind, 8450 + i, "planted") for kind in DETERMINED for i in range(5)],
+    order=lambda job: (tuple(DETERMINED).index(job[0]), job[1]),
+)
+TRIES = Rows(
+    fields=("kind", "seed", "change"),
+    jobs=lambda rows: tries(),
+    run=run_changed,
+    settings=lambda job: settings_of((job[0], job[1], "planted")) | CHANGES[job[2]],
+    order=lambda job: (ORDER.index(job[0]), job[1], tuple(CHANGES).index(job[2])),
+)
 STUDY = Study(
-    "architectures", {"runs": RUNS}, {"inside": inside}, about=lambda processes: {"processes": processes}, compact=True
+    "architectures", {"runs": RUNS, "determined": VARIANTS, "tries": TRIES}, {"inside": inside}, about=lambda processes: {"processes": processes}, compact=True
 )
 
 if __name__ == "__main__":
