@@ -37,14 +37,20 @@ def planes(x: Tensor, n: int, width: int, seed: int = 0, tolerance: float = TOLE
     """
     generator = torch.Generator().manual_seed(seed)
     free, groups, lengths = torch.ones(len(x), dtype=torch.bool), [], x.norm(dim=2)
+
+    def near(Q: Tensor) -> Tensor:
+        return ((x - x @ Q @ Q.T).norm(dim=2) <= tolerance * lengths).all(1) & free
+
     for _ in range(tries):
         rest = free.nonzero().flatten()
         if len(groups) == n or len(rest) < LEAST:
             break
         some = rest[torch.randint(len(rest), (width,), generator=generator)]
         Q = torch.linalg.qr(x[some, 0].T).Q
-        inside = ((x - x @ Q @ Q.T).norm(dim=2) <= tolerance * lengths).all(1) & free
+        inside = near(Q)
         if inside.sum() >= LEAST:
+            # The first samples may be almost on one line, and their plane off by rounding: fit it to all.
+            inside = near(torch.linalg.svd(x[inside].flatten(0, 1), full_matrices=False).Vh[:width].T)
             groups.append(inside)
             free &= ~inside
     return torch.stack(groups) if groups else free.new_zeros(0, len(x))
