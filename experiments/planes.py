@@ -36,7 +36,8 @@ def planes(x: Tensor, n: int, width: int, seed: int = 0, tolerance: float = TOLE
         Tensor: which samples are in each group, boolean [groups, B]; no sample is in two.
     """
     generator = torch.Generator().manual_seed(seed)
-    free, groups, lengths = torch.ones(len(x), dtype=torch.bool), [], x.norm(dim=2)
+    free, lengths = torch.ones(len(x), dtype=torch.bool), x.norm(dim=2)
+    groups: list[Tensor] = []
 
     def near(Q: Tensor) -> Tensor:
         return ((x - x @ Q @ Q.T).norm(dim=2) <= tolerance * lengths).all(1) & free
