@@ -21,7 +21,7 @@ TOLERANCE = 1e-5  # of lengths, as a share of the whole
 LEAST = 20  # samples of a group: two samples with several mechanisms on span a plane as well, but no others lie in it
 
 
-def planes(x: Tensor, n: int, width: int, seed: int = 0, tolerance: float = TOLERANCE, tries: int = 1000) -> Tensor:
+def planes(x: Tensor, n: int, width: int, seed: int = 0, tolerance: float = TOLERANCE, tries: int = 8000) -> Tensor:
     """Find groups of samples whose inputs lie in one plane: spanned by a few samples at random, and others lie in it.
 
     Args:
