@@ -10,12 +10,17 @@ as in chapter 28. A judge with small errors picks among three restarts. The sett
 MLP, and looked at on seed 90 of the recurrent and the state-space networks, before any of the seeds here was run. One
 number was changed after that: the batch, from 80 to 64, when four MLPs with 80 had been seen (0, 4, 2 and 3 of six
 mechanisms owned), since all kinds would have taken too long.
+
+"determined" are variants whose data determine their mechanisms, on new seeds; "undetermined" says what the data of the
+first leave open. "planes" and "inside" are cuts without training. "harder" has inputs on which the cut by planes fails.
+"tries" are changes of settings that a reader of the results proposed, on tuning seeds alone.
 """
 
 from __future__ import annotations
 
 import copy
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,9 +30,10 @@ import apd_minimal as apd
 from apd_minimal import bottleneck
 from apd_minimal.study import controls, leakage, matching
 from apd_minimal.study.rate import Judge
+from experiments import planes
 from experiments.experiment import Row, Rows, Study, Tensors, scaled
 from experiments.planted import Planted
-from experiments.planted_kinds import KINDS
+from experiments.planted_kinds import DETERMINED, KINDS
 
 Job = tuple[str, int, str]  # kind, seed, "planted" or "random"
 FIRST, BATCH = 8400, 64
@@ -37,6 +43,7 @@ SEEDS = {
 }  # fmt: skip
 RANDOM = ("MLP", "attention", "experts", "bilinear", "graph")
 ORDER = tuple(SEEDS)
+MADE = KINDS | DETERMINED
 K = ((0.0, 4.0), (0.35, 2.0), (0.5, 1.0), (0.7, 0.8))  # in units of the mean number of mechanisms on a sample
 SETTINGS: Row = {
     "rank": 4, "steps": 1200, "restarts": 3, "lr": 3e-2, "minimality": 20.0, "scrub": 20.0,
@@ -51,6 +58,11 @@ def jobs() -> list[Job]:
     """List the runs: planted networks of each kind, then those without mechanisms."""
     planted: list[Job] = [(kind, FIRST + i, "planted") for kind, n in SEEDS.items() for i in range(n)]
     return planted + [(kind, FIRST, "random") for kind in RANDOM]
+
+
+def variants() -> list[Job]:
+    """List the runs on networks whose data determine their mechanisms: new seeds, the same settings."""
+    return [(kind, 8450 + i, "planted") for kind in DETERMINED for i in range(5)]
 
 
 def settings_of(job: Job) -> Row:
@@ -119,7 +131,7 @@ def masks(target: Planted, components: apd.Components, x: Tensor) -> Row:
 def run(job: Job) -> tuple[list[Row], Tensors]:
     """Take one network apart, and measure."""
     kind, seed, weights = job
-    target = KINDS[kind](seed=seed)
+    target = MADE[kind](seed=seed)
     truth, data = target.mechanisms(), target.data(BATCH)
     if weights == "random":
         target = without_mechanisms(target, seed)
@@ -147,7 +159,7 @@ def run(job: Job) -> tuple[list[Row], Tensors]:
     own = apd.metrics.ownership(found.components, truth)
     dealt = controls.dealt(found.components, seed, turned=True)
     svd = singular(apd.Components.from_matrices(truth), target.n)
-    others = {"dealt": dealt, "singular": svd, "another": KINDS[kind](seed=seed + 50).truth}
+    others = {"dealt": dealt, "singular": svd, "another": MADE[kind](seed=seed + 50).truth}
     P = found.components.flat().detach()[own.owner]
     Z = target.truth.flat()
     table = torch.nn.functional.normalize(Z, dim=1) @ torch.nn.functional.normalize(P, dim=1).T
@@ -170,6 +182,57 @@ def run(job: Job) -> tuple[list[Row], Tensors]:
         "masks": masks(target, found.components, x[:1024]),
     }
     return [row], {}
+
+
+# What a reader of the results suggested; tried on tuning seeds alone.
+CHANGES: dict[str, Row] = {
+    "none": {},
+    "small steps": {"lr": 1e-2, "warmup": 0.1},
+}
+
+
+def tries() -> list[Job]:
+    """List the runs with one change, and those without beside them."""
+    return [("bilinear", seed, change) for seed in (90, 91, 92, 93) for change in CHANGES]
+
+
+def run_changed(job: Job) -> tuple[list[Row], Tensors]:
+    """Take one network apart with one change of the settings, and count what is owned."""
+    kind, seed, change = job
+    return [in_short(KINDS[kind](seed=seed), seed, CHANGES[change])], {}
+
+
+# Inputs on which the cut by planes owns less or nothing: chance that a mechanism is on, noise.
+HARDER: dict[str, tuple[float, float]] = {"half on": (0.5, 0.0), "noise": (0.1, 0.01), "mostly on": (0.8, 0.0)}
+
+
+def harder() -> list[Job]:
+    """List the runs on harder inputs."""
+    return [(kind, 90, inputs) for kind in ("RNN", "attention") for inputs in HARDER]
+
+
+def run_harder(job: Job) -> tuple[list[Row], Tensors]:
+    """Take one network apart on inputs of one of `HARDER`, and count what is owned."""
+    kind, seed, inputs = job
+    probability, noise = HARDER[inputs]
+    return [in_short(KINDS[kind](probability=probability, seed=seed), seed, {}, noise)], {}
+
+
+def in_short(target: Planted, seed: int, changes: Row, noise: float = 0.0) -> Row:
+    """Take a network apart with some settings changed, and measure the sum and what is owned."""
+    data, x = target.data(BATCH, noise), target.data(2048, noise)(0, torch.Generator().manual_seed(20_000 + seed))
+    arguments = settings(target, target.weights, x, target.n, data.mean_active, seed + 1000) | changes
+    start = time.process_time()
+    found = apd.decompose(target, data, target.weights, progress=False, **arguments)
+    seconds = time.process_time() - start
+    network, own = apd.Network(target, target.weights), target.ownership(found.components)
+    return {
+        "seconds": round(seconds, 1),
+        "sum": float(apd.metrics.relative_faithfulness(found.components, network.weights)),
+        "owned": own.owned.tolist(),
+        "cosine": own.cosine.tolist(),
+        "scores": found.scores,
+    }
 
 
 # For some kinds, whose outputs the numbers are that a weight reads and writes; "" for those of the network itself.
@@ -217,6 +280,86 @@ def inside() -> dict[str, list[int]]:
     }
 
 
+def by_planes() -> dict[str, list[int]]:
+    """Count what the cut by planes of the inputs owns, without training, on every planted network."""
+    every = [(kind, seed) for kind, seed, weights in jobs() if weights == "planted"]
+    every += [(kind, seed) for kind, seed, _ in variants()]
+    found: dict[str, list[int]] = {}
+    for kind, seed in every:
+        found.setdefault(kind, []).append(planes.owned(MADE[kind](seed=seed)))
+    return found
+
+
+def by_planes_harder() -> list[Row]:
+    """Count what the cut by planes owns on the inputs of `HARDER`, as it is and with a tolerance."""
+    return [
+        {"kind": kind, "inputs": inputs, "owned": [planes.owned(target, noise, t) for t in (planes.TOLERANCE, 0.1)]}
+        for kind, seed, inputs in harder()
+        for probability, noise in [HARDER[inputs]]
+        for target in [KINDS[kind](probability=probability, seed=seed)]
+    ]
+
+
+@torch.no_grad()
+def given_away(target: Planted, j: int, x: Tensor, on: Tensor) -> tuple[apd.Components, float]:
+    """Give the direction in which the inputs of a mechanism's middle block move least to the next mechanism.
+
+    Args:
+        target: an MLP.
+        j: the mechanism.
+        x: inputs [B, d].
+        on: which mechanisms are on, [B, n].
+
+    Returns:
+        Components: as many as mechanisms, with the same sum.
+        float: the share of the energy of the block's inputs that lies in this direction.
+    """
+    parts = target.mechanisms()
+    middle = parts["middle.weight"].clone()
+    hidden = torch.nn.functional.leaky_relu(target.get_submodule("encode")(x[(on[:, j] > 0) & (on.sum(1) == 1)]), 0.2)
+    energies, Q = torch.linalg.eigh(hidden.T @ hidden)
+    v = Q[:, -3]  # the last of three: in the other directions the mechanism has no neurons
+    moved = torch.outer(v, v) @ middle[j]
+    middle[j] -= moved
+    middle[(j + 1) % target.n] += moved
+    return apd.Components.from_matrices(parts | {"middle.weight": middle}), float(energies[-3] / energies.sum())
+
+
+@torch.no_grad()
+def common_mode(target: Planted) -> apd.Components:
+    """Give what is common to both columns of the router, which a softmax does not see, to the first mechanism."""
+    parts = target.mechanisms()
+    router = parts["router.weight"]
+    common = router.mean(2, keepdim=True).expand_as(router)
+    parts["router.weight"] = router - common
+    parts["router.weight"][0] += common.sum(0)
+    return apd.Components.from_matrices(parts)
+
+
+@torch.no_grad()
+def undetermined() -> dict[str, list[Row]]:
+    """Measure other decompositions than the truth that the data hardly tell from it, or not at all."""
+    found: dict[str, list[Row]] = {}
+    for kind, first in (("MLP", FIRST), ("MLP, three inputs", 8450), ("experts", FIRST)):
+        for seed in range(first, first + 5):
+            target = MADE[kind](seed=seed)
+            data, generator = target.data(2048), torch.Generator().manual_seed(20_000 + seed)
+            on = data.on(0, generator)
+            x = data.make(on, generator)
+            network, y, judge = apd.Network(target, target.weights), target(x), Judge(EPSILONS)
+            truth = judge(network, target.truth, x)
+            for j in range(1 if kind == "experts" else target.n):
+                other, share = (common_mode(target), None) if kind == "experts" else given_away(target, j, x, on)
+                error = (network(x, other, on) - y).square().mean() / y.square().mean()
+                row = {
+                    "seed": seed, "mechanism": j, "share": share, "error": float(error),
+                    "cosine": target.ownership(other).cosine.tolist(), "owned": target.ownership(other).owned.tolist(),
+                    "bits": judge(network, other, x), "bits_of_the_truth": truth,
+                }  # fmt: skip
+                found.setdefault(kind, []).append(row)
+    return found
+
+
 RUNS = Rows(
     fields=("kind", "seed", "weights"),
     jobs=lambda rows: jobs(),
@@ -224,8 +367,30 @@ RUNS = Rows(
     settings=settings_of,
     order=lambda job: (ORDER.index(job[0]), job[2], job[1]),
 )
+VARIANTS = replace(
+    RUNS,
+    jobs=lambda rows: variants(),
+    order=lambda job: (tuple(DETERMINED).index(job[0]), job[1]),
+)
+TRIES = Rows(
+    fields=("kind", "seed", "change"),
+    jobs=lambda rows: tries(),
+    run=run_changed,
+    settings=lambda job: settings_of((job[0], job[1], "planted")) | CHANGES[job[2]],
+    order=lambda job: (ORDER.index(job[0]), job[1], tuple(CHANGES).index(job[2])),
+)
+INPUTS = Rows(
+    fields=("kind", "seed", "inputs"),
+    jobs=lambda rows: harder(),
+    run=run_harder,
+    settings=lambda job: settings_of((job[0], job[1], "planted")) | {"inputs": HARDER[job[2]]},
+)
 STUDY = Study(
-    "architectures", {"runs": RUNS}, {"inside": inside}, about=lambda processes: {"processes": processes}, compact=True
+    "architectures",
+    {"runs": RUNS, "determined": VARIANTS, "tries": TRIES, "harder": INPUTS},
+    {"inside": inside, "planes": by_planes, "planes_harder": by_planes_harder, "undetermined": undetermined},
+    about=lambda processes: {"processes": processes},
+    compact=True,
 )
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ EPSILONS = (0.03, 0.1, 0.3)
 
 def jobs() -> list[Job]:
     """List the runs."""
-    return [("trained", 8400)]
+    return [("trained", 8400), ("random", 8400)]
 
 
 def settings_of(job: Job) -> Row:

@@ -33,14 +33,19 @@ class PlantedInputs:
     Attributes:
         on: which mechanisms have an input.
         make: (on [B, n], generator) -> inputs [B, ...].
+        noise: Gaussian noise in all directions, its size as a share of that of the inputs.
     """
 
     on: SparseFeatures
     make: Callable[[Tensor, torch.Generator], Tensor]
+    noise: float = 0.0
 
     def __call__(self, step: int, generator: torch.Generator) -> Tensor:
         """Draw a batch of inputs [B, ...]; `step` is ignored."""
-        return self.make(self.on(step, generator), generator)
+        x = self.make(self.on(step, generator), generator)
+        if self.noise:
+            x = x + self.noise * x.square().mean().sqrt() * torch.randn(x.shape, generator=generator)
+        return x
 
     @property
     def mean_active(self) -> float:
@@ -110,14 +115,15 @@ class Planted(nn.Module):
         """
         return ownership(components, self.true)
 
-    def data(self, batch_size: int = 256) -> PlantedInputs:
+    def data(self, batch_size: int = 256, noise: float = 0.0) -> PlantedInputs:
         """Create the source of batches, in which at least one mechanism of every sample has an input.
 
         Args:
             batch_size: samples in a batch.
+            noise: in all directions, as a share of the size of the inputs.
         """
         on = SparseFeatures(self.n, self.probability, low=1.0, high=1.0, batch_size=batch_size, nonempty=True)
-        return PlantedInputs(on, self.make)
+        return PlantedInputs(on, self.make, noise)
 
     def make(self, on: Tensor, generator: torch.Generator) -> Tensor:
         """Draw inputs: Gaussian in the spaces of the mechanisms that are on, at each position.

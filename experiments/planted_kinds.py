@@ -199,11 +199,14 @@ class Attention(Planted):
 class Experts(Planted):
     """y = sum_e softmax(x R)_e expert_e(x): a mixture of two experts, between which the mechanisms are shared out."""
 
+    columns = 2  # of the router
+
     def build(self) -> None:
         """Make the layers."""
         own = torch.eye(2)[torch.arange(self.n) % 2]  # [n, 2]
-        self.router = nn.Linear(2 * self.n, 2, bias=False)
-        self.plant("router.weight", self.x, self.blocks(2, 1), own[:, None])
+        self.router = nn.Linear(self.inputs * self.n, self.columns, bias=False)
+        to = own[:, None] if self.columns == 2 else torch.ones(self.n, 1, 1)
+        self.plant("router.weight", self.x, self.blocks(self.inputs, 1), to)
         self.experts = nn.ModuleList(nn.Module() for _ in range(2))
         for e in range(2):
             hidden = self.shuffled(3)
@@ -213,7 +216,10 @@ class Experts(Planted):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [B, 2 n] to [B, 2 n]."""
-        share = self.router(x).softmax(-1)
+        return self.mixed(x, self.router(x).softmax(-1))
+
+    def mixed(self, x: Tensor, share: Tensor) -> Tensor:
+        """Add up what the experts say, with shares [B, 2]."""
         each = [e.get_submodule("decode")(_bend(e.get_submodule("encode")(x))) for e in self.experts]
         return torch.einsum("be,ebo->bo", share, torch.stack(each))
 
@@ -251,6 +257,27 @@ class Graph(Planted):
         return self.decode(_bend(self.own(x) + self.others(around)).mean(1))
 
 
+class ThreeInputMLP(MLP):
+    """The MLP with three inputs for each mechanism, as many as neurons: its data move the neurons in all directions."""
+
+    inputs = 3
+
+
+class OneGateExperts(Experts):
+    """The mixture of experts with three inputs for each mechanism and one gate: sigmoid(x R) goes to the first expert.
+
+    Of a router with two columns the data show the difference alone, of one column all.
+    """
+
+    inputs = 3
+    columns = 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x [B, 3 n] to [B, 2 n]."""
+        first = self.router(x).sigmoid()
+        return self.mixed(x, torch.cat([first, 1 - first], -1))
+
+
 KINDS: dict[str, type[Planted]] = {
     "MLP": MLP,
     "CNN": CNN,
@@ -263,6 +290,9 @@ KINDS: dict[str, type[Planted]] = {
     "graph": Graph,
 }
 """The kinds of network by name."""
+
+DETERMINED: dict[str, type[Planted]] = {"MLP, three inputs": ThreeInputMLP, "experts, one gate": OneGateExperts}
+"""Variants whose data determine their mechanisms, where those of `KINDS` leave a part open (chapter 33)."""
 
 CNN.most = 12
 

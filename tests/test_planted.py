@@ -8,18 +8,20 @@ from torch.func import functional_call
 
 import apd_minimal as apd
 from experiments.planted import Planted
-from experiments.planted_kinds import KINDS
+from experiments.planted_kinds import DETERMINED, KINDS
+
+EVERY = KINDS | DETERMINED
 
 
 def planted(kind: str, seed: int = 3) -> tuple[Planted, torch.Tensor, torch.Tensor]:
     """A network, a batch, and what is on in it."""
-    target, source = KINDS[kind](seed=seed), KINDS[kind](seed=seed).data(32)
+    target, source = EVERY[kind](seed=seed), EVERY[kind](seed=seed).data(32)
     on = source.on(0, torch.Generator().manual_seed(1))
     x = source(0, torch.Generator().manual_seed(1))
     return target, x, on
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EVERY)
 def test_weights_are_sums_of_orthogonal_mechanisms(kind: str) -> None:
     target, _, _ = planted(kind)
     network = apd.Network(target, target.weights)
@@ -31,7 +33,7 @@ def test_weights_are_sums_of_orthogonal_mechanisms(kind: str) -> None:
     assert target.ownership(target.truth).complete
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EVERY)
 def test_only_the_mechanisms_that_are_on_are_needed(kind: str) -> None:
     # By brute force: each sample with a network of its own, whose weights are the sum of the mechanisms that are on.
     target, x, on = planted(kind)
@@ -48,7 +50,7 @@ def test_only_the_mechanisms_that_are_on_are_needed(kind: str) -> None:
             assert functional_call(target, without, (sample[None],)).abs().max() < 0.1 * alone.abs().max()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EVERY)
 def test_each_mechanism_alone_is_as_loud(kind: str) -> None:
     target, _, _ = planted(kind)
     with torch.no_grad():
@@ -57,7 +59,7 @@ def test_each_mechanism_alone_is_as_loud(kind: str) -> None:
             assert 0.7 < target(x).square().mean() < 1.4
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EVERY)
 def test_rules_agree_with_the_networks(kind: str) -> None:
     target, x, _ = planted(kind)
     apd.Network(target, target.weights).check(x)
