@@ -110,7 +110,7 @@ def _target(n_features: int, width: int, neurons: tuple[int, ...]) -> TMS | Resi
 
 TMS_5_2 = Case(
     "TMS 5-2", 5, 2, instances=12, n_components=5, top_k=0.211, p=1.0, weights=(1, 1, 0.7, 0),
-    reference=(3.0e-3, 0.073), goal_b=10, goal_a=4,
+    reference=(3.0e-3, 0.073), goal_b=10, goal_a=3,
 )  # fmt: skip
 TMS_40_10 = Case(
     "TMS 40-10", 40, 10, instances=3, n_components=50, top_k=1.0, weights=(1, 10, 20, 0),
@@ -118,14 +118,14 @@ TMS_40_10 = Case(
 )  # fmt: skip
 ONE_LAYER = Case(
     "residual MLP, 1 layer", 100, 1000, (50,), batch=256, n_components=130, top_k=1.28, weights=(1, 1, 10, 1),
-    reference=(8.6e-3, 2.74), goal_b=15,
+    reference=(8.6e-3, 2.74), goal_b=15, goal_a=40,
 )  # fmt: skip
 ONE_LAYER_2048 = replace(
-    ONE_LAYER, name="residual MLP, 1 layer, B = 2048", batch=2048, reference=(64e-3, 20.8), goal_b=50, goal_a=8
+    ONE_LAYER, name="residual MLP, 1 layer, B = 2048", batch=2048, reference=(64e-3, 20.8), goal_b=50, goal_a=12
 )
 TWO_LAYERS = Case(
     "residual MLP, 2 layers", 100, 1000, (25, 25), batch=256, n_components=200, top_k=1.28, weights=(1, 2, 7, 1),
-    reference=(7.8e-3, 5.9), goal_b=15,
+    reference=(7.8e-3, 5.9), goal_b=15, goal_a=60,
 )  # fmt: skip
 CASES = [TMS_5_2, TMS_40_10, ONE_LAYER, ONE_LAYER_2048, TWO_LAYERS]
 
