@@ -254,6 +254,54 @@ def scores(parts: Parts, groups: Sequence[Any], inputs: Tensor) -> Tensor:
     return torch.stack(found, 1)
 
 
+def plainest(x: Tensor, least: int = 4) -> list[Tensor]:
+    """Group samples by which inputs are on, and keep the groups of which no other is a part.
+
+    Args:
+        x: inputs [B, n]; an input is on if it is not 0.
+        least: samples of a group; smaller ones are left out.
+
+    Returns:
+        list: the samples of each group, [B_g, n].
+    """
+    patterns, which, counts = (x != 0).unique(dim=0, return_inverse=True, return_counts=True)
+    there = [i for i in range(len(patterns)) if counts[i] >= least and patterns[i].any()]
+    smaller = {i: [k for k in there if k != i and not bool((patterns[k] & ~patterns[i]).any())] for i in there}
+    return [x[which == i] for i in there if not smaller[i]]
+
+
+@torch.no_grad()
+def cut(model: Model, groups: Sequence[Tensor], tolerance: float = 1e-3) -> apd.Components:
+    """Cut the weights without training: of each, what moves in the stream on a group; one part more, the rest.
+
+    A reading weight keeps what the stream spans that it reads on the group, a writing weight what it writes there.
+
+    Args:
+        model: the network.
+        groups: inputs [B_g, n] of each.
+        tolerance: least singular value that counts, as a share of the group's largest.
+
+    Returns:
+        Components: one for each group and one for what is left, which sum to the weights.
+    """
+    found: dict[str, list[Tensor]] = {}
+    for x in groups:
+        _, streams, written = model.run(x)
+        for i, (r, w) in enumerate(zip(streams, written, strict=True)):
+            R, W = _spanned(r, tolerance), _spanned(w, tolerance)
+            found.setdefault(f"read.{i}.weight", []).append(R.T @ (R @ model.reads[i]))
+            found.setdefault(f"write.{i}.weight", []).append((model.writes[i] @ W.T) @ W)
+    whole = {f"{part}.{i}.weight": w for part in ("read", "write") for i, w in enumerate(getattr(model, part + "s"))}
+    parts = {path: torch.stack([*own, whole[path] - sum(own)]) for path, own in found.items()}
+    return apd.Components.from_matrices(parts)
+
+
+def _spanned(rows: Tensor, tolerance: float) -> Tensor:
+    """Give orthonormal rows that span the given ones."""
+    _, S, Vh = torch.linalg.svd(rows.double(), full_matrices=False)
+    return Vh[S > max(tolerance * float(S[0]), 1e-6)].to(rows)
+
+
 def best(table: Tensor) -> tuple[list[int], Tensor]:
     """Match mechanisms to groups one to one, by the mean of the three: the groups, and the scores [J, 3].
 

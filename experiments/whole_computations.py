@@ -10,7 +10,8 @@ a layer of a circuit and 200 for one of a residual MLP, a crosscoder twice as ma
 fewest bits at a fixed error (`baselines.choose`) on circuit seed 100 was taken for all; no reported network was used.
 Scores are those of `causal.scores`; features of two layers are stitched by every rule of `stitch`, and the means of all
 rules are stored. "Random" dictionaries had one step of training. Dealt components have the ranks and the sum of the
-found ones.
+found ones. The "cut" needs no training: samples on which as few inputs as possible are on, and of each weight what
+moves in the stream on them (`causal.cut`); one more part is the rest.
 """
 
 from __future__ import annotations
@@ -23,7 +24,19 @@ from torch import Tensor
 import apd_minimal as apd
 from apd_minimal.study import baselines, controls
 from apd_minimal.targets import ResidualMLP
-from experiments.causal import Crossed, Features, Model, Weights, best, correlations, effects, scores, stitched
+from experiments.causal import (
+    Crossed,
+    Features,
+    Model,
+    Weights,
+    best,
+    correlations,
+    cut,
+    effects,
+    plainest,
+    scores,
+    stitched,
+)
 from experiments.circuits import Circuit
 from experiments.experiment import Row, Rows, Study, Tensors, factors, numbers, of, ownership_lists, prefix, taken_apart
 from experiments.residual import stored_target as stored_mlp
@@ -33,7 +46,9 @@ SETTINGS: dict[str, Any] = {
     "n_components": 6, "rank": 3, "top_k": 1.3, "steps": 2500, "scrub": 1.0, "simplicity": ((0.0, 5.0), (0.7, 0.0)),
     "restarts": 2,
 }  # fmt: skip
-METHODS = ("APD", "APD dealt", "truth", "SAE", "SAE random", "transcoder", "transcoder random", "crosscoder", "neurons")
+METHODS = (
+    "APD", "APD dealt", "truth", "cut", "SAE", "SAE random", "transcoder", "transcoder random", "crosscoder", "neurons",
+)  # fmt: skip
 SPARSITY = {"SAE": ("topk", 2), "transcoder": ("topk", 3), "crosscoder": ("topk", 2)}
 
 
@@ -88,6 +103,12 @@ def dictionaries(method: str, target: Any, seed: int) -> list[baselines.Dictiona
     return [baselines.fit(target, data, read, size, **settings, **m) for read, m in zip(reads, more, strict=True)]
 
 
+def many(target: Any) -> Tensor:
+    """Draw inputs for the cut, as in training, that nothing else has seen: [8192, n]."""
+    generator = torch.Generator().manual_seed(9)
+    return target.batch(0, generator, 8192) if isinstance(target, Circuit) else target.data(8192)(0, generator)
+
+
 def stitch(parts: Features, x: Tensor) -> dict[str, list[Any]]:
     """Give the groups of every rule: by correlated codes, by the effect of one on the other, and by weights."""
     r = x @ parts.model.embed
@@ -115,12 +136,14 @@ def stitch(parts: Features, x: Tensor) -> dict[str, list[Any]]:
 def causes(method: str, target: Any, components: apd.Components, seed: int) -> Row:
     """Measure one method on one network: the scores of every rule, and those of the best."""
     model, inputs = Model.of(target), one_at_a_time(target)
-    if isinstance(target, ResidualMLP) and not method.startswith("APD"):
+    if isinstance(target, ResidualMLP) and not method.startswith(("APD", "cut")):
         model = model.short
     held = (batches(target) if isinstance(target, Circuit) else target.data(1024))(0, torch.Generator().manual_seed(8))
-    if method in ("APD", "APD dealt", "truth"):
+    if method in ("APD", "APD dealt", "truth", "cut"):
         if method == "truth":
             components = apd.Components.from_matrices(target.truth)
+        elif method == "cut":
+            components = cut(model, plainest(many(target)))
         elif method == "APD dealt":
             components = controls.dealt(components, seed=seed, turned=True)
         kept = (components.norms() > 0.01 * components.norms().max()).nonzero().flatten().tolist()
@@ -141,7 +164,10 @@ def causes(method: str, target: Any, components: apd.Components, seed: int) -> R
     last = own[: target.J] if isinstance(target, Circuit) else own
     facts = {"rule": name, "rules": each, "groups": rules[name].shape[1], "at_random": chance}
     tests = {test: own[:, i].tolist() for i, test in enumerate(("ablate", "keep", "swap"))}
-    return facts | tests | {"mean": float(last.mean())}
+    row = facts | tests | {"mean": float(last.mean())}
+    if method == "cut" and isinstance(target, Circuit):
+        row["owned"] = apd.metrics.ownership(components, target.truth).owned.tolist()
+    return row
 
 
 def circuit_run(job: tuple[str, int]) -> tuple[list[Row], Tensors]:

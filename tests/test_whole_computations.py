@@ -8,7 +8,7 @@ from torch import Tensor
 
 import apd_minimal as apd
 from apd_minimal.targets import ResidualMLP
-from experiments.causal import Crossed, Features, Model, Parts, Weights, best, effects, scores, stitched
+from experiments.causal import Crossed, Features, Model, Parts, Weights, best, cut, effects, plainest, scores, stitched
 from experiments.circuits import PATHS, Circuit, bend
 from experiments.whole_computations import one_at_a_time
 
@@ -138,6 +138,34 @@ def test_a_crosscoder_that_reads_everything_is_the_layers() -> None:
     base = x.roll(1, 0)
     wanted = model.run(x)[0] - x @ model.embed @ model.unembed + base @ model.embed @ model.unembed
     torch.testing.assert_close(parts.moved(x, every, base), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_the_plainest_groups_are_those_of_which_no_other_is_a_part() -> None:
+    x = torch.tensor([[1, 0, 0], [2, 0, 0], [1, 1, 0], [3, 1, 0], [0, 1, 1], [0, 2, 1], [0, 0, 0], [0, 0, 9]]).float()
+    assert [len(group) for group in plainest(x, 2)] == [2, 2]
+    assert {tuple(group.any(0).tolist()) for group in plainest(x, 2)} == {(False, True, True), (True, False, False)}
+    assert {tuple(group.any(0).tolist()) for group in plainest(x, 1)} == {(False, False, True), (True, False, False)}
+
+
+def test_the_cut_without_training_is_the_truth_of_a_circuit() -> None:
+    target = Circuit(6)
+    groups = plainest(target.batch(0, torch.Generator().manual_seed(0), 1000))
+    assert len(groups) == target.J
+    found = cut(Model.of(target), groups)
+    assert apd.metrics.ownership(found, target.truth).complete
+    for path in PATHS:
+        torch.testing.assert_close(found.matrices(path).sum(0).T, target.get_parameter(path), atol=1e-4, rtol=0)
+    mixed = torch.cat(groups)  # who sees all mechanisms at once gets a lump
+    lump = cut(Model.of(target), [mixed])
+    assert not apd.metrics.ownership(lump, target.truth).owned[: target.J].any()
+
+
+def test_the_cut_keeps_what_one_input_does() -> None:
+    target = ResidualMLP(7, 40, (3, 4), seed=1)
+    x = torch.eye(7)[:, None] * torch.tensor([1.0, -1.0, 0.5, 2.0])[None, :, None]  # [7, 4, 7]
+    parts = Weights(Model.of(target), cut(Model.of(target), list(x)))
+    for j in range(7):
+        torch.testing.assert_close(parts.kept(x[j], j), target(x[j]), atol=1e-4, rtol=1e-4)
 
 
 def test_stitching_joins_the_most_similar() -> None:
