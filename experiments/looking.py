@@ -106,8 +106,8 @@ def circuit(seed: int) -> Row:
     groups = planes(x[:, None], exact.J, 2)
     rows, weights, parts = inside(Model.of(exact), x), matrices(Model.of(exact)), {}
     for path, into, W in zip(PATHS, rows, weights, strict=True):
-        own = cut([into[g] for g in groups], W)
-        parts[path] = torch.cat([own, (W - own.sum(0))[None]]).float()  # the last is what no group shows
+        shown = cut([into[g] for g in groups], W)
+        parts[path] = torch.cat([shown, (W - shown.sum(0))[None]]).float()  # the last is what no group shows
     made = apd.Components.from_matrices(parts)
     table = scores(Weights(Model.of(target), made), list(range(made.n_components)), one_at_a_time(target))
     own = apd.metrics.ownership(made, target.truth)
