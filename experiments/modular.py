@@ -8,14 +8,14 @@ Chapter 35. Targets are written by hand (`targets.ModularArithmetic`), so that n
 - "task": two additions and a subtraction with two frequencies each, after an embedding; each sample opens one.
 - "frequency": one addition with five frequencies, after an embedding; each is open on a fifth of the samples.
 - "task, larger" and "frequency, larger": four tasks of moduli up to 31, and eight frequencies modulo 31.
-- "task, no waves": the control. The same switches, and every frequency's weights replaced by random ones of the same
-  singular values: nothing is left of the arithmetic.
+- "task, no waves" and "tokens, no waves": the controls. The same switches, or the same one-hot inputs, and every
+  frequency's weights replaced by random ones of the same singular values: nothing is left of the arithmetic.
 
 Seeds of the embedding from 7700 up, and 1,000 more for the decomposition. Every target is taken apart under two sets of
 weights of the losses, both made on seeds 90 to 93: one was better for tasks there, the other for frequencies. The judge
 is to choose. The number of components is that of the mechanisms, and on one seed also others. (The strong set was run
 on all of these targets first, found tasks and no frequencies, and only then were the runs with the other set added. The
-larger ones came last, with nothing changed.)
+larger ones came later, and "tokens, no waves" last, with nothing changed.)
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ from experiments.experiment import Row, Rows, Study, Tensors, numbers
 Job = tuple[str, int, int, str]  # kind, number of components, seed, weights of the losses
 MECHANISMS = {
     "tokens": 26, "task": 3, "frequency": 5, "task, no waves": 3, "task, larger": 4, "frequency, larger": 8,
+    "tokens, no waves": 26,
 }  # fmt: skip
-ACTIVE = {"tokens": 2.0, "frequency, larger": 1.6}  # on a sample; else one mechanism
+ACTIVE = {"tokens": 2.0, "frequency, larger": 1.6, "tokens, no waves": 2.0}  # on a sample; else one mechanism
 FIRST = 7700
 OTHERS = {"task": (2, 4, 6), "frequency": (4, 6, 10)}  # numbers of components on the first seed
 WEIGHTS: dict[str, dict[str, Any]] = {
@@ -51,14 +52,16 @@ def jobs() -> list[Job]:
     one += [(kind, MECHANISMS[kind], FIRST + i) for kind in ("task", "frequency") for i in range(10)]
     others = ("task, no waves", "task, larger", "frequency, larger")
     one += [(kind, MECHANISMS[kind], FIRST + i) for kind in others for i in range(3)]
+    one += [("tokens, no waves", 40, FIRST)]
     one += [(kind, c, FIRST) for kind, counts in OTHERS.items() for c in counts]
     return [(*job, weights) for job in one for weights in WEIGHTS]
 
 
 def target_of(kind: str, seed: int) -> ModularArithmetic:
     """Write down a target."""
-    if kind == "tokens":
-        return ModularArithmetic([ModularTask(13)])
+    if "tokens" in kind:
+        plain = ModularArithmetic([ModularTask(13)])
+        return without_waves(plain, seed) if "no waves" in kind else plain
     if kind == "frequency, larger":
         task = ModularTask(31, 1, (1, 3, 4, 6, 9, 11, 12, 14))
         return ModularArithmetic([task], switches="frequency", embedding=True, seed=seed)
@@ -92,7 +95,7 @@ def without_waves(target: ModularArithmetic, seed: int) -> ModularArithmetic:
 
 def truth_of(kind: str, target: ModularArithmetic) -> dict[str, Tensor]:
     """Give what a decomposition is compared with: columns of the first matrix, tasks or frequencies."""
-    if kind != "tokens":
+    if "tokens" not in kind:
         return target.mechanisms("frequency" if "frequency" in kind else "task")
     W = target.hidden.weight.detach().T
     return {"hidden.weight": torch.eye(len(W))[:, :, None] * W}
@@ -101,7 +104,7 @@ def truth_of(kind: str, target: ModularArithmetic) -> dict[str, Tensor]:
 def settings_of(job: Job) -> Row:
     """Give the settings; one set for all kinds but for what is on a sample: two tokens, or one mechanism."""
     kind, n_components, seed, weights = job
-    tokens = kind == "tokens"
+    tokens = "tokens" in kind
     settings: dict[str, Any] = {
         "n_components": n_components, "rank": 4 if tokens else None, "top_k": ACTIVE.get(kind, 1.0),
         "steps": 800, "restarts": 2 if tokens else 12, "seed": seed + 1000,
@@ -114,7 +117,7 @@ def run(job: Job) -> tuple[list[Row], Tensors]:
     """Take one target apart, and measure what is owned, and the bits."""
     kind, _, seed, _ = job
     target = target_of(kind, seed)
-    weights = target.weights[:1] if kind == "tokens" else target.weights
+    weights = target.weights[:1] if "tokens" in kind else target.weights
     truth, judge = truth_of(kind, target), Judge()
     start = time.process_time()
     found = apd.decompose(target, target.data(256), weights, judge=judge, progress=False, **settings_of(job))
@@ -123,7 +126,7 @@ def run(job: Job) -> tuple[list[Row], Tensors]:
     network, every = apd.Network(target, weights), found.restarts
     assert every is not None and every.restarts is not None
     own = apd.metrics.ownership(found.components, truth)
-    dealt = controls.dealt(found.components, seed, turned=kind == "tokens")  # there most are of rank one
+    dealt = controls.dealt(found.components, seed, turned="tokens" in kind)  # there most are of rank one
     widest = min(truth["hidden.weight"].shape[1:])
     row = {
         "owned": int(own.owned.sum()),
@@ -139,7 +142,7 @@ def run(job: Job) -> tuple[list[Row], Tensors]:
         "dealt_cosine": apd.metrics.ownership(dealt, truth).cosine.mean().item(),
         "seconds": round(seconds, 1),
     }
-    if kind == "tokens":
+    if "tokens" in kind:
         waves = {"hidden.weight": target.mechanisms()["hidden.weight"]}
         row["wave_cosine"] = apd.metrics.ownership(found.components, waves).cosine.mean().item()
         row["dealt_wave_cosine"] = apd.metrics.ownership(dealt, waves).cosine.mean().item()
