@@ -7,11 +7,14 @@ gated network, which runs all samples at once.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.amp import autocast
 from torch.autograd.graph import allow_mutation_on_saved_tensors
 from torch.func import functional_call
 
@@ -38,10 +41,11 @@ def check(network: Network, x: Tensor, tolerance: float = 1e-3) -> None:
         raise ValueError("an empty batch: the first axis of x has size 0")
     if x.is_floating_point() and not torch.isfinite(x).all():
         raise ValueError("x holds NaN or infinite values")
-    with torch.autocast(x.device.type, enabled=False):
+    # Rounding would hide what is wrong: autocast is off, the target's own as well.
+    without = patch.multiple(autocast, __enter__=lambda self: self, __exit__=lambda self, *error: None)
+    with torch.autocast(x.device.type, enabled=False), without:
         samples = x[varied(x)]
-        _check_target(network, x)
-        _check_samples(network, samples, tolerance)
+        _check_target(network, x, samples, tolerance)
         if network.hidden:
             _check_hidden(network, samples, tolerance)
         # Twice, with different weights: rounding may flip a unit close to its threshold, but hardly in both trials.
@@ -57,11 +61,11 @@ def _differ(a: Tensor, b: Tensor, size: Tensor, tolerance: float, scale: Tensor 
 
 
 @torch.no_grad()
-def _check_target(network: Network, x: Tensor) -> None:
-    """Check the target itself: finite, deterministic outputs, and every decomposed weight in use."""
+def _check_target(network: Network, x: Tensor, samples: Tensor, tolerance: float) -> None:
+    """Check the target itself: finite, deterministic outputs, sample by sample, and every decomposed weight in use."""
     used: list[Use] = []
     original = x.clone()
-    before = network(x, record=used, activations=[])
+    before = network(x, activations=[])
     if not torch.equal(x, original):
         raise ValueError("the target overwrites its inputs: let it begin with x = x.clone()")
     if not before.is_floating_point():
@@ -70,6 +74,8 @@ def _check_target(network: Network, x: Tensor) -> None:
         raise ValueError("the target's outputs hold NaN or infinite values")
     if not torch.equal(before, network(x)):
         raise ValueError("the target is not deterministic: its outputs change when it runs again on the same inputs")
+    _check_samples(network, samples, tolerance)  # before the hooks, which would fail with another reason
+    network(x, record=used)
     called = {id(use.site) for use in used}
     for site in network.sites:
         if id(site) not in called:
@@ -78,7 +84,11 @@ def _check_target(network: Network, x: Tensor) -> None:
 
 @torch.no_grad()
 def _check_samples(network: Network, x: Tensor, tolerance: float) -> None:
-    """Raise a ValueError naming the first module in which samples mix, if the outputs of one depend on the others."""
+    """Check that samples do not mix, and that decomposed modules get all of them in one call.
+
+    Raises:
+        ValueError: the message names the first module in which they mix, or that gets them one by one.
+    """
     together, trace = _traced(network, x)
     for i in range(len(x)):
         try:
@@ -87,13 +97,19 @@ def _check_samples(network: Network, x: Tensor, tolerance: float) -> None:
             raise ValueError(f"samples mix: the target fails on one sample alone ({error})") from error
         one = together[i : i + 1]
         # A sample on which everything cancels has an output of rounding alone: that of the largest sample counts.
-        if one.shape != alone.shape or _differ(one, alone, alone.norm(), tolerance, together.norm()):
-            name = ""
-            for (name, a), (_, b) in zip(trace, alone_trace, strict=False):  # noqa: B007
-                whole = a.norm()
-                a = a[i : i + 1] if len(a) == len(x) else a
-                if a.shape == b.shape and _differ(a, b, b.norm(), tolerance, whole):
+        mixed = one.shape != alone.shape or _differ(one, alone, alone.norm(), tolerance, together.norm())
+        name = ""
+        for (name, a), (_, b) in zip(trace, alone_trace, strict=False):
+            own = a if a.shape == b.shape else a[i : i + 1]
+            if own.shape == b.shape and _differ(own, b, b.norm(), tolerance, a.norm()):
+                if mixed:
                     break
+                if own is a and any(site.name == name for site in network.sites):  # it has no axis of samples
+                    raise ValueError(
+                        f"module {name!r} gets single samples, as from x.split(1), a loop or experts: call it once, on "
+                        "all samples along the first axis, so that each can have gates of its own"
+                    )
+        if mixed:
             raise ValueError(
                 f"samples mix: the output of one depends on the others, first seen in the output of module {name!r} "
                 f"({type(network.target.get_submodule(name)).__name__}): a mean or a normalisation over the batch?"
@@ -107,10 +123,8 @@ def _check_hidden(network: Network, x: Tensor, tolerance: float) -> None:
     network(x, activations=together)
     for i in range(len(x)):
         alone: list[Tensor] = []
-        try:
+        with suppress(ValueError):
             network(x[i : i + 1], activations=alone)
-        except ValueError:
-            alone = []
         pairs = [(a[i : i + 1], b) for a, b in zip(together, alone, strict=False)]
         same = [a.shape == b.shape and not _differ(a, b, b.norm(), tolerance) for a, b in pairs]
         if len(alone) != len(together) or not all(same):
@@ -125,31 +139,23 @@ def _traced(network: Network, x: Tensor) -> tuple[Tensor, list[tuple[str, Tensor
     outputs: list[tuple[str, Tensor]] = []
 
     def record(name: str, out: Any) -> None:
-        if isinstance(out, Tensor) and out.ndim and out.is_floating_point():
+        if isinstance(out, Tensor) and out.ndim and out.is_floating_point() and not is_functorch_wrapped_tensor(out):
             outputs.append((name, out.clone()))
 
-    hooks = [
-        module.register_forward_hook(lambda module, args, out, name=name: record(name, out))
-        for name, module in network.target.named_modules()
-    ]
-    try:
+    with ExitStack() as undo:
+        for name, module in network.target.named_modules():
+            undo.enter_context(module.register_forward_hook(lambda _, args, out, name=name: record(name, out)))
         return network(x), outputs
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @contextmanager
 def _padding_counts(network: Network) -> Iterator[None]:
     """Let the row of an embedding's padding have its gradient, which torch leaves out: it is a weight like others."""
-    kept = [(site.module, site.module.padding_idx) for site in network.sites if hasattr(site.module, "padding_idx")]
-    for module, _ in kept:
-        module.padding_idx = None  # type: ignore[assignment]
-    try:
+    with ExitStack() as undo:
+        for site in network.sites:
+            if hasattr(site.module, "padding_idx"):
+                undo.enter_context(patch.object(site.module, "padding_idx", None))
         yield
-    finally:
-        for module, index in kept:
-            module.padding_idx = index
 
 
 class _Trial:
@@ -243,32 +249,29 @@ class _Trial:
         self, components: Components, remainder: bool, guard: Callable[[], AbstractContextManager[Any]]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         network = self.network
-        rules = {site.path: site.rule for site in network.sites if not site.transposed}
         outs, gradients = [], []
+        zeros = [torch.zeros_like(network.weights[path]) for path in components.paths]
         for i in range(len(self.x)):
-            weights = {}
+            matrices: dict[str, Tensor] = {}
             for path in components.paths:
                 P = components.A[path] @ components.B[path]
                 matrix = torch.einsum("c,cij->ij", self.gates[path][i], P)
                 matrix = matrix + network.weights[path] - P.sum(0) if remainder else matrix
-                weights[path] = rules[path].weight(matrix).detach().requires_grad_()
+                matrices[path] = matrix.detach().requires_grad_()
             # Every user by name: functional_call's gradient tying does not put back a module with two names.
             users = {
-                f"{site.name}.{site.parameter}".lstrip("."): weights[site.path]
+                f"{site.name}.{site.parameter}".lstrip("."): site.rule.weight(m.T if site.transposed else m)
                 for site in network.sites
-                if site.path in weights
+                if (m := matrices.get(site.path)) is not None
             }
             with evaluating(network.target), _padding_counts(network), guard():
                 out = functional_call(network.target, users, (self.x[i : i + 1],), tie_weights=False)
                 out = network.output(out) if network.output is not None else out
-                gradient = self.back(out, list(weights.values()), self.cotangent[i : i + 1])
+                gradient = self.back(out, list(matrices.values()), self.cotangent[i : i + 1])
             outs.append(out.detach())
-            gradients.append(
-                [torch.zeros_like(w) if g is None else g for g, w in zip(gradient, weights.values(), strict=True)]
-            )
-        together = zip(components.paths, zip(*gradients, strict=True), strict=True)
+            gradients.append([zero if g is None else g for g, zero in zip(gradient, zeros, strict=True)])
         return torch.cat(outs), {
-            path: torch.stack([rules[path].matrix(g) for g in gradient]) for path, gradient in together
+            path: torch.stack([g[k] for g in gradients]) for k, path in enumerate(components.paths)
         }
 
     def back(self, out: Tensor, leaves: list[Tensor], cotangent: Tensor) -> Sequence[Tensor | None]:
@@ -279,14 +282,15 @@ class _Trial:
         def again(*args: Any) -> None:
             raise RuntimeError("a decomposed module is run again during the backward pass")
 
-        hooks = [site.module.register_forward_pre_hook(again) for site in self.network.sites]
         try:
-            return torch.autograd.grad(out, leaves, cotangent, allow_unused=True)
+            with ExitStack() as undo:
+                for site in self.network.sites:
+                    undo.enter_context(site.module.register_forward_pre_hook(again))
+                return torch.autograd.grad(out, leaves, cotangent, allow_unused=True)
         except RuntimeError as error:
+            do = "if it uses activation checkpointing, switch that off: recompute=True saves memory, too"
+            if "inplace" in str(error):
+                do = "write h = h + u for h += u, or call target.requires_grad_(False), so that layers keep less"
             raise ValueError(
-                f"{', '.join(self.network.weights)}: gradients cannot pass through the target ({error}); if it uses "
-                "activation checkpointing, switch that off: recompute=True saves memory, too"
+                f"{', '.join(self.network.weights)}: gradients cannot pass through the target ({error}); {do}"
             ) from error
-        finally:
-            for hook in hooks:
-                hook.remove()

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from . import checks
 from .rules import Rule, rule
 
 Product = Callable[[str, Tensor], Tensor]  # (parameter name, input) -> input times parameter
@@ -39,6 +40,12 @@ def _(module: nn.ConvTranspose1d | nn.ConvTranspose2d) -> Rule:
     flat = len(shape) == 3  # one-dimensional: an image of height one
     one = (1,) if flat else ()
 
+    def rows(x: Tensor) -> Tensor:
+        checks.tensor(
+            f"the input of {type(module).__name__}", x, "B", "channels", *["size" for _ in dims], finite=False
+        )
+        return rearrange(x, "b c ... -> b (...) c")
+
     def unrows(y: Tensor, like: Tensor) -> Tensor:
         """Add up the overlapping patches [B, L, C k k], and crop the padding."""
         sizes: list[int] = [*one]
@@ -56,7 +63,7 @@ def _(module: nn.ConvTranspose1d | nn.ConvTranspose2d) -> Rule:
     return Rule(
         matrix=lambda w: w.flatten(1),
         weight=lambda m: m.reshape(shape),
-        rows=lambda x: rearrange(x, "b c ... -> b (...) c"),
+        rows=rows,
         unrows=unrows,
     )
 

@@ -15,15 +15,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from . import checks
 from .components import Components
 from .kernels import grouped
 from .rules import Rule
-from .sites import Site, Use, by_sample, find_parameter, find_sites, lookup, replaced, with_forward
+from .sites import Site, Use, by_sample, find_parameter, find_sites, lookup, replaced
 
 Gates = Tensor | Mapping[str, Tensor]
 Edit = Callable[[Site, Tensor, Tensor], Tensor]  # (site, input, output) -> the output to go on with
@@ -70,22 +72,22 @@ class Network:
         parameters = dict(target.named_parameters(remove_duplicate=False))
         modules = dict(target.named_modules(remove_duplicate=False))
         for name, module in modules.items():
-            if type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None:
+            kinds = {cls.__name__ for cls in type(module).mro()}
+            if kinds & {"OptimizedModule", "ScriptModule"} or module._compiled_call_impl is not None:
                 raise TypeError(f"module {name!r} is compiled, and hooks do not reach into it: give it uncompiled")
-        seen: dict[int, str] = {}
         for path in weights:
             parameter = find_parameter(parameters, modules, path)
-            if id(parameter) in seen:
-                raise ValueError(f"{path} and {seen[id(parameter)]} are the same tensor: name it once")
-            seen[id(parameter)] = path
+            for site in self.sites:
+                if getattr(site.module, site.parameter) is parameter:
+                    raise ValueError(f"{path} and {site.path} are the same tensor: name it once")
             sites = find_sites(target, path, parameter)
             self.sites += sites
             # The module named by the path fixes the matrix's orientation.
             own = next(site.rule for site in sites if not site.transposed)
             self.weights[path] = own.matrix(parameter.detach())
-        kinds = {path: (matrix.dtype, matrix.device) for path, matrix in self.weights.items()}
-        if len(set(kinds.values())) > 1:
-            raise ValueError(f"the weights must have one type and one device, got {kinds}")
+        places = {path: (matrix.dtype, matrix.device) for path, matrix in self.weights.items()}
+        if len(set(places.values())) > 1:
+            raise ValueError(f"the weights must have one type and one device, got {places}")
         self.replaced = replaced(modules.values(), self.sites)
         for name in hidden:
             lookup(modules, name, "module")
@@ -138,19 +140,21 @@ class Network:
         def edit(site: Site, value: Tensor, out: Tensor) -> Tensor:
             # With every gate at 1 the remainder completes the sum to the target's own weight.
             whole = remainder and full_gates is None
-            uses = stacked is not None and site.path in stacked.paths and not whole
-            if not uses and record is None and calls is None:
+            used = None if stacked is None or whole or site.path not in stacked.paths else stacked
+            if used is None and record is None and calls is None:
                 return out
+            checks.kind(
+                f"what module {site.name!r} gives", out, Tensor, "one tensor: write a rule for its forward pass"
+            )
             # Of a copy, since the target may overwrite what the layer has read.
-            own = site.rule.rows(value.clone() if uses or record is not None else value)
+            own = site.rule.rows(value.clone() if used or record is not None else value)
             rows = by_sample(own, copies * batch, site)
             if len(own) == 1:
                 out = out.expand(copies * batch, *out.shape[1:])
             new = None
-            if uses:
-                assert stacked is not None
+            if used is not None:
                 mix = partial(checkpoint, _mixture, use_reentrant=False) if self.recompute else _mixture
-                new = self.leave(mix(site, self.enter(rows), stacked, full_gates, remainder, batch, group))
+                new = self.leave(mix(site, self.enter(rows), used, full_gates, remainder, batch, group))
                 if not remainder and id(site) not in plain:
                     weight = self.weights[site.path]
                     new = new - rows @ (weight.T if site.transposed else weight)
@@ -165,8 +169,8 @@ class Network:
                 record.append(Use(site, rows, zeros))
                 new = zeros if new is None else new + zeros
             assert new is not None
-            laid = site.rule.unrows(new if rows.ndim == own.ndim else new.flatten(0, 1), out)
-            return laid if uses and not remainder and id(site) in plain else out + laid
+            laid = site.rule.unrows(new if rows.ndim == own.ndim else new.flatten(0, 1), out).to(out.dtype)
+            return laid if used and not remainder and id(site) in plain else out + laid
 
         repeated = x if copies == 1 else x.expand(copies, *x.shape).flatten(0, 1)
         result = self._run(repeated, edit, activations)
@@ -211,7 +215,7 @@ class Network:
             for module, rules in self.replaced:
                 forward = next(rule.forward for rule in rules.values() if rule.forward)
                 product = partial(self._product, edit, module, rules)
-                undo.enter_context(with_forward(module, partial(forward, product)))
+                undo.enter_context(patch.object(module, "forward", partial(forward, product)))
             for name in self.hidden if activations is not None else ():
                 undo.callback(self.target.get_submodule(name).register_forward_hook(partial(keep, name)).remove)
             undo.enter_context(evaluating(self.target))
@@ -262,13 +266,19 @@ def _hook(edit: Callable[[Tensor, Tensor], Tensor], module: nn.Module, args: Any
 
 @contextmanager
 def evaluating(target: nn.Module) -> Iterator[None]:
-    """Set evaluation mode inside, and restore every module's own mode afterwards."""
+    """Set evaluation mode inside, and restore every module's own mode afterwards.
+
+    Torch's fused encoder layers are off, too: they are taken without gradients alone, where padding gets other outputs.
+    """
     training = [module for module in target.modules() if module.training]
+    fused = torch.backends.mha.get_fastpath_enabled()
     try:
+        torch.backends.mha.set_fastpath_enabled(False)
         for module in training:
             module.training = False
         yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
         for module in training:
             module.training = True
 
@@ -300,8 +310,7 @@ def _mixture(
     positions = rows.shape[1:-1]
     flat = rows.reshape(restarts, -1, rows.shape[-1])  # [R, B P, d]
     if gates is None:
-        y = flat @ site.sum(components)
-        return y.reshape(*rows.shape[:-1], -1)
+        return (flat @ site.sum(components)).reshape(*rows.shape[:-1], -1)
     g = gates[site.path].flatten(2, -2) if gates[site.path].ndim > 3 else gates[site.path][:, :, None]
     n_positions = flat.shape[1] // batch
     if g.shape[2] not in (1, n_positions):
@@ -321,8 +330,7 @@ def _mixture(
         g = g - 1
     u = flat @ first.transpose(1, 2).flatten(2)  # [R, B P, C m]
     u = u.view(restarts, batch, n_positions, n_components, m) * g[..., None]
-    y = u.view(restarts, batch * n_positions, n_components * m) @ second.flatten(1, 2)
-    return y.reshape(*rows.shape[:-1], -1)
+    return (u.view(restarts, -1, n_components * m) @ second.flatten(1, 2)).reshape(*rows.shape[:-1], -1)
 
 
 def _group(gates: Tensor, rank: int) -> grouped.Groups | None:

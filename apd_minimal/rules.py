@@ -155,6 +155,7 @@ def _(module: nn.Conv1d | nn.Conv2d) -> Rule:
     )
 
     def rows(x: Tensor) -> Tensor:
+        checks.tensor(f"the input of {type(module).__name__}", x, "B", "channels", *["size"] * dims, finite=False)
         x = F.pad(x, pads, mode) if pad_first else x
         image = x.unsqueeze(-2) if flat else x
         patches = F.unfold(image, kernel, dilation=dilation, padding=padding, stride=stride)

@@ -6,8 +6,8 @@ A weight may be used by several modules: tied weights, or one module with two na
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from .components import Components
+from .kernels.memory import overlap, places
 from .rules import Rule, TransposedLinear, rule
 
 # Modules of exactly these classes return the product plus a bias, so that the product need not be computed again.
@@ -104,8 +105,8 @@ def by_sample(rows: Tensor, n: int, site: Site) -> Tensor:
         return rows.unflatten(0, (n, -1))
     raise ValueError(
         f"{site.path}: the first axis of the input of module {site.name!r} must be the {n} samples (or 1, broadcast to "
-        f"all), got rows of shape {list(rows.shape)}: transposed or stacked inputs, and modules that get only some of "
-        "the samples (experts), cannot be gated per sample"
+        f"all), got rows of shape {list(rows.shape)}: transposed or stacked inputs, modules that get only some of the "
+        "samples (experts) and torch.vmap cannot be gated per sample"
     )
 
 
@@ -124,10 +125,12 @@ def find_parameter(parameters: Mapping[str, nn.Parameter], modules: Mapping[str,
     """
     owner, _, name = path.partition(".parametrizations.") if ".parametrizations." in path else path.rpartition(".")
     name = name.partition(".")[0]
-    if owner in modules and is_parametrized(modules[owner], name):
+    module, plain = modules.get(owner), re.sub("_(orig|g|v)$", "", name)  # as pruning and the older weight norm call it
+    if module is not None and (is_parametrized(module, name) or isinstance(vars(module).get(plain), Tensor)):
         raise ValueError(
-            f"{path}: {name} of {owner!r} is parametrised (weight norm and the like); decompose the resulting weight: "
-            f"torch.nn.utils.parametrize.remove_parametrizations(module, {name!r}) on a copy of the target"
+            f"{path}: {name} of {owner!r} is parametrised (weight norm, pruning and the like); decompose the resulting "
+            f"weight: torch.nn.utils.parametrize.remove_parametrizations(module, {plain!r}) on a copy of the target, "
+            "or remove_weight_norm or prune.remove, where it was made by the older functions"
         )
     parameter: nn.Parameter = lookup(parameters, path, "parameter")
     if isinstance(parameter, nn.parameter.UninitializedParameter):
@@ -140,7 +143,7 @@ def find_parameter(parameters: Mapping[str, nn.Parameter], modules: Mapping[str,
 
 
 def find_sites(target: nn.Module, path: str, parameter: nn.Parameter) -> list[Site]:
-    """Find every module that uses a parameter.
+    """Find every module that uses a parameter, or another tensor that is a view of the same memory.
 
     Args:
         target: any network.
@@ -154,36 +157,38 @@ def find_sites(target: nn.Module, path: str, parameter: nn.Parameter) -> list[Si
         TypeError: a module or a parameter without a rule, or a rule that does not match the parameter.
     """
     owner_name, _, attribute = path.rpartition(".")
-    owner = target.get_submodule(owner_name)
-    labels = torch.arange(parameter.numel()).reshape(parameter.shape)
-    uses: list[tuple[str, nn.Module, str, Rule, Tensor]] = []
-    for name, module in target.named_modules():
-        for own in [key for key, p in module._parameters.items() if p is parameter]:
-            try:
-                rules = rules_of(module)
-            except TypeError as error:
-                raise TypeError(f"cannot decompose {path}: {error}") from None
-            if own not in rules:
-                raise TypeError(
-                    f"cannot decompose {path}: of {type(module).__name__}, only `{'`, `'.join(rules)}` can be "
-                    "decomposed; biases stay as they are"
-                )
-            matrix = rules[own].matrix(labels)
-            if matrix.ndim != 2 or not torch.equal(rules[own].weight(matrix), labels):
-                raise TypeError(
-                    f"cannot decompose {path}: the rule of {type(module).__name__} must turn {own} into a matrix "
-                    f"[d_in, d_out] and back; it gives {list(matrix.shape)} of {list(labels.shape)}"
-                )
-            uses.append((name, module, own, rules[own], matrix))
-    # Looked up by module, since a module with two names is listed under the first one only.
-    canonical = next(matrix for _, module, own, _, matrix in uses if module is owner and own == attribute)
-    sites = []
-    for name, module, own, own_rule, matrix in uses:
-        transposed = not torch.equal(matrix, canonical)
-        if transposed and not torch.equal(matrix, canonical.T):
-            raise TypeError(f"cannot decompose {path}: module {name!r} uses it as a matrix of another layout")
-        sites.append(Site(path, name, module, own, own_rule, transposed))
+    shared, sites = "", []
+    try:
+        canonical = _matrix(target.get_submodule(owner_name), attribute, parameter)[1]
+        for name, module in target.named_modules():
+            for own, t in [*module._parameters.items(), *module._buffers.items()]:
+                if t is not parameter:
+                    if t is None or not overlap(t, parameter):
+                        continue
+                    shared = f" ({f'{name}.{own}'.lstrip('.')} is a view of the same memory: give it a .clone())"
+                own_rule, matrix = _matrix(module, own, t)
+                transposed = not torch.equal(matrix, canonical)
+                if transposed and not torch.equal(matrix, canonical.T):
+                    raise TypeError(f"module {name!r} uses it as a matrix of another layout")
+                sites.append(Site(path, name, module, own, own_rule, transposed))
+    except TypeError as error:
+        raise TypeError(f"cannot decompose {path}{shared}: {error}") from None
     return sites
+
+
+def _matrix(module: nn.Module, name: str, tensor: Tensor) -> tuple[Rule, Tensor]:
+    """Look up the rule for a module's tensor, and lay out as a matrix where in memory each of its numbers is."""
+    rules, cells = rules_of(module), places(tensor)
+    if name not in rules:
+        only = f"only `{'`, `'.join(rules)}` can be decomposed; biases stay as they are"
+        raise TypeError(f"of {type(module).__name__}, {only}")
+    matrix = rules[name].matrix(cells)
+    if matrix.ndim != 2 or not torch.equal(rules[name].weight(matrix), cells):
+        raise TypeError(
+            f"the rule of {type(module).__name__} must turn {name} into a matrix [d_in, d_out] and back; it gives "
+            f"{list(matrix.shape)} of {list(cells.shape)}"
+        )
+    return rules[name], matrix
 
 
 def lookup(known: Mapping[str, Any], path: str, kind: str) -> Any:
@@ -202,23 +207,8 @@ def replaced(modules: Iterable[nn.Module], sites: Sequence[Site]) -> list[tuple[
         own = {id(p) for p in module.parameters()}
         # Attention uses the weight of its child without calling it.
         attends = isinstance(module, nn.MultiheadAttention) and any(
-            id(site.module._parameters[site.parameter]) in own for site in sites
+            id(getattr(site.module, site.parameter)) in own for site in sites
         )
         if attends or any(site.module is module and site.rule.forward for site in sites):
             result.append((module, rules_of(module)))
     return result
-
-
-@contextmanager
-def with_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Replace a module's forward pass within the context, and restore it afterwards."""
-    own = vars(module).get("forward")
-    hook = module.register_forward_hook(lambda *args: None)  # fused kernels are not used for modules with hooks
-    module.forward = forward
-    try:
-        yield
-    finally:
-        hook.remove()
-        del module.forward
-        if own is not None:
-            module.forward = own

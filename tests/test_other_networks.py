@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from oracles import Case, assert_same_state, attributed, convolution, gated, kept, linear, state
+from oracles import Case, assert_same_state, attributed, convolution, gated, kept, linear, state, with_weights
 from torch import Tensor, nn
 
 import apd_minimal as apd
@@ -485,6 +485,194 @@ def test_what_the_target_overwrites_was_recorded_before() -> None:
         found.append(torch.autograd.grad(network(x, leaves, g).square().sum(), leaves.parameters()))
     for ours, true in zip(*found, strict=True):
         torch.testing.assert_close(ours, true)
+
+
+def test_a_frozen_target_may_add_to_what_a_decomposed_layer_reads() -> None:
+    class Adds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.b(x)
+            h += self.a(h)
+            return torch.tanh(h)
+
+    one = Case(Adds(), {"a.weight": linear, "b.weight": linear}, normal(4))
+    with pytest.raises(
+        ValueError, match=r"inplace.*write h = h \+ u for h \+= u, or call target.requires_grad_\(False\)"
+    ):
+        one.network.check(one.x(5))
+    one.target.requires_grad_(False)
+    one.network.check(one.x(5))
+    x, components = one.x(5), one.components()
+    g = {path: torch.randn(5, 3, generator=torch.Generator().manual_seed(0)).double() for path in one.stored}
+    torch.testing.assert_close(one.network(x, components, g), gated(one, components, g, x))
+
+
+# Weights in the same memory.
+
+
+def in_memory(target: nn.Module, path: str, weights: Tensor, x: Tensor) -> Tensor:
+    """Brute force: write each sample's matrix [d_in, d_out] where the parameter lies, for whoever looks there."""
+    weight, outputs = target.get_parameter(path), []
+    own = weight.detach().clone()
+    for matrix, sample in zip(weights, x, strict=True):
+        weight.data.copy_(matrix.T)
+        outputs.append(target(sample[None]).detach())
+    weight.data.copy_(own)
+    return torch.cat(outputs)
+
+
+def tie(how: str, a: nn.Linear, b: nn.Linear) -> None:
+    if how == "data":
+        b.weight.data = a.weight.data
+    elif how == "another parameter":
+        b.weight = nn.Parameter(a.weight.data)
+    elif how == "a view of it":
+        b.weight = nn.Parameter(a.weight.data[:])
+    elif how == "transposed":
+        b.weight = nn.Parameter(a.weight.data.T)
+    elif how == "the same parameter":
+        b.weight = a.weight
+
+
+@pytest.mark.parametrize("how", ["data", "another parameter", "a view of it", "transposed", "the same parameter"])
+@pytest.mark.parametrize("path", ["0.weight", "2.weight"])
+def test_weights_in_the_same_memory_are_one_weight(how: str, path: str) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        target = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    tie(how, target[0], target[2])
+    with pytest.raises(ValueError, match=r"2.weight and 0.weight are the same tensor: name it once"):
+        apd.Network(target, ["0.weight", "2.weight"])
+    network = apd.Network(target, [path])
+    g = torch.Generator().manual_seed(0)
+    x, gates = torch.randn(5, 4, generator=g).double(), torch.randn(5, 3, generator=g).double()
+    before = state(target)
+    network.check(x)
+    assert_same_state(before, state(target))
+    components = apd.Components.random(network.shapes, 3, generator=g).map(lambda t: t.double())
+    P, own = components.matrices(path), network.weights[path].clone()
+    expected = in_memory(target, path, torch.einsum("bc,cij->bij", gates, P), x)
+    torch.testing.assert_close(network(x, components, gates), expected)
+    ends = [[in_memory(target, path, (own + e * p).expand(5, -1, -1), x) for p in P] for e in (1e-5, -1e-5)]
+    slopes = torch.stack([(up - down) / 2e-5 for up, down in zip(*ends, strict=True)], 1)
+    for mode in MODES:
+        got = apd.attributions.gradient(network, components, x, per_output=True, mode=mode)
+        torch.testing.assert_close(got, slopes, rtol=1e-5, atol=1e-6)
+
+
+def test_memory_that_is_shared_in_another_layout_or_past_the_modules_is_refused() -> None:
+    wide = torch.randn(8, 4)
+    target = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    target[0].weight, target[2].weight = nn.Parameter(wide[:4]), nn.Parameter(wide[2:6])
+    for path, other in (("0.weight", "2.weight"), ("2.weight", "0.weight")):
+        message = rf"cannot decompose {path} \({other} is a view of the same memory: .*clone.*matrix of another layout"
+        with pytest.raises(TypeError, match=message):
+            apd.Network(target, [path])
+    target[2].weight = nn.Parameter(wide[4:])  # side by side
+    apd.Network(target, ["0.weight", "2.weight"]).check(torch.randn(5, 4, generator=torch.Generator().manual_seed(0)))
+    target[2].weight = nn.Parameter(wide.view(4, 8)[:, 4:])
+    target[0].weight = nn.Parameter(wide.view(4, 8)[:, :4])
+    apd.Network(target, ["0.weight", "2.weight"]).check(torch.randn(5, 4, generator=torch.Generator().manual_seed(0)))
+    target[2].register_buffer("copy", target[0].weight.data)
+    with pytest.raises(TypeError, match=r"0.weight \(2.copy is a view of the same memory.*of Linear, only `weight`"):
+        apd.Network(target, ["0.weight"])
+    target[2].copy = target[2].copy.clone()
+    apd.Network(target, ["0.weight"])
+    apd.Network(target.to("meta"), ["0.weight", "2.weight"])
+
+
+# What differs without gradients, or in a lower precision.
+
+
+class PaddedEncoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 5, batch_first=True), 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.encoder(torch.tanh(self.layer(x)), src_key_padding_mask=x.eq(0).all(-1))
+
+
+def test_padding_has_one_output_with_gradients_and_without() -> None:
+    """Torch's fused encoder layers, which it takes without gradients, give zeros there, and hooks cannot read them."""
+    stored = {"layer.weight": linear, "encoder.layers.0.linear1.weight": linear}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        one = Case(PaddedEncoder().eval(), stored, normal(3, 4))
+    x, components = one.x(5), one.components()
+    x[1:3, 1:] = 0
+    one.network.check(x)
+    apd.Network(one.target, ["encoder.layers.0.linear1.weight"]).check(x)
+    with torch.no_grad():
+        without = one.network(x), one.network(x, components)
+    torch.testing.assert_close(without, (one.network(x), one.network(x, components)))
+    g = {path: torch.randn(5, 3, generator=torch.Generator().manual_seed(0)).double() for path in stored}
+    assert torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        P = {path: components.matrices(path) for path in stored}
+        weights = [{p: torch.einsum("c,cij->ji", g[p][i], P[p]) for p in stored} for i in range(5)]
+        expected = torch.cat([with_weights(one.target, w, x[i : i + 1]) for i, w in enumerate(weights)])
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+    torch.testing.assert_close(one.network(x, components, g), expected)
+
+
+class Low(nn.Module):
+    """Some of it in bfloat16, by an autocast of its own; what meets outside must be of one type."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            q, k = self.a(x), self.b(x)
+        h = (q @ k.mT).to(x.dtype) @ x
+        return self.decorated(h).to(x.dtype)
+
+    @torch.autocast("cpu", torch.bfloat16)
+    def decorated(self, h: Tensor) -> Tensor:
+        return self.c(torch.tanh(h))
+
+
+@pytest.mark.parametrize("paths", [["a.weight"], ["a.weight", "c.weight"]])
+def test_an_autocast_of_the_targets_own(paths: list[str]) -> None:
+    """Float64 is exact there: autocast leaves it alone."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        target = Low()
+    x = torch.randn(5, 4, 8, generator=torch.Generator().manual_seed(0))
+    network = apd.Network(target, paths)
+    network.check(x)
+    assert target.a(x).dtype == torch.float32
+    components = apd.Components.random(network.shapes, 3, generator=torch.Generator().manual_seed(1))
+    g = torch.rand(5, 3, generator=torch.Generator().manual_seed(2))
+    found = [network(x, components, g)]
+    modes = ("backward", "sample_gradients", None)  # in forward mode rounding is not that of the backward pass
+    found += [apd.attributions.gradient(network, components, x, mode=mode) for mode in modes]
+    result = apd.decompose(target, lambda step, generator: x, paths, 3, 1, steps=2, progress=False)
+    assert result.finished
+    one = Case(target, dict.fromkeys(paths, linear), normal(4, 8))
+    x, components = x.double(), components.map(lambda t: t.double())
+    expected = [gated(one, components, dict.fromkeys(paths, g.double()), x)]
+    expected += 3 * [attributed(one, components, x).square().mean(-1).sqrt()]
+    for low, true in zip(found, expected, strict=True):
+        assert (low - true).norm() < 0.03 * true.norm()
+
+
+def test_the_check_sees_through_an_autocast_of_the_targets_own() -> None:
+    class Twice(Low):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + 1e-2 * F.linear(x, self.a.weight)[..., :3]
+
+    x = torch.randn(5, 4, 8, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match=r"a.weight: the network uses this weight in a way"):
+        apd.Network(Twice(), ["a.weight"]).check(x)
 
 
 @pytest.mark.parametrize("name", ["three axes", "attention", "an adapter in the layer", "transposed convolution"])

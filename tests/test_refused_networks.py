@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracles import assert_same_state, case, state
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
 import apd_minimal as apd
@@ -42,7 +42,7 @@ def first(layer: nn.Module) -> nn.Module:
 def experts(net: Any, x: Tensor) -> Tensor:
     """Every sample goes to one of two experts; five samples as three and two."""
     out = torch.zeros_like(x)
-    mine = torch.arange(len(x)) % 2 == 0
+    mine = x[:, 0] > -0.4
     out[mine], out[~mine] = net.a(x[mine]), net.b(x[~mine])
     return out
 
@@ -110,6 +110,32 @@ REFUSED: dict[str, tuple[Forward, tuple[int, ...], str]] = {
         lambda net, x: net.b(net.a(x) + (side := F.linear(x, net.a.weight).tanh()) - side.detach()),
         (5, 4),
         r"a.weight: the gradients at module 'a' are not those of the weight: they differ by .*, of a norm of",
+    ),
+    "samples one by one": (
+        lambda net, x: torch.cat([net.b(torch.tanh(net.a(one))) for one in x.split(1)]),
+        (5, 4),
+        r"module 'a' gets single samples, as from x.split\(1\), a loop or experts: call it once",
+    ),
+    "samples one by one, without their axis": (
+        lambda net, x: torch.stack([net.b(torch.tanh(net.a(one))) for one in x]),
+        (5, 4),
+        "module 'a' gets single samples",
+    ),
+    "samples one by one, as many as positions": (
+        lambda net, x: torch.stack([net.b(torch.tanh(net.a(one))) for one in x]),
+        (5, 5, 4),
+        "module 'a' gets single samples",
+    ),
+    "samples one by one, at the end": (
+        lambda net, x: torch.stack([net.b(one) for one in torch.tanh(net.a(x)).unbind()]),
+        (5, 4),
+        "module 'b' gets single samples",
+    ),
+    "vmap": (lambda net, x: torch.vmap(net.a)(net.b(x)), (5, 4), "a.weight: the first axis of the input .*torch.vmap"),
+    "overwritten in place": (
+        lambda net, x: (h := net.b(x)).add_(net.a(h.square())),
+        (5, 4),
+        "gradients cannot pass through the target .*inplace.*write h = h \\+ u for h \\+= u",
     ),
     "no gradient": (detached, (5, 4), "a.weight: no gradient reaches module 'a'.*torch.no_grad"),
     "checkpointing": (
@@ -238,8 +264,10 @@ def test_targets_that_are_none() -> None:
             apd.Network(target, ["weight"])
     inside = first(nn.Linear(3, 4))
     inside[0].compile()
-    with pytest.raises(TypeError, match=r"module '0' is compiled.*give it uncompiled"):
-        apd.Network(inside, ["0.weight"])
+    scripted = nn.Sequential(torch.jit.script(nn.Linear(3, 4)), nn.Linear(4, 2))
+    for target, path in ((inside, "0.weight"), (scripted, "1.weight")):
+        with pytest.raises(TypeError, match=r"module '0' is compiled.*give it uncompiled"):
+            apd.Network(target, [path])
 
 
 @pytest.mark.parametrize("weights", [[1], [None], 3, None, b"0.weight", [b"0.weight"], "0.weight", []])
@@ -259,6 +287,12 @@ def test_weights_that_cannot_be_decomposed_as_they_are() -> None:
         ):
             apd.Network(normed, [path])
     apd.Network(normed, ["2.weight"]).check(torch.ones(2, 3))
+    for name, make in (("0.weight_v", nn.utils.weight_norm), ("0.weight_orig", prune.identity)):
+        older = first(make(nn.Linear(3, 4), "weight"))
+        for path in ("0.weight", name):
+            with pytest.raises(ValueError, match=f"{path}: .* is parametrised .*remove_weight_norm or prune.remove"):
+                apd.Network(older, [path])
+        apd.Network(older, ["2.weight"]).check(torch.ones(2, 3))
     nn.utils.parametrize.remove_parametrizations(normed[0], "weight")
     apd.Network(normed, ["0.weight"]).check(torch.ones(2, 3))
     with pytest.raises(ValueError, match=r"0.weight is lazy.*run the target on a batch first"):
@@ -310,6 +344,32 @@ def test_a_rule_with_wrong_rows_is_found_out() -> None:
 
     with pytest.raises(ValueError, match="weight: the network uses this weight in a way"):
         apd.Network(Halves(3, 2), ["weight"]).check(torch.randn(3, 3))
+
+
+def test_a_layer_that_gives_more_than_a_tensor() -> None:
+    class Pair(nn.Linear):
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x), x
+
+    target = Net(lambda net, x: net.b(net.pair(x)[0]), pair=Pair(4, 4))
+    with pytest.raises(TypeError, match="what module 'pair' gives must be one tensor: write a rule"):
+        apd.Network(target, ["pair.weight"]).check(torch.ones(5, 4))
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d(2, 3, 2), nn.ConvTranspose2d(2, 3, 2), nn.Conv1d(2, 3, 2, groups=1)])
+@pytest.mark.parametrize("once", [True, False])
+def test_convolutions_of_a_picture_without_a_batch_axis(layer: nn.Module, once: bool) -> None:
+    """A picture that all samples share, or every sample's own."""
+    shape = (2, 4, 4)[: 3 if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d) else 2]
+    picture = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    run: Forward = lambda net, x: torch.stack(  # noqa: E731
+        [(s + net.layer(picture).sum() if once else net.layer(s)).flatten() for s in x]
+    )
+    x = torch.randn(5, *shape, generator=torch.Generator().manual_seed(1))
+    kind = type(layer).__name__
+    message = rf"the input of {kind} must be of shape \[B, channels, size" if once else "'layer' gets single samples"
+    with pytest.raises(ValueError, match=message):
+        apd.Network(Net(run, layer=layer), ["layer.weight"]).check(x)
 
 
 # Recorded hidden activations.
