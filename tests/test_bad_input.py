@@ -899,7 +899,13 @@ OWN_KINDS: dict[str, dict[str, Strategy]] = {
         for name in ("similarity", "cluster")
     },
     "layerwise.stitch": {
-        "parts": st.one_of(but(dict), NOTHING, bad_components(alone=True, fit=False).map(lambda bad: {"a": bad})),
+        "parts": st.one_of(
+            but(dict),
+            NOTHING,
+            bad_components(alone=True, fit=False)
+            .filter(lambda c: not isinstance(c, apd.Decomposition))
+            .map(lambda bad: {"a": bad}),
+        ),
         "clusters": st.one_of(but(list, tuple), NOTHING, st.sampled_from([[1], [[("a", 0)]], [["a"]], [[("b", 0)]]])),
     },
     **{
@@ -1036,6 +1042,8 @@ ALIASES = {  # what a message may call the parameter
     "found": ("true",),
     "y": ("x",),
     "matrices": ("A:",),
+    "groups": ("group ",),
+    "clusters": ("cluster",),
     "first": ("components", "both"),
     "second": ("components", "both"),
     "A": ("B",),

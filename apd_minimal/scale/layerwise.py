@@ -171,6 +171,7 @@ def activity(
         ValueError: parts that have a mask for each position of a sequence, or whose attribution or selection is not
             known (as for `Decomposition.active`).
     """
+    checks.function("output", output)
     masks = {}
     for name, part in checks.kind("parts", parts, Mapping, "a mapping from names of groups to decompositions").items():
         if checks.kind(f"parts: {name}", part, Decomposition, "a Decomposition").config.per_position:

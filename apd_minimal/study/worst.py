@@ -69,7 +69,7 @@ class Corners:
             raise ValueError(f"gates must be in [0, 1], got from {float(gates.min())} to {float(gates.max())}")
         self.components = components.map(Tensor.detach)
         self.gates = gates.detach().to(self.components.parameters()[0])
-        with torch.no_grad():
+        with torch.no_grad(), checks.running(x, f"components of {self.gates.dtype}"):
             self.wanted = self.network(x)
 
     def error(self, on: Tensor) -> Tensor:
