@@ -149,7 +149,11 @@ def decompose(
 
 
 def finish(run: Run, checkpoint: Any, checkpoint_every: int, callback: Any, progress: bool, log: Any) -> Decomposition:
-    """Take the steps that are left and choose among the restarts; an exception carries the result so far."""
+    """Take the steps that are left and choose among the restarts; an exception carries the result so far.
+
+    Raises:
+        NonFiniteLoss: a loss, or the attributions, are NaN or infinite.
+    """
     try:
         follow(run, checkpoint, checkpoint_every, callback, progress, log)
         return outcome(run)

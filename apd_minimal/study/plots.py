@@ -78,6 +78,9 @@ def columns(vectors: Mapping[str, Tensor], ax: Axes | None = None) -> Figure:
 
     Returns:
         Figure: with equal axes.
+
+    Raises:
+        TypeError, ValueError: no vectors, or not in the plane.
     """
     checks.kind("vectors", vectors, Mapping, "a mapping from names to arrows [n, 2]")
     if not vectors:
