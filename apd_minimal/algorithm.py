@@ -69,7 +69,7 @@ def decompose(
         top_k: mean number of active components per sample; a number, or points (progress, value) of a schedule.
             None where a `selection` decides.
         output: picks the outputs that count, [B, ...], from what the target returns.
-        divergence: "mse", "kl" (of softmax over the last axis) or (outputs, wanted) -> [..., B].
+        divergence: "mse", "kl" (of softmax over the last axis) or (outputs, target_outputs) -> [..., B].
         hidden_modules: paths of modules whose outputs the sparse forward pass must match too, weighted by the
             setting `hidden`.
         attribution: (network, components, x) -> [..., B, C]; None takes exact gradient attributions.
@@ -121,7 +121,8 @@ def decompose(
         top_k, settings, selection = selection.top_k, settings | {"per_sample": selection.per_sample}, None
     most = n_components if top_k is None else top_k
     config = Config.from_dict({"n_components": n_components, "top_k": most, **settings})
-    check(config, divergence, hidden_modules, micro_batch, attribution)
+    check(config, divergence, hidden_modules, attribution)
+    micro_batch = None if micro_batch is None else checks.number("micro_batch", micro_batch, 1, whole=True)
     check_rest(batches, output, attribution, callback, checkpoint, checkpoint_every, judge)
     if judge is not None and mesh is not None:
         raise ValueError("a judge needs all components on one process: give judge or mesh, got both")
@@ -131,7 +132,6 @@ def decompose(
         raise ValueError(f"extend={extend} goes on from a checkpoint, and checkpoint is None")
     if mesh is not None:
         from .scale.processes import Shared
-    micro_batch = None if micro_batch is None else int(micro_batch)
     network = Network(target, weights, output, hidden_modules, recompute)
     local = None if mesh is None else Shared(mesh, checkpoint)
     with nullcontext() if local is None else local.answering():  # else a rank that is gone is named
@@ -149,7 +149,11 @@ def decompose(
 
 
 def finish(run: Run, checkpoint: Any, checkpoint_every: int, callback: Any, progress: bool, log: Any) -> Decomposition:
-    """Take the steps that are left and choose among the restarts; an exception carries the result so far."""
+    """Take the steps that are left and choose among the restarts; an exception carries the result so far.
+
+    Raises:
+        NonFiniteLoss: a loss, or the attributions, are NaN or infinite.
+    """
     try:
         follow(run, checkpoint, checkpoint_every, callback, progress, log)
         return outcome(run)
@@ -159,6 +163,9 @@ def finish(run: Run, checkpoint: Any, checkpoint_every: int, callback: Any, prog
         return run.so_far()
     except checks.NonFiniteLoss:
         raise
+    except checks.NotFinite as error:
+        message = f"step {run.step}: {error}; the last finite state is in .result"
+        raise checks.NonFiniteLoss(message, run.so_far(run.last_finite)) from error
     except Exception as error:
         if run.step and run.local.single:  # before the first step there is nothing to lose
             error.result = run.so_far()  # type: ignore[attr-defined]
@@ -171,7 +178,6 @@ def check(
     config: Config,
     divergence: str | Divergence,
     hidden_modules: Sequence[str],
-    micro_batch: int | None,
     attribution: Attribution | None,
 ) -> None:
     """Raise a ValueError that names what does not fit.
@@ -190,8 +196,6 @@ def check(
         raise ValueError(
             f"hidden_modules and the weight hidden belong together, got {list(hidden_modules)} and {config.hidden}"
         )
-    if micro_batch is not None:
-        checks.number("micro_batch", micro_batch, 1, whole=True)
 
 
 def check_rest(

@@ -12,7 +12,7 @@ from . import checks, store
 from .config import Config
 from .decomposition import fingerprint, name_of
 from .network import Network
-from .stored import differences
+from .stored import differences, logged
 
 if TYPE_CHECKING:
     from .train import Run
@@ -86,11 +86,17 @@ def resume(run: Run, path: str | os.PathLike[str], extend: bool = False) -> None
         run.generator.set_state(state.generator)
         for (p, shared), factor, moments in zip(run.shared(), state.factors, state.moments, strict=True):
             own = run.local.own if shared else Tensor.clone
-            p.data.copy_(checks.tensor("a factor", own(factor), *p.shape))
+            p.data.copy_(_checked("a factor", own(factor), p))
             run.optimiser.state[p] = {name: own(t).to(p.device) for name, t in moments.items()}
         for own_state, stored in zip(run.selection.state(), state.selection, strict=True):
-            own_state.copy_(checks.tensor("the selection's state", stored, *own_state.shape))
+            own_state.copy_(_checked("the selection's state", stored, own_state))
     run.remember()
+
+
+def _checked(name: str, stored: Tensor, like: Tensor) -> Tensor:
+    if checks.tensor(name, stored, *like.shape).dtype != like.dtype:
+        raise TypeError(f"{name} must be of {like.dtype}, got {checks.given(stored)}")
+    return stored
 
 
 @dataclass(frozen=True)
@@ -152,15 +158,19 @@ def _state(
         for i in range(len(factors))
     ]
     step = checks.number("step", facts["step"], 0, run["config"]["steps"], whole=True)
-    history = checks.kind("history", facts["history"], dict, "a mapping from names to lists")
-    if any(done >= step for done in history["step"]) or any(
-        len(rows) != len(history["step"]) for rows in history.values()
-    ):
+    history = logged(facts["history"])
+    if history["step"] and history["step"][-1] >= step:
         raise ValueError(f"the history is of other steps than the {step} that were done")
     for i, known in enumerate(moments):
         if known.keys() != {"step", "exp_avg", "exp_avg_sq"} or int(known["step"]) != step:
             raise ValueError(f"Adam's moments of factor {i} are not those after {step} steps, got {sorted(known)}")
         for name in ("exp_avg", "exp_avg_sq"):
-            checks.tensor(f"{name} of factor {i}", known[name], *factors[i].shape)
+            _checked(f"{name} of factor {i}", known[name], factors[i])
+        if known["exp_avg_sq"].lt(0).any():
+            raise ValueError(f"exp_avg_sq of factor {i} must be 0 or above, got {checks.given(known['exp_avg_sq'])}")
     selection = [tensors[f"selection.{i}"] for i in range(sum(name.startswith("selection.") for name in tensors))]
+    if len(tensors) != 1 + 4 * len(factors) + len(selection):
+        raise ValueError(
+            f"a generator, factors with three moments each and a selection are expected, got {sorted(tensors)}"
+        )
     return State(step, history, tensors["generator"], factors, moments, selection)

@@ -300,8 +300,8 @@ def usable(components: Any, alone: bool = False) -> Components:
 
 
 def _single(t: Tensor) -> Tensor:
-    """Convert to single precision if it has less, which torch's factorisations do not accept."""
-    return t.float() if t.dtype in (torch.bfloat16, torch.float16) else t
+    """Convert to single precision, unless it is double: torch's factorisations accept no others."""
+    return t if t.dtype == torch.float64 else t.float()
 
 
 @torch.no_grad()

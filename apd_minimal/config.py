@@ -111,6 +111,8 @@ class Config:
                 self._put(name, checks.number(name, value, **limits))
         for name in ("per_sample", "per_position", "unit_norm"):
             self._put(name, checks.flag(name, getattr(self, name)))
+        if self.tidy_every and self.tidy_from > self.tidy_until:
+            raise ValueError(f"tidy_from must be at most tidy_until={self.tidy_until}, got {self.tidy_from}")
         checks.choice("attribute_at", self.attribute_at, ("target", "components"))
         for name in self.schedules:
             self._put(name, schedule(name, getattr(self, name), partial(checks.number, low=0)))

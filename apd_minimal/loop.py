@@ -6,12 +6,10 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from . import checks
 from .components import Components
 from .train import Run
 
@@ -29,32 +27,25 @@ def follow(
     """Take all steps that are left of a run.
 
     Raises:
-        NonFiniteLoss: inputs, attributions or a loss are NaN or infinite.
+        NonFiniteLoss: a loss is NaN or infinite.
+        ValueError: the log of a run that goes on is none.
     """
-    writes = run.local.writes
-    log = log if writes else None
+    log, shown = log if run.local.writes else None, progress and run.local.writes
     if log is not None:
-        old = Path(log).read_text(encoding="utf-8").splitlines(True) if run.step and Path(log).exists() else []
-        # A run that was killed may have left half a line.
-        kept = [line for line in old if line.endswith("\n") and json.loads(line)["step"] < run.step]
-        Path(log).write_text("".join(kept), encoding="utf-8")
-    live = sys.stderr.isatty() or "ipykernel" in sys.modules  # else the bar goes to a file, line by line
-    every = 0.1 if live else 60
+        from .log import begin
+
+        begin(log, run.step)
+    # In a file, the bar is a line each time it is shown.
+    every = 0.1 if sys.stderr.isatty() or "ipykernel" in sys.modules else 60
     with (
-        tqdm(
-            total=run.config.steps, initial=run.step, disable=not (progress and writes), unit="step", mininterval=every
-        ) as bar,
+        tqdm(total=run.config.steps, initial=run.step, disable=not shown, unit="step", mininterval=every) as bar,
         open(os.devnull if log is None else log, "a", encoding="utf-8") as lines,
     ):
         while run.step < run.config.steps:
-            try:
-                losses = run.advance()
-            except checks.NotFinite as error:
-                message = f"step {run.step}: {error}; the last finite state is in .result"
-                raise checks.NonFiniteLoss(message, run.so_far(run.last_finite)) from error
+            losses = run.advance()
             bar.update()
             if run.config.logs(run.step - 1):
-                bar.set_postfix({name: f"{min(values):.1e}" for name, values in losses.items()})
+                bar.set_postfix({name: f"{min(values):.1e}" for name, values in losses.items()}, refresh=False)
                 lines.write(json.dumps({"step": run.step - 1, **losses}, allow_nan=False) + "\n")
                 lines.flush()
                 if callback is not None:

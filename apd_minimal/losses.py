@@ -109,6 +109,23 @@ def minimality(outputs: Tensor, target_outputs: Tensor, divergence: Divergence =
     Raises:
         ValueError: a divergence that does not give one value for each sample.
     """
+    return sample_errors(outputs, target_outputs, divergence).mean(-1)
+
+
+def sample_errors(outputs: Tensor, target_outputs: Tensor, divergence: Divergence) -> Tensor:
+    """Compute the divergence of every sample, and check that it gives these.
+
+    Args:
+        outputs: [..., B, *rest].
+        target_outputs: [B, *rest].
+        divergence: per sample, (outputs, target_outputs) to [..., B].
+
+    Returns:
+        Tensor: [..., B].
+
+    Raises:
+        TypeError, ValueError: outputs of other shapes, or a divergence that does not give one value for each sample.
+    """
     _same(outputs, target_outputs)
     if not callable(divergence):
         raise TypeError(
@@ -124,7 +141,7 @@ def minimality(outputs: Tensor, target_outputs: Tensor, divergence: Divergence =
             f"divergence must give one value per sample, {expected}, got {given} for outputs {list(outputs.shape)} "
             f"and target_outputs {list(target_outputs.shape)}"
         )
-    return errors.mean(-1)
+    return errors
 
 
 def hidden(activations: Sequence[Tensor], target_activations: Sequence[Tensor]) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,8 +28,9 @@ def scores(run: Run, components: Components) -> tuple[Tensor, Tensor | None]:
         if run.judge is None:
             errors = held_out_errors(run, x, components)
         else:
-            every = [components.restart(i) for i in range(run.config.restarts)]
-            errors = torch.tensor([float(run.judge(run.network, one, x)) for one in every], dtype=torch.double)
+            values = [run.judge(run.network, components.restart(i), x) for i in range(run.config.restarts)]
+            number = partial(checks.kind, "judge", expected=(int, float), what="a function that gives a number")
+            errors = torch.tensor([number(value=checks.plain(value)) for value in values], dtype=torch.double)
         return errors, run.selection.threshold(run.local.all_scores(run.attributions(x, components)))
 
 

@@ -7,13 +7,14 @@ parameters, which are then trained with the components, and are part of every ch
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import checks
-from .config import Schedule, at_progress
+from .config import Schedule, at_progress, schedule
 
 
 class Selection:
@@ -148,10 +149,17 @@ class TopK(Selection):
     Args:
         top_k: k, the mean number of active components per sample; a number or points (progress, value).
         per_sample: the k most attributed of each sample instead of the whole batch.
+
+    Raises:
+        TypeError, ValueError: neither a number above 0 nor points with such values; `per_sample` is no bool.
     """
 
     top_k: Schedule
     per_sample: bool = False
+
+    def __post_init__(self) -> None:
+        self.top_k = schedule("top_k", self.top_k, partial(checks.number, low=0, above=True))
+        self.per_sample = checks.flag("per_sample", self.per_sample)
 
     def choose(self, scores: Tensor, t: float, share: float = 1.0) -> Tensor:
         """Choose the k most attributed: boolean gates.
@@ -275,16 +283,18 @@ def final_selection(top_k: float | Selection | FinalSelection, n_components: int
     """
     if isinstance(top_k, FinalSelection):
         return top_k
+    n_components = checks.number("n_components", n_components, 1, whole=True)
+    if isinstance(top_k, TopK):
+        schedule("top_k", top_k.top_k, partial(checks.number, high=n_components))
     if isinstance(top_k, Selection):
         return FinalSelection(top_k)
-    n_components = checks.number("n_components", n_components, 1, whole=True)
     return FinalSelection(TopK(checks.number("top_k", top_k, 0, n_components, above=True)))
 
 
 def _check_scores(scores: Tensor, *shape: Any) -> None:
     checks.tensor("scores", scores, *shape, finite=False)
-    if scores.isnan().any():
-        raise checks.NotFinite(f"the attributions (scores, {checks.given(scores)}) are NaN")
+    if not scores.isfinite().all():
+        raise checks.NotFinite(f"the attributions (scores, {checks.given(scores)}) are NaN or infinite")
 
 
 def _check(scores: Tensor, k: float) -> None:

@@ -45,7 +45,7 @@ def reading(path: str | os.PathLike[str], kind: str) -> Iterator[None]:
     except StoreError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:  # RecursionError is among them
-        what = error.args[0] if isinstance(error, KeyError) and error.args else error
+        what = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) and error.args else error
         raise StoreError(
             f"{path} is not a valid {kind}: {what}. It was changed, or written by another version: write it again, or "
             "restore it from a copy"

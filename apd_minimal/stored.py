@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import checks, store
-from .components import Components
+from .components import Components, usable
 from .config import Config
 from .decomposition import Decomposition, fingerprint
 from .network import Network
@@ -34,6 +34,21 @@ def differences(stored: str, own: str) -> str:
             named.append(f"{path} was {before[0]}, is {after[0]}" + (", other values" if before[0] == after[0] else ""))
     text = f"its parameters hash to {stored[:12]}, these to {own[:12]}"
     return text + (f" ({'; '.join(named[:5])}{'; ...' if named[5:] else ''})" if named else "")
+
+
+def logged(history: Any) -> dict[str, list[Any]]:
+    """Check a history: lists of one length, the first of them the steps, in order.
+
+    Raises:
+        TypeError, ValueError: it is none.
+    """
+    what = "a mapping from names to lists of one length, with the steps in order"
+    steps = checks.kind("history", checks.kind("history", history, dict, what).get("step"), list, what)
+    if sorted({checks.number("steps of the history", step, 0, whole=True) for step in steps}) != steps:
+        raise ValueError(f"history must be {what}, got the steps {checks.given(steps)}")
+    if any(len(checks.kind(f"history of {name}", rows, list, what)) != len(steps) for name, rows in history.items()):
+        raise ValueError(f"history must be {what}, got {checks.given({k: len(v) for k, v in history.items()})}")
+    return history
 
 
 def save(decomposition: Decomposition, folder: str | os.PathLike[str], restarts: bool = False) -> None:
@@ -97,7 +112,7 @@ def load(folder: str | os.PathLike[str], target: nn.Module) -> Decomposition:
         more = {f"{name}.restarts" for name in factors}
         if tensors.keys() not in (factors, factors | more):
             raise ValueError(f"tensors {sorted(factors)} are expected, got {sorted(tensors)}")
-        components = network._fit(_taken(tensors, weights, ""))
+        components = usable(network._fit(_taken(tensors, weights, "")))
         if components.restarts is not None or components.n_components != config.n_components:
             raise ValueError(
                 f"n_components is {config.n_components}, but there are factors of {components.n_components}"
@@ -106,14 +121,14 @@ def load(folder: str | os.PathLike[str], target: nn.Module) -> Decomposition:
         return Decomposition(
             components=components,
             config=config,
-            history=checks.kind("history", facts["history"], dict, "a mapping from names to lists"),
+            history=logged(facts["history"]),
             scores=scores,
             chosen=checks.number("chosen", facts["chosen"], 0, len(scores) - 1, whole=True),
             finished=checks.flag("finished", facts["finished"]),
             fingerprint=facts["fingerprint"],
-            restarts=network._fit(_taken(tensors, weights, ".restarts")) if tensors.keys() > factors else None,
+            restarts=usable(network._fit(_taken(tensors, weights, ".restarts"))) if tensors.keys() > factors else None,
             # Files of earlier versions have none.
-            attribution=facts.get("attribution"),
+            attribution=checks.kind("attribution", facts.get("attribution"), (str, type(None)), "a name or None"),
             selection_name=checks.kind("selection", facts.get("selection"), (str, type(None)), "a name or None"),
             active_name=checks.kind("active", facts.get("active"), (str, type(None)), "a name or None"),
             threshold=None if (found := facts.get("threshold")) is None else checks.number("threshold", found),

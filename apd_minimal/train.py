@@ -158,7 +158,7 @@ class Run:
         """Run the target on the inputs, and choose who is to be active on them."""
         uses: list[Use] = []
         activations: list[Tensor] = []
-        with torch.no_grad():
+        with torch.no_grad(), checks.running(x, f"its own weights, at step {self.step}"):
             outputs = self.network(x, record=uses, activations=activations)
         n = len(x)
         # Where the input of every decomposed weight is zero, components change nothing: there is nothing to work out.

@@ -8,6 +8,7 @@ the parameter's name, and `OWN_KINDS` those of parameters that mean something el
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 import linecache
 import math
@@ -38,6 +39,13 @@ PACKAGE = str(Path(apd.__file__).parent)
 
 # What there is.
 
+MORE = {  # public by the API page, and in no module of `NAMES`
+    "study.controls": "input_columns rotated_columns random_split",
+    "study.worst": "worst",
+    "tidy.merge": "merge_and_prune merge_by_bits shortened",
+    "scale.layerwise": "decompose_groups activity similarity cluster stitch",
+}
+
 
 def public() -> dict[str, Callable[..., Any]]:
     """Every public function, class and method, by name."""
@@ -62,6 +70,10 @@ def public() -> dict[str, Callable[..., Any]]:
                 for own, inner in vars(thing).items():
                     if not own.startswith("_") and getattr(inner, "__module__", None) == thing.__name__:
                         add(f"{name}.{own}", inner)
+    for name, own in MORE.items():
+        module = importlib.import_module(f"apd_minimal.{name}")
+        for function in own.split():
+            add(f"{name.rpartition('.')[2]}.{function}", getattr(module, function))
     return found
 
 
@@ -110,7 +122,14 @@ NOT_DRAWN = {"self", "settings", "numbers", "thresholds"}  # whatever is passed 
 def parameters(name: str) -> list[str]:
     """The parameters to try."""
     skipped = NOT_DRAWN if name != "Config.from_dict" else {"self"}
-    skipped = skipped | (NETWORKS if name not in ("losses.faithfulness", "metrics.relative_faithfulness") else set())
+    own = (
+        "losses.faithfulness",
+        "metrics.relative_faithfulness",
+        *(f"controls.{n}" for n in MORE["study.controls"].split()),
+    )
+    skipped = skipped | (NETWORKS if name not in own else set())
+    if name == "layerwise.decompose_groups":
+        skipped = skipped | {"batches", "arguments"}  # of `decompose`, whose errors come back with the group's name
     if name.endswith(".__call__"):
         skipped = skipped | {"step"}  # of no use to these sources
     return [p for p in inspect.signature(PUBLIC[name]).parameters if p not in skipped]
@@ -279,6 +298,22 @@ VALID: dict[str, tuple[Any, dict[str, Any]]] = {  # name: (self or None, argumen
     ),
     "rate.Cost.bits": (apd.rate.Cost(0.1, 1.0, 1.0, 2), {"alpha": 1.0}),
     "rate.Cost.message": (apd.rate.Cost(0.1, 1.0, 1.0, 2), {"alpha": 1.0}),
+    "controls.input_columns": (None, {"weights": {"w": torch.ones(5, 2)}}),
+    "controls.rotated_columns": (None, {"weights": {"w": torch.ones(5, 2)}, "basis": torch.eye(5)}),
+    "controls.random_split": (None, {"weights": {"w": torch.ones(5, 2)}}),
+    "worst.worst": (None, ATTRIBUTION | {"gates": torch.ones(4, 3) / 2, "steps": 1, "n_draws": 1}),
+    "merge.merge_and_prune": (None, {"components": components(2), "mask": torch.ones(2, 4, 3)}),
+    "merge.merge_by_bits": (None, {"components": components(2), "mask": torch.ones(2, 4, 3), "alpha": 1.0}),
+    "merge.shortened": (None, OF_MASK | {"alpha": 1.0}),
+    "layerwise.decompose_groups": (
+        None,
+        {"target": TARGET, "batches": stream, "groups": {"a": ["encode.weight"]}}
+        | {"n_components": 3, "top_k": 1.0, "steps": 1, "progress": False},
+    ),
+    "layerwise.activity": (None, {"target": TARGET, "parts": {"a": decomposition()}, "x": X}),
+    "layerwise.similarity": (None, {"masks": {"a": torch.ones(4, 3)}}),
+    "layerwise.cluster": (None, {"masks": {"a": torch.ones(4, 3)}, "min_similarity": 0.5}),
+    "layerwise.stitch": (None, {"parts": {"a": components()}, "clusters": [[("a", 0), ("a", 2)], [("a", 1)]]}),
     "tune.Each": (None, {"selections": [apd.selection.TopK(1.0)]}),
     "tune.tune": (
         None,
@@ -304,6 +339,7 @@ VALID: dict[str, tuple[Any, dict[str, Any]]] = {  # name: (self or None, argumen
     "losses.kl": (None, PAIR),
     "losses.minimality": (None, PAIR),
     "losses.mse": (None, PAIR),
+    "losses.sample_errors": (None, PAIR | {"divergence": apd.losses.mse}),
     "losses.simplicity": (None, OF_MASK),
     "losses.simplicity_exact": (None, OF_MASK),
     "metrics.description_length": (None, OF_MASK),
@@ -640,9 +676,7 @@ KINDS: dict[str, Strategy] = {
     ),
     "digits": SIZE,
     "ax": AXES,
-    "scores": st.one_of(
-        but(Tensor), NOTHING, st.just(torch.ones(3)), poked(torch.ones(4, 3)).filter(lambda t: t.isnan().any())
-    ),
+    "scores": st.one_of(but(Tensor), NOTHING, st.just(torch.ones(3)), poked(torch.ones(4, 3))),
     **{
         name: flag()
         for name in (
@@ -677,6 +711,15 @@ NO_NAN = {
 ALONE = {"components": bad_components(alone=True)}
 ANY_WEIGHTS = {"components": bad_components(alone=True, fit=False)}
 FEW_WEIGHTS = {"components": bad_components(finite=True)}
+DIVERGENCE = st.one_of(  # no function, or one that does not give a number for each sample
+    function(), st.sampled_from([lambda a, b: None, lambda a, b: (a - b).mean(), lambda a, b: a - b])
+)
+MATRICES = st.one_of(
+    but(dict),
+    NOTHING,
+    tensor(torch.ones(5, 2), 0, 1).map(lambda bad: {"w": bad}),
+    st.just({"w": torch.ones(5, 2), "v": torch.ones(4, 2)}),
+)
 CIRCUITS = st.one_of(but(list, tuple), NOTHING, st.sampled_from([(), ("last",), ["first", "first"], (1,), [None]]))
 WIDTH = {
     name: {"x": tensor(x, 0, finite=False).filter(lambda t, n=n: not isinstance(t, Tensor) or t.shape[-1:] != (n,))}
@@ -724,6 +767,7 @@ OWN_KINDS: dict[str, dict[str, Strategy]] = {
             but(dict),
             NOTHING,
             st.just({}),
+            st.just({"w": torch.ones(2, 3, 4, dtype=torch.long)}),
             tensor(torch.ones(2, 3, 4), 0, 1, 2)
             .filter(lambda t: not isinstance(t, Tensor) or t.ndim < 3 or not t.isfinite().all())
             .map(lambda bad: {"w": bad}),
@@ -778,7 +822,7 @@ OWN_KINDS: dict[str, dict[str, Strategy]] = {
     "frames.live": {"start": number(0, 1, whole=True)},
     "frames.slider": {"start": number(0, 1, whole=True), "kind": choice(*FIGURE_KINDS)},
     **{
-        f"metrics.{name}": {"first": but(apd.Components), "second": but(apd.Components), "empty": number(0)}
+        f"metrics.{name}": {side: bad_components(alone=True) for side in ("first", "second")} | {"empty": number(0)}
         for name in ("cosines", "match_weights")
     },
     "metrics.match_use": {"first": but(Tensor), "second": but(Tensor), "by": choice("correlation", "overlap")},
@@ -804,7 +848,7 @@ OWN_KINDS: dict[str, dict[str, Strategy]] = {
         ),
     },
     "plots.columns": {
-        "vectors": st.one_of(but(dict), NOTHING, tensor(torch.ones(2, 2), 0).map(lambda bad: {"a": bad}))
+        "vectors": st.one_of(but(dict), NOTHING, st.just({}), tensor(torch.ones(2, 2), 0).map(lambda bad: {"a": bad}))
     },
     "plots.components": {
         "decomposed": bad_components(alone=True).filter(lambda c: not isinstance(c, apd.Decomposition)),
@@ -819,14 +863,58 @@ OWN_KINDS: dict[str, dict[str, Strategy]] = {
     "data.SparseFeatures.__call__": {"generator": source(none=False)},
     "targets.GatedInputs.__call__": {"generator": source(none=False)},
     "targets.Questions.__call__": {"generator": source(none=False)},
-    "diagnose.diagnose": ALONE,
+    "diagnose.diagnose": ALONE | {"divergence": DIVERGENCE},
+    **{f"controls.{n}": {"weights": MATRICES, "basis": tensor(torch.eye(5))} for n in MORE["study.controls"].split()},
+    "worst.worst": ALONE
+    | {
+        "gates": tensor(torch.ones(4, 3)),
+        "divergence": DIVERGENCE,
+        "steps": number(0, whole=True),
+        "size": number(0, above=True),
+    },
+    **{
+        f"merge.{name}": {
+            "components": st.one_of(bad_components(fit=False), st.just(components())),
+            "mask": tensor(torch.ones(2, 4, 3), 1),
+            "min_cosine": number(0, above=True),
+            "dead_share": number(0),
+            "alpha": number(0, above=True),
+        }
+        for name in ("merge_and_prune", "merge_by_bits")
+    },
+    "merge.shortened": {"components": bad_components(alone=True, fit=False), "alpha": number(0, above=True)},
+    "layerwise.decompose_groups": {
+        "groups": st.one_of(but(dict), NOTHING, st.sampled_from([{}, {1: ["encode.weight"]}, {"a": "b"}, {"a": []}])),
+        "processes": SIZE,
+        "per_group": but(dict),
+    },
+    "layerwise.activity": {"parts": st.one_of(but(dict), NOTHING, st.just({"a": components()}))},
+    **{
+        f"layerwise.{name}": {
+            "masks": st.one_of(
+                but(dict), NOTHING, st.just({}), tensor(torch.ones(4, 3), 0, 1).map(lambda bad: {"a": bad})
+            ),
+            "min_similarity": number(0, 1, above=True),
+        }
+        for name in ("similarity", "cluster")
+    },
+    "layerwise.stitch": {
+        "parts": st.one_of(
+            but(dict),
+            NOTHING,
+            bad_components(alone=True, fit=False)
+            .filter(lambda c: not isinstance(c, apd.Decomposition))
+            .map(lambda bad: {"a": bad}),
+        ),
+        "clusters": st.one_of(but(list, tuple), NOTHING, st.sampled_from([[1], [[("a", 0)]], [["a"]], [[("b", 0)]]])),
+    },
     **{
         f"rate.{name}": ALONE | {"divergence": st.one_of(function(), st.just("hinge"))}
         for name in ("costs", "curve", "shortest", "Judge", "Judge.__call__")
     },
     "rate.curve": ALONE | {"divergence": st.one_of(function(), st.just("hinge")), "points": number(2, whole=True)},
     "tune.Each": {"selections": st.one_of(but(list, tuple), NOTHING, but().map(lambda bad: [bad]))},
-    "tune.tune": {"batches": batches()},
+    "tune.tune": {"batches": batches(), "tries": st.one_of(but(dict), st.sampled_from([{"lr": 3}, {"lr": []}]))},
     "leakage.leakage": ALONE
     | {
         "outputs": choice("values", "classes"),
@@ -848,7 +936,7 @@ OWN_KINDS: dict[str, dict[str, Strategy]] = {
     },
     "losses.kl": OUTPUTS,
     "losses.mse": OUTPUTS,
-    "losses.minimality": OUTPUTS,
+    **{f"losses.{name}": OUTPUTS | {"divergence": DIVERGENCE} for name in ("minimality", "sample_errors")},
     "losses.simplicity": NO_NAN,
     "losses.simplicity_exact": NO_NAN,
     "metrics.description_length": ANY_WEIGHTS,
@@ -953,6 +1041,11 @@ ALIASES = {  # what a message may call the parameter
     "true": ("found",),
     "found": ("true",),
     "y": ("x",),
+    "matrices": ("A:",),
+    "groups": ("group ",),
+    "clusters": ("cluster",),
+    "first": ("components", "both"),
+    "second": ("components", "both"),
     "A": ("B",),
     "B": ("A",),
 }
@@ -997,7 +1090,7 @@ def words_for(value: Any) -> list[str]:
     if isinstance(value, (float, np.floating)):
         words += [str(value), f"{value:g}", f"got {value:.0f}"]
     if callable(value):
-        words += ["got a ", "got one of shape", "a tensor ["]  # what it gave
+        words += ["got a ", "got one of shape", "a tensor [", "got NoneType", "got ["]  # what it gave
     if isinstance(value, (Tensor, np.ndarray)):
         words += [str(list(value.shape)), str(value.dtype), *map(repr, value.ravel().tolist()[:3])]
     if isinstance(value, apd.Components):

@@ -58,6 +58,12 @@ EDITS: dict[str, Callable[[dict[str, Tensor], dict[str, Any]], Any]] = {
     "a factor of one row": lambda t, f: t.update({"factor.0": t["factor.0"][:1]}),
     "a factor that is NaN": lambda t, f: t["factor.0"].view(-1)[:1].fill_(torch.nan),
     "no factor": lambda t, f: t.pop("factor.1"),
+    "a factor of another type": lambda t, f: t.update({"factor.0": t["factor.0"].double()}),
+    "moments of another type": lambda t, f: t.update({"adam.0.exp_avg": t["adam.0.exp_avg"].double()}),
+    "negative squares": lambda t, f: t["adam.0.exp_avg_sq"].sub_(1),
+    "one more tensor": lambda t, f: t.update(more=torch.ones(1)),
+    "no steps in the history": lambda t, f: f["history"].pop("step"),
+    "a history of other steps": lambda t, f: f["history"].update(step=[2, 1, 0]),
     "no moments": lambda t, f: t.pop("adam.0.exp_avg"),
     "moments of another shape": lambda t, f: t.update({"adam.0.exp_avg": t["adam.0.exp_avg"][..., :1]}),
     "no generator": lambda t, f: t.pop("generator"),
@@ -90,6 +96,10 @@ LOADS: dict[str, Callable[[dict[str, Tensor], dict[str, Any]], Any]] = {
     "restarts": lambda t, f: t.update({n: x[None] for n, x in t.items()}),
     "no factor": lambda t, f: t.pop("encode.weight.B"),
     "one more": lambda t, f: t.update(more=torch.ones(1)),
+    "a factor that is NaN": lambda t, f: t["encode.weight.A"].fill_(torch.nan),
+    "a history of numbers": lambda t, f: f.update(history={"step": 5}),
+    "a history of other lengths": lambda t, f: f["history"].update(step=[0]),
+    "an attribution of no name": lambda t, f: f.update(attribution=5),
     "no scores": lambda t, f: f.pop("scores"),
     "chosen": lambda t, f: f.update(chosen=7),
     "finished": lambda t, f: f.update(finished="no"),
@@ -104,6 +114,12 @@ def test_edited_decompositions_are_refused(made: Path, tmp_path: Path, edit: str
     rewritten(made / "components.safetensors", file, LOADS[edit], "decomposition")
     with pytest.raises(StoreError, match=str(file)):
         apd.Decomposition.load(tmp_path, runs.tms())
+
+
+def test_what_is_missing_is_named(made: Path, tmp_path: Path) -> None:
+    rewritten(made / "run", tmp_path / "run", lambda t, f: f.pop("step"), "checkpoint")
+    with pytest.raises(StoreError, match="not a valid checkpoint: 'step' is missing"):
+        runs.decompose(steps=3, checkpoint=tmp_path / "run")
 
 
 def test_deep_nesting_and_later_formats_are_refused(tmp_path: Path) -> None:
@@ -179,15 +195,54 @@ def test_a_last_step_that_ends_in_nan_is_no_result() -> None:
     assert not caught.value.result.finished
 
 
-def test_attributions_that_are_nan_are_no_choice() -> None:
-    def nans(network: apd.Network, components: apd.Components, x: Tensor) -> Tensor:
-        return torch.full((2, len(x), components.n_components), torch.nan)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_attributions_that_are_not_finite_are_no_choice(value: float) -> None:
+    def same(network: apd.Network, components: apd.Components, x: Tensor) -> Tensor:
+        return torch.full((2, len(x), components.n_components), value)
 
     with (
         pytest.warns(RuntimeWarning, match="could not be compared"),
-        pytest.raises(apd.NonFiniteLoss, match=r"attributions .* are NaN"),
+        pytest.raises(apd.NonFiniteLoss, match=r"attributions .* are NaN or infinite"),
     ):
-        runs.decompose(attribution=nans)
+        runs.decompose(attribution=same)
+
+
+def test_a_run_whose_end_cannot_be_judged_gives_its_last_finite_state() -> None:
+    with pytest.raises(apd.NonFiniteLoss, match=r"step 1: the attributions .* are NaN") as caught:
+        runs.decompose(steps=1, lr=1e30, warmup=0.0)
+    assert all(t.isfinite().all() for t in caught.value.result.components.parameters())
+
+
+@pytest.mark.parametrize("value", [None, "1", [1.0]])
+def test_a_judge_that_gives_no_number_is_named(value: Any) -> None:
+    with pytest.raises(TypeError, match="judge must be a function that gives a number, got"):
+        runs.decompose(steps=2, judge=lambda network, components, x: value)
+
+
+def test_a_later_batch_on_which_the_target_does_not_run_is_named() -> None:
+    def source(step: int, generator: torch.Generator) -> Tensor:
+        return torch.rand(8, 5 + step, generator=generator)
+
+    with pytest.raises(ValueError, match=r"does not run on x, a tensor \[8, 6\] .*, at step 1"):
+        apd.decompose(nn.Sequential(nn.Linear(5, 3)), source, ["0.weight"], 3, 1, steps=2, progress=False)
+
+
+@pytest.mark.parametrize(("k", "per_sample"), [(None, False), ("1", False), (0, False), ((), False), (1, "False")])
+def test_a_top_k_that_is_none_is_refused_when_it_is_made(k: Any, per_sample: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match="top_k" if per_sample is False else "per_sample"):
+        apd.selection.TopK(k, per_sample)
+
+
+def test_a_top_k_above_all_components_is_refused_as_the_number_is() -> None:
+    for k in (9.0, apd.selection.TopK(9.0)):
+        with pytest.raises(ValueError, match=r"top_k must be .*at most 3"):
+            apd.selection.final_selection(k, 3)
+
+
+def test_tidying_that_would_end_before_it_begins_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"tidy_from must be at most tidy_until=0\.85, got 0\.9"):
+        apd.Config(3, 1, tidy_from=0.9)
+    apd.Config(3, 1, tidy_from=0.9, tidy_every=0)
 
 
 def test_float16_is_refused_with_what_to_do() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +191,24 @@ def test_a_log_goes_on_where_the_checkpoint_stands(tmp_path: Path) -> None:
     runs.decompose(**files, log=tmp_path / "stopped.jsonl")
     runs.decompose(log=tmp_path / "whole.jsonl")
     assert (tmp_path / "stopped.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
+
+
+def test_a_log_is_not_mixed_with_another_file(tmp_path: Path) -> None:
+    runs.decompose(steps=2, checkpoint=tmp_path / "run", log=tmp_path / "a folder to make" / "log")
+    for text in ("my notes\n", "[1]\n", '{"loss": 1}\n'):
+        (tmp_path / "mine").write_text(text)
+        with pytest.raises(ValueError, match=r"log must be .*, got .*mine: give it another path"):
+            runs.decompose(steps=4, checkpoint=tmp_path / "run", extend=True, log=tmp_path / "mine")
+        assert (tmp_path / "mine").read_text() == text
+
+
+def test_the_progress_bar_does_not_flood_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
+    monkeypatch.setattr(sys, "stderr", written := io.StringIO())
+    runs.decompose(steps=60, progress=True, tidy_every=0.0)
+    shown = written.getvalue()
+    assert "60/60" in shown and "faithfulness=" in shown  # the end is there, with its losses
+    assert shown.count("\r") < 5
 
 
 def test_options_of_gradients_are_refused_with_another_attribution() -> None:

@@ -18,7 +18,7 @@ NAMES = {
     "diagnose": "Diagnosis diagnose",
     "importance": "Importance leaky_clamp",
     "leakage": "Information Leakage Score dealt information leakage nearer",
-    "losses": "DIVERGENCES faithfulness hidden kl minimality mse simplicity simplicity_exact",
+    "losses": "DIVERGENCES faithfulness hidden kl minimality mse sample_errors simplicity simplicity_exact",
     "metrics": "Matching Ownership Scrubbing cosines description_length match_use match_weights ml2r mmcs output_error "
     "ownership relative_faithfulness responsible scrubbing",
     "rate": "NEVER Cost Judge costs curve shortest",

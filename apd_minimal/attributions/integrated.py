@@ -84,13 +84,13 @@ def integrated_gradients(
     Raises:
         ValueError: an empty batch, an unknown method, too few steps, components that do not fit.
     """
-    alphas, shares = quadrature(method, n_steps)
+    alphas, weights = quadrature(method, n_steps)
     game = Game(target, components, remainder, internal_batch_size)
     gates = alphas[:, None].expand(-1, components.n_components)
     ends = torch.tensor([[0.0], [1.0]]).expand(-1, components.n_components)
 
     def scores(part: Tensor) -> tuple[Tensor, ...]:
-        signed = game.slopes(part, gates, shares)
+        signed = game.slopes(part, gates, weights)
         if not return_convergence_delta:
             return (finished(signed, per_output),)
         start, end = game.values(part, ends).unbind(1)
@@ -101,7 +101,7 @@ def integrated_gradients(
 
 
 def quadrature(method: str, n_steps: int) -> tuple[Tensor, Tensor]:
-    """Points [n_steps] in [0, 1] and their shares [n_steps], which sum to 1, of one of `METHODS`.
+    """Points [n_steps] in [0, 1] and their weights [n_steps], which sum to 1, of one of `METHODS`.
 
     Raises:
         ValueError: an unknown method, too few steps.
@@ -113,9 +113,9 @@ def quadrature(method: str, n_steps: int) -> tuple[Tensor, Tensor]:
         nodes, halves = np.polynomial.legendre.leggauss(n_steps)
         return torch.from_numpy((1 + nodes) / 2), torch.from_numpy(halves / 2)
     if method == "riemann_trapezoid":
-        shares = torch.full((n_steps,), 1 / (n_steps - 1), dtype=torch.float64)
-        shares[[0, -1]] /= 2
-        return torch.linspace(0, 1, n_steps, dtype=torch.float64), shares
+        weights = torch.full((n_steps,), 1 / (n_steps - 1), dtype=torch.float64)
+        weights[[0, -1]] /= 2
+        return torch.linspace(0, 1, n_steps, dtype=torch.float64), weights
     offset = {"riemann_left": 0.0, "riemann_middle": 0.5, "riemann_right": 1.0}[method]
     alphas = (torch.arange(n_steps, dtype=torch.float64) + offset) / n_steps
     return alphas, torch.full_like(alphas, 1 / n_steps)

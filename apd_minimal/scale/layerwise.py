@@ -25,10 +25,11 @@ from scipy.spatial.distance import squareform
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from .. import checks
 from ..algorithm import decompose
 from ..attributions import Attribution
 from ..batch import Batches
-from ..components import Components
+from ..components import Components, usable
 from ..decomposition import Decomposition
 from ..network import Network
 
@@ -71,10 +72,9 @@ def decompose_groups(
         RuntimeError: a run failed; the message names the group, and what went wrong there.
         KeyboardInterrupt: Ctrl-C stops all groups; only checkpoints keep what is done, one for each in per_group.
     """
-    per_group = per_group or {}
-    _check_groups(target, groups, per_group)
-    if processes < 1:
-        raise ValueError(f"processes must be at least 1, got {processes}")
+    _check_groups(target, groups, per_group := {} if per_group is None else per_group)
+    processes = checks.number("processes", processes, 1, whole=True)
+    seed = checks.number("seed", seed, 0, 2**62, whole=True)
     if arguments.get("checkpoint") is not None:
         raise ValueError("one checkpoint cannot serve all groups: give each its own with per_group")
     jobs: dict[str, dict[str, Any]] = {}
@@ -99,10 +99,12 @@ def decompose_groups(
 
 
 def _check_groups(target: nn.Module, groups: Mapping[str, Sequence[str]], per_group: Mapping[str, Any]) -> None:
-    if not groups:
+    if not checks.kind("groups", groups, Mapping, "a mapping from names to lists of parameter paths"):
         raise ValueError("groups must name at least one group of weights, got none")
+    checks.kind("per_group", per_group, Mapping, "a mapping from names of groups to arguments")
     for name, weights in groups.items():
-        if isinstance(weights, str) or not weights:
+        checks.kind("names of groups", name, str, "text")
+        if not isinstance(weights, (list, tuple)) or not weights:
             raise ValueError(f"group {name!r} must be a list of at least one parameter path, got {weights!r}")
     Network(target, [path for weights in groups.values() for path in weights])  # each exists, and is there once
     if unknown := sorted(set(per_group) - set(groups)):
@@ -169,9 +171,10 @@ def activity(
         ValueError: parts that have a mask for each position of a sequence, or whose attribution or selection is not
             known (as for `Decomposition.active`).
     """
+    checks.function("output", output)
     masks = {}
-    for name, part in parts.items():
-        if part.config.per_position:
+    for name, part in checks.kind("parts", parts, Mapping, "a mapping from names of groups to decompositions").items():
+        if checks.kind(f"parts: {name}", part, Decomposition, "a Decomposition").config.per_position:
             raise ValueError(f"group {name!r} was trained per position; stitching is for masks per sample")
         network = Network(target, part.components.paths, output)
         scores = part.attributions(network, x, attribution)
@@ -192,7 +195,8 @@ def similarity(masks: Mapping[str, Tensor]) -> tuple[list[Member], Tensor]:
     Raises:
         ValueError: no masks, or masks of other shapes, or of different samples.
     """
-    shapes = {name: list(mask.shape) for name, mask in masks.items()}
+    checks.kind("masks", masks, Mapping, "a mapping from names of groups to masks")
+    shapes = {name: list(checks.tensor(f"masks: {name}", mask, ...).shape) for name, mask in masks.items()}
     if not masks or any(len(shape) != 2 for shape in shapes.values()) or len({s[0] for s in shapes.values()}) != 1:
         raise ValueError(f"masks must be [B, C of the group], with the same B, for at least one group; got {shapes}")
     members = [(name, c) for name, mask in masks.items() for c in range(mask.shape[1])]
@@ -218,8 +222,7 @@ def cluster(masks: Mapping[str, Tensor], min_similarity: float) -> list[list[Mem
     Raises:
         ValueError: a threshold out of range, or masks that do not fit together.
     """
-    if not 0 < min_similarity <= 1:
-        raise ValueError(f"min_similarity must be above 0 and at most 1, got {min_similarity}")
+    min_similarity = checks.number("min_similarity", min_similarity, 0, 1, above=True)
     members, close = similarity(masks)
     if len(members) == 1:
         return [members]
@@ -252,12 +255,17 @@ def stitch(
     Raises:
         ValueError: parts with restarts, a weight in two groups, clusters that miss a part or name one twice.
     """
-    pieces = {name: p.components if isinstance(p, Decomposition) else p for name, p in parts.items()}
+    checks.kind("parts", parts, Mapping, "a mapping from names of groups to decompositions or Components")
+    pieces = {
+        name: usable(p.components if isinstance(p, Decomposition) else p, alone=True) for name, p in parts.items()
+    }
+    for members in checks.kind("clusters", clusters, (list, tuple), "a list of lists of parts"):
+        for member in checks.kind("clusters", members, (list, tuple), "a list of lists of parts"):
+            if not isinstance(member, tuple) or tuple(map(type, member)) != (str, int):
+                raise TypeError(f"clusters must have parts (name of a group, number), got {checks.given(member)}")
     paths = [path for piece in pieces.values() for path in piece.paths]
     if len(set(paths)) != len(paths):
         raise ValueError(f"a weight belongs to one group at most, got {paths}")
-    if any(piece.restarts is not None for piece in pieces.values()):
-        raise ValueError("pick one restart of every part first: components.restart(index)")
     given = sorted(member for members in clusters for member in members)
     expected = sorted((name, c) for name, piece in pieces.items() for c in range(piece.n_components))
     if given != expected:

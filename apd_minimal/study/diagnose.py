@@ -17,7 +17,7 @@ from .. import checks
 from ..attributions import Attribution, gradient
 from ..attributions.choose import shapes_of
 from ..components import Components, usable
-from ..losses import Divergence, mse
+from ..losses import Divergence, mse, sample_errors
 from ..network import Network, as_network
 from ..selection import FinalSelection, Selection, final_selection
 from ..tidy.merge import cosines
@@ -174,7 +174,7 @@ def diagnose(
         x: inputs [B, ...]; a few thousand, of the kind that the decomposition was made for.
         top_k: mean number of active components per sample, 0 < k <= C; or a selection, such as that of a run
             (`Decomposition.final_selection`).
-        divergence: (outputs, wanted) to one error per sample [B], as in `decompose`.
+        divergence: (outputs, target_outputs) to one error per sample [B], as in `decompose`.
         at: where the gradient attributions are taken, "target" or "components".
         seed: of the random halves of scrubbing.
         attribution: (network, components, x) -> [B, C], by which the active ones are chosen, as in `decompose`; None
@@ -199,7 +199,9 @@ def diagnose(
     seed = checks.number("seed", seed, 0, 2**62, whole=True)
     checks.choice("at", at, ("target", "components"))
     if not callable(divergence):
-        raise TypeError(f"divergence must be a function (outputs, wanted) -> [B], got {checks.given(divergence)}")
+        raise TypeError(
+            f"divergence must be a function (outputs, target_outputs) -> [B], got {checks.given(divergence)}"
+        )
     components = components.map(Tensor.detach)
     length = components.norms()
     if not length.any():
@@ -214,15 +216,12 @@ def diagnose(
         return gradient(network, components, part, at=at, per_output=True)  # [B, C, n_out]
 
     def score(part: Tensor) -> Tensor:
-        return (
-            derivatives(part).square().mean(-1).sqrt()
-            if attribution is None
-            else attribution(network, components, part)
-        )
+        if attribution is None:
+            return derivatives(part).square().mean(-1).sqrt()
+        return checks.tensor("attributions", attribution(network, components, part), len(part), C)
 
     size = max(1, NUMBERS // (C * shapes.n_out))  # all derivatives at once would be many times what a step takes
     scores = torch.cat([score(part) for part in x.split(size)])
-    checks.tensor("attributions", scores, len(x), C)
     # A zero component can be kept when there are too few attributions above zero; it does nothing.
     gates = selection.gates(scores).to(scores) * (length > 0)
     on = selection.mask(scores) & (length > 0)
@@ -235,7 +234,7 @@ def diagnose(
 
     def errors(gates: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:
         parts = zip(x[rows].split(n), gates.split(n), wanted[rows].split(n), strict=True)
-        return torch.cat([divergence(network(part, components, g), right) for part, g, right in parts])
+        return torch.cat([sample_errors(network(part, components, g), right, divergence) for part, g, right in parts])
 
     def mean_error(rows: Tensor, gates: Tensor) -> Tensor:
         return errors(gates, rows).mean()

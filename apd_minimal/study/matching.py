@@ -15,7 +15,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from .. import checks
-from ..components import Components
+from ..components import Components, usable
 
 
 @dataclass(frozen=True)
@@ -157,12 +157,12 @@ def match_use(first: Tensor, second: Tensor, by: str = "correlation", n_draws: i
 
 def _check(first: Components, second: Components) -> None:
     for name, components in (("first", first), ("second", second)):
-        checks.kind(name, components, Components, "Components")
-        if components.restarts is not None:
-            raise ValueError("pick one restart first: components.restart(index)")
+        usable(checks.kind(name, components, Components, "Components"), alone=True)
     shapes = [{path: (c.A[path].shape[-2], c.B[path].shape[-1]) for path in c.paths} for c in (first, second)]
     if shapes[0] != shapes[1]:
         raise ValueError(f"both must decompose the same weights, got {shapes[0]} and {shapes[1]}")
+    if len(types := {t.dtype for c in (first, second) for t in c.parameters()}) > 1:
+        raise TypeError(f"first and second must be of one type, got {sorted(map(str, types))}")
 
 
 def _check_in_use(rows: Tensor, columns: Tensor) -> None:

@@ -78,8 +78,13 @@ def columns(vectors: Mapping[str, Tensor], ax: Axes | None = None) -> Figure:
 
     Returns:
         Figure: with equal axes.
+
+    Raises:
+        TypeError, ValueError: no vectors, or not in the plane.
     """
     checks.kind("vectors", vectors, Mapping, "a mapping from names to arrows [n, 2]")
+    if not vectors:
+        raise ValueError("vectors must have at least one name, got none")
     for name, arrows in vectors.items():
         checks.tensor(f"vectors: {name}", arrows, "n", 2)
     with plt.style.context(STYLE):

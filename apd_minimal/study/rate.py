@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .. import checks
 from ..attributions import Attribution, gradient
 from ..components import Components, usable
-from ..losses import DIVERGENCES, Divergence, kl, mse
+from ..losses import DIVERGENCES, Divergence, kl, mse, sample_errors
 from ..network import Network, as_network
 
 SAMPLES = 512  # that are worked on at a time
@@ -283,8 +283,10 @@ class _Costs:
         score = attribution or gradient
         with checks.running(x, f"components of {components.parameters()[0].dtype}"):
             self.wanted = [self.network(part) for part in self.parts]
-            scores = torch.cat([score(self.network, self.components, part) for part in self.parts])
-        checks.tensor("attributions", scores, len(x), ..., components.n_components)
+            parts = [score(self.network, self.components, part) for part in self.parts]
+        for part, own in zip(self.parts, parts, strict=True):
+            checks.tensor("attributions", own, len(part), ..., components.n_components)
+        scores = torch.cat(parts)
         self.unit = self._unit(torch.cat(self.wanted))
         self.ranks = torch.stack(list(self.components.ranks(rank_threshold).values())).sum(0).to(scores)
         self.shape, self.found = scores.shape, dict[int, Cost]()
@@ -311,7 +313,7 @@ class _Costs:
             gates[self.order[:n_pairs]] = 1
             gates = gates.reshape(self.shape)
             errors = [
-                self.divergence(self.network(part, self.components, on), wanted)
+                sample_errors(self.network(part, self.components, on), wanted, self.divergence)
                 for part, on, wanted in zip(self.parts, gates.split(SAMPLES), self.wanted, strict=True)
             ]
             counts = gates.flatten(0, -2).sum(0)  # [C]

@@ -136,6 +136,9 @@ def tune(
         TypeError, ValueError: as `decompose`.
     """
     checks.kind("tries", tries, (Mapping, type(None)), "a mapping from settings to values that are worth a run")
+    for name, values in (tries or {}).items():
+        if not checks.kind(f"tries: {name}", values, (list, tuple), "a list of values"):
+            raise ValueError(f"tries: {name} must have at least one value, got {values!r}")
     given = settings.keys() | (tries or {}).keys()
     for name in ("top_k", "per_sample", "selection", "restarts", "judge", "checkpoint"):
         if name in given:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..components import Components, usable
-from ..losses import Divergence, mse
+from ..losses import Divergence, mse, sample_errors
 from ..network import Network, as_network
 
 MOST = 14
@@ -69,7 +69,7 @@ class Corners:
             raise ValueError(f"gates must be in [0, 1], got from {float(gates.min())} to {float(gates.max())}")
         self.components = components.map(Tensor.detach)
         self.gates = gates.detach().to(self.components.parameters()[0])
-        with torch.no_grad():
+        with torch.no_grad(), checks.running(x, f"components of {self.gates.dtype}"):
             self.wanted = self.network(x)
 
     def error(self, on: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ class Corners:
             on: how far each gate goes from its least to 1, [B, C]; 0 or 1 at a corner.
         """
         gates = self.gates + (1 - self.gates) * on
-        return self.divergence(self.network(self.x, self.components, gates), self.wanted)
+        return sample_errors(self.network(self.x, self.components, gates), self.wanted, self.divergence)
 
     @torch.no_grad()
     def search(self, n_draws: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -162,7 +162,6 @@ def worst(
     """
     steps, n_draws = checks.number("steps", steps, 0, whole=True), checks.number("n_draws", n_draws, 1, whole=True)
     size, seed = checks.number("size", size, 0, above=True), checks.number("seed", seed, 0, 2**62, whole=True)
-    checks.function("divergence", divergence)
     generator = torch.Generator().manual_seed(seed)
     corners = Corners(target, components, x, gates, divergence)
     half, searched = corners.search(n_draws, generator)

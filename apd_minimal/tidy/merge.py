@@ -25,7 +25,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..components import Components
+from .. import checks
+from ..components import Components, usable
 
 NUMBERS = 2**20  # of components as vectors [C, N] that are held at a time
 
@@ -75,7 +76,13 @@ def merge_and_prune(components: Components, mask: Tensor, min_cosine: float = 0.
 
     Returns:
         Tensor: which components were changed [R, C], so that the optimiser can reset their states.
+
+    Raises:
+        TypeError, ValueError: no stacked components, a mask of another shape, numbers out of range.
     """
+    _check(components, mask)
+    min_cosine = checks.number("min_cosine", min_cosine, 0, above=True)
+    dead_share = checks.number("dead_share", dead_share, 0)
     use = mask.flatten(1, -2).mean(1)  # [R, C]
     dead = use < dead_share * use.mean(1, keepdim=True)
     changed = dead.clone()
@@ -95,6 +102,12 @@ def merge_and_prune(components: Components, mask: Tensor, min_cosine: float = 0.
         for factors in (*components.A.values(), *components.B.values()):
             factors[r, dead[r]] = 0
     return changed
+
+
+def _check(components: Components, mask: Tensor) -> None:
+    if usable(components).restarts is None:
+        raise ValueError("components must be stacked, with a leading axis of restarts: components.stacked()")
+    checks.tensor("mask", mask, components.restarts, "B", ..., components.n_components)
 
 
 def _merge(components: Components, r: int, group: list[int]) -> None:
@@ -131,14 +144,13 @@ def merge_by_bits(
         Tensor: which components were changed [R, C]; those merged into another and those dropped are zero now.
 
     Raises:
-        ValueError: alpha is not above 0, or the mask has a wrong shape.
+        TypeError, ValueError: no stacked components, a mask of another shape, numbers out of range.
     """
-    expected = next(iter(components.A.values())).shape[:2]
-    if not alpha > 0:
-        raise ValueError(f"alpha, the bits per rank, must be above 0, got {alpha}")
-    if mask.ndim < 3 or (mask.shape[0], mask.shape[-1]) != expected:
-        raise ValueError(f"mask must be [R, B, (positions,) C] with R, C = {list(expected)}, got {list(mask.shape)}")
-    changed = torch.zeros(expected, dtype=torch.bool, device=mask.device)
+    _check(components, mask)
+    alpha = checks.number("alpha", alpha, 0, above=True)
+    dead_share = checks.number("dead_share", dead_share, 0)
+    threshold = checks.number("threshold", threshold, 0, 1, below=True)
+    changed = torch.zeros(len(mask), mask.shape[-1], dtype=torch.bool, device=mask.device)
     for r in range(len(changed)):
         active = mask[r].flatten(0, -2).double()
         changed[r] = _fewest_bits(components.restart(r), active, alpha, dead_share, threshold)
@@ -157,10 +169,10 @@ def shortened(components: Components, mask: Tensor, alpha: float) -> Components:
         Components: the nonzero ones, in their order; at least one.
 
     Raises:
-        ValueError: components with restarts, or as in `merge_by_bits`.
+        TypeError, ValueError: components with restarts, or as in `merge_by_bits`.
     """
-    if components.restarts is not None:
-        raise ValueError("pick one restart first: components.restart(index)")
+    usable(components, alone=True)
+    checks.tensor("mask", mask, "B", ..., components.n_components)
     merged = components.map(lambda t: t.detach().clone()).stacked()
     merge_by_bits(merged, mask[None], alpha)
     nonzero = (merged.restart(0).norms() > 0).nonzero().flatten().tolist()
