@@ -140,6 +140,8 @@ def test_every_number_is_the_one_of_its_definition(outputs: str) -> None:
     else:
         i, j = (t[(f != f[j]).any(1)] for t in (i, j))
     assert found.pairs == len(i)
+    title = str(found).splitlines()[0]
+    assert ("share of answers" in title, "share of variance" in title) == (outputs == "classes", outputs == "values")
 
     def score(out: Tensor, wanted: Tensor) -> float:
         if outputs == "classes":
