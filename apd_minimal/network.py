@@ -134,7 +134,7 @@ class Network:
         batch = len(x)
         full_gates = _stack_gates(gates, components, batch)
         calls = iter(shifts) if shifts is not None else None
-        group = cache(_group)  # most often all weights share their gates
+        group = cache(grouped.group)  # most often all weights share their gates
         plain = {id(site) for site in self.sites if site.plain}
 
         def edit(site: Site, value: Tensor, out: Tensor) -> Tensor:
@@ -307,7 +307,6 @@ def _mixture(
 ) -> Tensor:
     """Compute the output rows of the gated sum of components, less the ungated one where the target's own stays."""
     restarts, n_components = components.A[site.path].shape[:2]
-    positions = rows.shape[1:-1]
     flat = rows.reshape(restarts, -1, rows.shape[-1])  # [R, B P, d]
     if gates is None:
         return (flat @ site.sum(components)).reshape(*rows.shape[:-1], -1)
@@ -315,13 +314,12 @@ def _mixture(
     n_positions = flat.shape[1] // batch
     if g.shape[2] not in (1, n_positions):
         raise ValueError(
-            f"gates per position for {site.path}: expected positions {list(positions)} at module {site.name!r}, got "
+            f"gates per position for {site.path}: expected positions {list(rows.shape[1:-1])} at module {site.name!r}, got "
             f"gates of shape {list(gates[site.path].shape[1:])}"
         )
     first, second = site.factors(components)
-    m = first.shape[-1]
     if g.dtype == torch.bool and not remainder:
-        groups = group(gates[site.path], m)
+        groups = group(gates[site.path], first.shape[-1])
         if groups is not None:
             y = grouped.apply(groups, flat.unflatten(1, (batch * g.shape[2], -1)), first, second)
             return y.reshape(*rows.shape[:-1], -1)
@@ -329,13 +327,8 @@ def _mixture(
     if remainder:
         g = g - 1
     u = flat @ first.transpose(1, 2).flatten(2)  # [R, B P, C m]
-    u = u.view(restarts, batch, n_positions, n_components, m) * g[..., None]
-    return (u.view(restarts, -1, n_components * m) @ second.flatten(1, 2)).reshape(*rows.shape[:-1], -1)
-
-
-def _group(gates: Tensor, rank: int) -> grouped.Groups | None:
-    """List the active pairs of gates [R, B, (positions,) C]."""
-    return grouped.group(gates.flatten(1, -2), rank)
+    u = u.view(restarts, batch, n_positions, n_components, -1) * g[..., None]
+    return (u.flatten(3).flatten(1, 2) @ second.flatten(1, 2)).reshape(*rows.shape[:-1], -1)
 
 
 def _stack_gates(gates: Gates | None, components: Components | None, batch: int) -> dict[str, Tensor] | None:

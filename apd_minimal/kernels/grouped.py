@@ -31,14 +31,14 @@ def group(mask: Tensor, rank: int) -> Groups | None:
     """List the samples of every component, if that saves work.
 
     Args:
-        mask: boolean, [R, N, C].
+        mask: boolean, [R, B, C], or [R, B, P, C] with positions; N is B, or B P.
         rank: m, of the components.
 
     Returns:
         Groups | None: None if the longest list is over half of all samples, or over m / (m + MOVING) of them.
     """
-    n_restarts, n_samples, n_components = mask.shape
-    by_component = mask.transpose(1, 2).reshape(-1, n_samples)  # [R C, N]
+    n_restarts, n_samples, n_components = mask.flatten(1, -2).shape
+    by_component = mask.flatten(1, -2).transpose(1, 2).reshape(-1, n_samples)  # [R C, N]
     counts = by_component.sum(1)
     longest = max(1, int(counts.max()))
     if longest * max(2.0, 1 + MOVING / rank) > n_samples:
