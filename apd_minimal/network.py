@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from . import checks
 from .components import Components
 from .kernels import grouped
+from .mixture import mixture
 from .rules import Rule
 from .sites import Site, Use, by_sample, find_parameter, find_sites, lookup, replaced
 
@@ -153,7 +154,7 @@ class Network:
                 out = out.expand(copies * batch, *out.shape[1:])
             new = None
             if used is not None:
-                mix = partial(checkpoint, _mixture, use_reentrant=False) if self.recompute else _mixture
+                mix = partial(checkpoint, mixture, use_reentrant=False) if self.recompute else mixture
                 new = self.leave(mix(site, self.enter(rows), used, full_gates, remainder, batch, group))
                 if not remainder and id(site) not in plain:
                     weight = self.weights[site.path]
@@ -294,41 +295,6 @@ def as_network(target: nn.Module | Network, components: Components) -> Network:
         raise ValueError(f"components of {components.paths}, but the network decomposes {list(network.weights)}")
     network._fit(components)
     return network
-
-
-def _mixture(
-    site: Site,
-    rows: Tensor,
-    components: Components,
-    gates: dict[str, Tensor] | None,
-    remainder: bool,
-    batch: int,
-    group: Callable[[Tensor, int], grouped.Groups | None],
-) -> Tensor:
-    """Compute the output rows of the gated sum of components, less the ungated one where the target's own stays."""
-    restarts, n_components = components.A[site.path].shape[:2]
-    flat = rows.reshape(restarts, -1, rows.shape[-1])  # [R, B P, d]
-    if gates is None:
-        return (flat @ site.sum(components)).reshape(*rows.shape[:-1], -1)
-    g = gates[site.path].flatten(2, -2) if gates[site.path].ndim > 3 else gates[site.path][:, :, None]
-    n_positions = flat.shape[1] // batch
-    if g.shape[2] not in (1, n_positions):
-        raise ValueError(
-            f"gates per position for {site.path}: expected positions {list(rows.shape[1:-1])} at module {site.name!r}, got "
-            f"gates of shape {list(gates[site.path].shape[1:])}"
-        )
-    first, second = site.factors(components)
-    if g.dtype == torch.bool and not remainder:
-        groups = group(gates[site.path], first.shape[-1])
-        if groups is not None:
-            y = grouped.apply(groups, flat.unflatten(1, (batch * g.shape[2], -1)), first, second)
-            return y.reshape(*rows.shape[:-1], -1)
-    g = g.to(rows.dtype)
-    if remainder:
-        g = g - 1
-    u = flat @ first.transpose(1, 2).flatten(2)  # [R, B P, C m]
-    u = u.view(restarts, batch, n_positions, n_components, -1) * g[..., None]
-    return (u.flatten(3).flatten(1, 2) @ second.flatten(1, 2)).reshape(*rows.shape[:-1], -1)
 
 
 def _stack_gates(gates: Gates | None, components: Components | None, batch: int) -> dict[str, Tensor] | None:

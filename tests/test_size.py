@@ -12,7 +12,7 @@ import apd_minimal
 PACKAGE = Path(apd_minimal.__file__).parent
 # What must be read to understand the method on any network: one sitting.
 METHOD = [
-    *"components rules sites network selection losses batch train loop algorithm outcome config".split(),
+    *"components rules sites mixture network selection losses batch train loop algorithm outcome config".split(),
     "attributions/gradients",
 ]
 PLAIN_RUN = """
