@@ -76,6 +76,24 @@ def test_shared_rows_stay_shared_through_a_linear_tail() -> None:
     torch.testing.assert_close(half, row.repeat(6, 1) + mixed)
 
 
+@pytest.mark.parametrize("size", [None, 100])
+def test_a_look_at_all_samples_is_used_for_the_pairs(monkeypatch: pytest.MonkeyPatch, size: int | None) -> None:
+    """What is found while choosing is not worked out again, and each piece of the batch gets its own part of it."""
+    target = apd.targets.TMS(40, 10)
+    with torch.no_grad():
+        target.bias.fill_(-0.5)
+        target.encode.weight.copy_(torch.eye(10, 40) + 0.01)
+    network, x = apd.Network(target, target.weights), target.data(1024)(0, torch.Generator().manual_seed(0))
+    components = apd.Components.random(network.shapes, 50, restarts=2)
+    looks: list[int] = []
+    look = capturing.live
+    for module in (capturing, choose):
+        monkeypatch.setattr(module, "live", lambda *args: looks.append(len(args[2])) or look(*args))
+    got = gradient(network, components, x, internal_batch_size=size)
+    assert looks == [1024]
+    torch.testing.assert_close(got, gradient(network, components, x, mode="backward"))
+
+
 @every_case
 def test_live_pairs_are_those_with_a_gradient(name: str) -> None:
     one = case(name)
