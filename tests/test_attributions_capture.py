@@ -142,7 +142,7 @@ def test_what_is_held_is_bounded(mode: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert choose.at_once(one.network, components.stacked(), None, x, mode) <= 10
 
 
-SIZES = [st.integers(1, 6) for _ in range(7)]
+SIZES = [st.integers(1, 6) for _ in range(7)]  # of B, T, d, e, m, C, n
 
 
 def a_use(
