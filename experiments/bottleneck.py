@@ -1,14 +1,15 @@
 """Create data/bottleneck.json: TMS of several sizes decomposed without a k, which follows an allowed error.
 
-python -m experiments.bottleneck [--only runs computed classifiers twenty before 5-2 7-3 ...] [--processes N]
+python -m experiments.bottleneck [--only runs given computed classifiers twenty before 5-2 7-3 ...] [--processes N]
 
 Chapter 28; about three hours of two cores. In "runs", "computed" and "classifiers" everything follows from
 `bottleneck.settings`; three components for each feature, and nothing else is told. Samples with no feature on are left
 out. The six restarts differ in how fast k follows, and the judge picks one. At one size the data is also sparser and
-denser (probability 0.01 and 0.1), or its inputs are rotated, with nothing changed. The settings were made on target
-seeds 90 to 96; the seeds here were fixed before, and run once, in order. The decomposition has another seed than its
-target. "Computed" are small residual MLPs; "classifiers" are TMS whose outputs, times ten, are logits: which feature is
-on the most?
+denser (probability 0.01 and 0.1), or its inputs are rotated, with nothing changed. In "given" the number of components
+does not follow the number of features: 1.5 to 12 for each, on other targets. The settings were made on target seeds 90
+to 96; the seeds here were fixed before, and run once, in order. The decomposition has another seed than its target.
+"Computed" are small residual MLPs; "classifiers" are TMS whose outputs, times ten, are logits: which feature is on the
+most?
 
 "Twenty" are runs of an earlier rule, in which the simplicity loss falls from 20 whatever the network, and
 "computed_twenty" and "logits 20" are the same on the other networks. "Before" are the runs of the first settings, in
@@ -55,6 +56,8 @@ KINDS_BEFORE: dict[Kind, int] = {
     ("5-2", 0.05): 10, ("7-3", 0.05): 5, ("10-4", 0.05): 3, ("20-6", 0.05): 2, ("5-2", 0.01): 2, ("5-2", 0.1): 2,
     ("5-2 rotated", 0.05): 2, ("40-10", 0.05): 1,
 }  # fmt: skip
+GIVEN = {"5-2": (8, 15, 30, 60), "10-4": (15, 30, 60, 120)}  # numbers of components
+SEEDS_GIVEN = {"5-2": range(7700, 7705), "10-4": range(7700, 7703)}
 BATCH = 512
 TWENTY = ((0.0, 20.0), (0.7, 0.0))  # the simplicity loss of the first two settings
 SHARP = 10.0  # a TMS's outputs, times this, are the logits of a classifier
@@ -140,19 +143,32 @@ class Noted(Bottleneck):
             self.noted.append({"t": round(t, 4), "k": [round(k, 4) for k in self.k.tolist()], "error": share})
 
 
-def run(job: Job, **changes: Any) -> tuple[list[Row], Tensors]:
-    """Train a target, decompose it by the rule or with changes to it, and measure."""
+def run(job: Job, given: int | None = None, **changes: Any) -> tuple[list[Row], Tensors]:
+    """Train a target, decompose it by the rule or with changes to it, and measure; C can be given."""
+    C = given or n_components(job)
     target = target_of(job)
     batches = target.data(BATCH, nonempty=True)
     x = target.data(8192, nonempty=True)(0, torch.Generator().manual_seed(30_000 + job[2]))
     gains = FEWER.get(job[0], GAINS)
-    settings = bottleneck.settings(apd.Network(target, target.weights), x, n_components(job)) | changes
-    settings |= {"n_components": n_components(job), "seed": job[2] + 1000, "restarts": len(gains)}
+    settings = bottleneck.settings(apd.Network(target, target.weights), x, C) | changes
+    settings |= {"n_components": C, "seed": job[2] + 1000, "restarts": len(gains)}
     row = measured(job, target, batches, settings, gains)
     row["weights"] = {name: settings[name] for name in ("faithfulness", "simplicity")}
-    if job[2] not in (FIRST_SEED, FIRST_SEED_TWENTY):
+    if given or job[2] not in (FIRST_SEED, FIRST_SEED_TWENTY):
         del row["noted"]
     return [row], {}
+
+
+def run_given(job: tuple[str, int, int]) -> tuple[list[Row], Tensors]:
+    """Do the same with a number of components that does not follow the number of features."""
+    size, seed, given = job
+    return run((size, 0.05, seed), given)
+
+
+def settings_given(job: tuple[str, int, int]) -> Row:
+    """List what the rule fixes for a number of components."""
+    size, seed, given = job
+    return by_rule((size, 0.05, seed)) | {"n_components": given, "steps": max(1500, 25 * given)}
 
 
 def run_twenty(job: Job) -> tuple[list[Row], Tensors]:
@@ -316,6 +332,15 @@ def part(listed: list[Job], run: Callable[[Job], tuple[list[Row], Tensors]], set
 RUNS = part(jobs(KINDS, FIRST_SEED), run, by_rule)
 TWENTIES = part(jobs_twenty(), run_twenty, settings_twenty)
 BEFORE = part(jobs(KINDS_BEFORE, FIRST_SEED_BEFORE), run_before, settings_before)
+COUNTS = Rows(
+    ("size", "seed", "given"),
+    lambda rows: sorted(
+        ((size, seed, C) for size, counts in GIVEN.items() for seed in SEEDS_GIVEN[size] for C in counts),
+        key=lambda job: (job[1], job[2] * int(job[0].split("-")[0])),  # whole targets first, short runs first
+    ),
+    run_given,
+    settings_given,
+)
 SMALL = Rows(("features", "seed"), lambda rows: COMPUTED, run_computed)
 SMALL_TWENTY = Rows(("features", "seed"), lambda rows: [(20, FIRST_SEED_TWENTY)], run_computed_twenty)
 LOGITS = Rows(
@@ -327,6 +352,7 @@ STUDY = Study(
     "bottleneck",
     {
         "runs": RUNS,
+        "given": COUNTS,
         "computed": SMALL,
         "classifiers": LOGITS,
         "twenty": TWENTIES,

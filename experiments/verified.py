@@ -1,11 +1,11 @@
 """Create data/verified.json: all inputs and all masks of decompositions that are small enough (chapter 35).
 
-python -m experiments.verified [--processes N]                                     (two minutes of one core)
+python -m experiments.verified [--processes N]                                     (ten minutes of one core)
 
-Two targets of data/modular.json, the first of the ten with tasks and of the ten with frequencies, are taken apart again
-with the weights of the losses that won there. They have 3 and 5 components, so that every input (with every setting of
-the switches) can be run with every mask. A component is needed where the switch of the mechanism that it is matched
-with is open. Errors are squared errors over the variance of the target's outputs over all inputs:
+Ten targets of data/modular.json, the first five of the ten with tasks and of the ten with frequencies, are taken apart
+again with the weights of the losses that won there. They have 3 and 5 components, so that every input (with every
+setting of the switches) can be run with every mask. A component is needed where the switch of the mechanism that it is
+matched with is open. Errors are squared errors over the variance of the target's outputs over all inputs:
 
 - "alone": only what is needed is on;
 - "scrubbed": the mean over all masks that leave on what is needed;
@@ -31,6 +31,7 @@ from experiments.experiment import Row, Rows, Study, Tensors, numbers
 from experiments.modular import FIRST, MECHANISMS, settings_of, target_of, truth_of
 
 WON = {"task": "strong", "frequency": "gentle"}
+SEEDS = 5
 Job = tuple[str, int]
 
 
@@ -105,7 +106,7 @@ def run(job: Job) -> tuple[list[Row], Tensors]:
 
 RUNS = Rows(
     fields=("kind", "seed"),
-    jobs=lambda rows: [(kind, FIRST) for kind in WON],
+    jobs=lambda rows: [(kind, FIRST + i) for i in range(SEEDS) for kind in WON],
     run=run,
     settings=lambda job: numbers(settings_of((job[0], MECHANISMS[job[0]], job[1], WON[job[0]]))),
 )
