@@ -157,7 +157,7 @@ def _state(
         {name.rpartition(".")[2]: t for name, t in tensors.items() if name.startswith(f"adam.{i}.")}
         for i in range(len(factors))
     ]
-    step = checks.number("step", facts["step"], 0, run["config"]["steps"], whole=True)
+    step = checks.number("step", facts["step"], 1, run["config"]["steps"], whole=True)
     history = logged(facts["history"])
     if history["step"] and history["step"][-1] >= step:
         raise ValueError(f"the history is of other steps than the {step} that were done")

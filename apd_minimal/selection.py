@@ -224,7 +224,7 @@ class FinalSelection:
         Raises:
             ValueError: scores that are NaN, or gates of another shape than they.
         """
-        _check_scores(scores, "B", ..., "C")
+        checks.tensor("the attributions (scores)", scores, "B", ..., "C")
         return self._own("choose", scores, 1.0)
 
     def mask(self, scores: Tensor) -> Tensor:
@@ -249,7 +249,7 @@ class FinalSelection:
             TypeError: the selection gives no boolean mask.
             ValueError: it has no threshold, or gives another shape.
         """
-        _check_scores(scores, "B", ..., "C")
+        checks.tensor("the attributions (scores)", scores, "B", ..., "C")
         threshold = None if self.threshold is None else scores.new_full((self.restarts,), self.threshold)
         mask = self._own("active", scores, threshold)
         if mask.dtype != torch.bool:
@@ -291,14 +291,8 @@ def final_selection(top_k: float | Selection | FinalSelection, n_components: int
     return FinalSelection(TopK(checks.number("top_k", top_k, 0, n_components, above=True)))
 
 
-def _check_scores(scores: Tensor, *shape: Any) -> None:
-    checks.tensor("scores", scores, *shape, finite=False)
-    if not scores.isfinite().all():
-        raise checks.NotFinite(f"the attributions (scores, {checks.given(scores)}) are NaN or infinite")
-
-
 def _check(scores: Tensor, k: float) -> None:
-    _check_scores(scores, ..., "B", "C")
+    checks.tensor("the attributions (scores)", scores, ..., "B", "C")
     n_components = scores.shape[-1]
     if isinstance(k := checks.plain(k), (int, float)) and not 0 < k <= n_components:
         raise ValueError(f"k must be above 0 and at most the number of components, {n_components}; got {k}")

@@ -127,9 +127,9 @@ class Run:
         """Score this process's components on its samples, as many at a time as a step has: [R, B, (positions,) C]."""
         scores = []
         for part in x.split(self.micro_batch or self.batch_size):
-            scores.append(self.attribution(self.network, components.map(Tensor.detach), part))
-            expected = [self.config.restarts, len(part), ..., components.n_components]
-            checks.tensor("attributions", scores[-1], *expected, finite=False)
+            found = self.attribution(self.network, components.map(Tensor.detach), part)
+            shape = self.config.restarts, len(part), ..., components.n_components
+            scores.append(checks.tensor("attributions", found, *shape, finite=False))
         # Under autocast some ways to attributions give bfloat16 and others do not.
         return torch.cat(scores, dim=1).to(components.parameters()[0].dtype)
 
@@ -151,8 +151,7 @@ class Run:
 
     def mask(self, x: Tensor, components: Components) -> Tensor:
         """Say which components are active at all: zeros and ones [R, B, (positions,) C]."""
-        gates = self.gates(x, components, self.local.count(len(x), len(x)))
-        return (gates > 0).to(components.parameters()[0].dtype)
+        return (self.gates(x, components, self.local.count(len(x), len(x))) > 0).to(components.parameters()[0].dtype)
 
     def prepare(self, x: Tensor, scrubs: bool) -> Batch:
         """Run the target on the inputs, and choose who is to be active on them."""

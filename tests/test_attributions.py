@@ -396,3 +396,12 @@ print(*(hashlib.sha256(s.numpy().tobytes()).hexdigest() for s in scores))
         for seed in "1234"
     }  # fmt: skip
     assert len(said) == 1
+
+
+@all_modes
+def test_restarts_of_a_single_component_are_attributed_as_if_alone(mode: str | None) -> None:
+    one = case("mlp")
+    x, components = one.x(batch=3), one.components(C=1, restarts=2)
+    got = gradient(one.network, components, x, mode=mode, per_output=True)
+    expected = torch.stack([attributed(one, components.restart(r), x, "target") for r in range(2)])
+    torch.testing.assert_close(got, expected)

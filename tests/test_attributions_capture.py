@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracles import Case, attributed, case, every_case, linear
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import apd_minimal as apd
 from apd_minimal.attributions import capture as capturing
@@ -76,6 +79,24 @@ def test_shared_rows_stay_shared_through_a_linear_tail() -> None:
     torch.testing.assert_close(half, row.repeat(6, 1) + mixed)
 
 
+@pytest.mark.parametrize("size", [None, 100])
+def test_a_look_at_all_samples_is_used_for_the_pairs(monkeypatch: pytest.MonkeyPatch, size: int | None) -> None:
+    """What is found while choosing is not worked out again, and each piece of the batch gets its own part of it."""
+    target = apd.targets.TMS(40, 10)
+    with torch.no_grad():
+        target.bias.fill_(-0.5)
+        target.encode.weight.copy_(torch.eye(10, 40) + 0.01)
+    network, x = apd.Network(target, target.weights), target.data(1024)(0, torch.Generator().manual_seed(0))
+    components = apd.Components.random(network.shapes, 50, restarts=2)
+    looks: list[int] = []
+    look = capturing.live
+    for module in (capturing, choose):
+        monkeypatch.setattr(module, "live", lambda *args: looks.append(len(args[2])) or look(*args))
+    got = gradient(network, components, x, internal_batch_size=size)
+    assert looks == [1024]
+    torch.testing.assert_close(got, gradient(network, components, x, mode="backward"))
+
+
 @every_case
 def test_live_pairs_are_those_with_a_gradient(name: str) -> None:
     one = case(name)
@@ -137,6 +158,76 @@ def test_what_is_held_is_bounded(mode: str, monkeypatch: pytest.MonkeyPatch) -> 
         seen = [n // 2 for n in seen]
     assert max(seen) <= 16  # a look at the first samples is taken at most
     assert choose.at_once(one.network, components.stacked(), None, x, mode) <= 10
+
+
+SIZES = [st.integers(1, 6) for _ in range(7)]  # of B, T, d, e, m, C, n
+
+
+def a_use(
+    B: int, T: int, d: int, e: int, m: int, C: int, n: int, shared: bool
+) -> tuple[capturing.Captured, apd.Components, apd.Network]:
+    """One layer's rows and its outputs' gradients, which all samples share or not; and components."""
+    network = apd.Network(nn.Linear(d, e, bias=False), ["weight"])
+    deltas = torch.randn(1, 1 if shared else B, n, T, e).expand(1, B, n, T, e)
+    use = capturing.Captured(network.sites[0], torch.randn(1, B, T, d), deltas)
+    return use, apd.Components.random(network.shapes, C, rank=m, restarts=1), network
+
+
+def multiplications(function: Callable[[], Any]) -> float:
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops() / 2
+
+
+@given(*SIZES, st.booleans())
+def test_components_are_met_in_the_order_of_fewer_multiplications(
+    B: int, T: int, d: int, e: int, m: int, C: int, n: int, shared: bool
+) -> None:
+    use, components, _ = a_use(B, T, d, e, m, C, n, shared or B == 1)
+    met, m = meeting._Met(use, components, False, None), min(m, d, e)
+    # Where all samples have the same gradients, these are a part of the second factor, at each position its own.
+    first, second = torch.ones(C, d, m), torch.ones(C, m, n if met.shared else e)
+    times, rows = (T, torch.ones(B, d)) if met.shared else (1, torch.ones(B * T, d))
+    whole, apart = multiplications(lambda: rows @ (first @ second)), multiplications(lambda: rows @ first @ second)
+    assert met.whole == (whole <= apart)
+    taken = multiplications(lambda: meeting._Met(use, components, False, None).add_to(None, slice(0, B)))
+    with_gradients = C * T * e * n * (m if met.shared else B)
+    assert taken == times * min(whole, apart) + with_gradients
+
+
+@given(*SIZES, st.booleans())
+def test_the_numbers_of_a_sample_are_those_that_products_put_out(
+    B: int, T: int, d: int, e: int, m: int, C: int, n: int, shared: bool
+) -> None:
+    use, components, _ = a_use(B, T, d, e, m, C, n, shared or B == 1)
+    met, found = meeting._Met(use, components, False, None), 0
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal found
+            out = func(*args, **kwargs or {})
+            found += out.numel() if func._overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm) else 0
+            return out
+
+    with Products():
+        met.add_to(None, slice(0, B))
+    # Of a whole product with shared gradients nothing is put out before the sum over positions.
+    assert met.numbers * B == found + (B * T * C * n if met.shared and met.whole else 0)
+
+
+@pytest.mark.parametrize(("m", "shared"), [(1, False), (6, False), (1, True), (6, True)])
+def test_the_time_of_meeting_is_that_of_its_multiplications(
+    m: int, shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to products formed in advance, which do not count where samples are many."""
+    B, T, d, e, C, n = 50, 3, 7, 5, 2, 4
+    use, components, network = a_use(B, T, d, e, m, C, n, shared)
+    met = meeting._Met(use, components, False, None)
+    monkeypatch.setattr(choose, "MULTIPLIED", 1.0)
+    monkeypatch.setattr(choose, "MET", 0.0)
+    count = choose._Count(network, components, None, use.rows[0])
+    count.n_out = n  # of the network that goes on behind the layer
+    assert count.met([0] if shared else []) == multiplications(lambda: met.add_to(None, slice(0, B)))
 
 
 @given(st.integers(1, 9), st.integers(0, 99))

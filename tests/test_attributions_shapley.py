@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from math import factorial
 
 import pytest
@@ -248,3 +249,19 @@ def test_the_generator_decides_the_draws() -> None:
 
         assert torch.equal(drawn(0), drawn(0))
         assert not torch.allclose(drawn(0), drawn(1))
+
+
+def test_no_more_derivatives_are_held_at_a_time_than_numbers_allow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """2 restarts x 2 components x 5 outputs are 20 numbers a sample: 5 samples of at most 100 numbers."""
+    coalitions = import_module("apd_minimal.attributions.coalitions")  # its name in the package is a function
+    one, seen = case("tms"), list[int]()
+    monkeypatch.setattr(coalitions, "NUMBERS", 100)
+    game = coalitions.Game(one.network, one.components(C=2, restarts=2), True, None)
+
+    def noted(part: Tensor) -> tuple[Tensor]:
+        seen.append(len(part))
+        return (part[None],)
+
+    x = one.x(13)
+    assert torch.equal(game.over_samples(noted, x)[0][0], x)
+    assert seen == [5, 5, 3]

@@ -323,3 +323,38 @@ def test_a_list_of_exactly_as_many_batches_as_steps_is_enough(kind: str) -> None
         target, lambda step, generator: items[step], "output of encode", 6, kind, [1.0], steps=5
     )
     torch.testing.assert_close(chosen.best.decoder, own.decoder)
+
+
+def test_read_directions_are_those_along_which_codes_grow() -> None:
+    own = tiny()
+    own.scale_in = torch.tensor([2.0, 4.0])
+    x = torch.full((1, 2), 5.0, requires_grad=True)  # where all are on
+    codes, found = own.encode(x)[0], own.directions("read")
+    assert not found.requires_grad
+    for code, direction in zip(codes, found, strict=True):
+        (slope,) = torch.autograd.grad(code, x, retain_graph=True)
+        torch.testing.assert_close(direction, slope[0] / slope.norm())
+
+
+def test_the_first_input_of_a_module_with_two_is_a_place() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.join = nn.Bilinear(3, 3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.join(x, x + 1)
+
+    target, x, other = Two(), torch.randn(4, 3), torch.randn(4, 3)
+    (seen,) = baselines.activations(target, x, "input of join")
+    torch.testing.assert_close(seen, x)
+    torch.testing.assert_close(baselines.replaced(target, x, "input of join", [other]), target.join(other, x + 1))
+
+
+def test_any_seed_that_a_run_may_have_is_one_for_a_choice() -> None:
+    arguments: dict[str, Any] = {"reads": "output of mix", "n_features": 4, "kind": "relu"}
+    chosen = baselines.choose(PLANTED, sparse, **arguments, grid=[0.1], epsilons=[0.5], steps=2, seed=2**62)
+    direct = baselines.fit(PLANTED, sparse, **arguments, sparsity=0.1, steps=2, seed=2**62)
+    assert torch.equal(chosen.best.decoder, direct.decoder)
+    with pytest.raises(ValueError, match="seed must be"):
+        baselines.choose(PLANTED, sparse, **arguments, grid=[0.1], seed=2**62 + 1)

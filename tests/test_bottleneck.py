@@ -293,3 +293,8 @@ def test_a_network_that_needs_no_weights_has_no_settings() -> None:
     network = apd.Network(target, target.weights)
     with pytest.raises(ValueError, match="the same outputs with nothing active"):
         settings(network, runs.batches(0, torch.Generator().manual_seed(1)), 6)
+
+
+def test_two_with_the_same_settings_are_two() -> None:
+    """One object serves one run: what it has learned is in no setting."""
+    assert len({Bottleneck(), Bottleneck()}) == 2 and Bottleneck() != Bottleneck()

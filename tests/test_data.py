@@ -175,3 +175,9 @@ def test_what_is_no_tensor_gets_a_line_that_says_what_to_do(batch: Any, says: st
 def test_what_is_nothing_gets_no_advice(batch: Any, got: str) -> None:
     with pytest.raises(ValueError, match=f"got {got}$"):
         checks.batch(batch, 0)
+
+
+def test_the_data_are_as_sparse_as_the_docstring_says() -> None:
+    """By default 77% of the samples of five features are empty, 0.95^5."""
+    x = draw(SparseFeatures(5, batch_size=40_000))
+    assert abs((x == 0).all(1).float().mean() - 0.77) < 0.01

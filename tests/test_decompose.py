@@ -209,7 +209,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_state() -> None:
 
 
 def test_a_run_that_explodes_keeps_finite_components() -> None:
-    with pytest.raises(apd.NonFiniteLoss, match=r"step \d+: the (\w+ loss is|attributions .* are)") as caught:
+    with pytest.raises(apd.NonFiniteLoss, match=r"step \d+: the (\w+ loss is|attributions .* NaN)") as caught:
         runs.decompose(lr=1e15)
     assert all(torch.isfinite(t).all() for t in caught.value.result.components.parameters())
 
@@ -372,3 +372,18 @@ def test_in_bfloat16_the_sum_of_components_keeps_its_digits() -> None:
         low = torch.nn.functional.linear(torch.ones(2, 4), torch.ones(3, 4))
         assert low.dtype == torch.bfloat16
         assert apd.losses.minimality(low * 1.0039, low).dtype == torch.float32
+
+
+def test_a_seed_is_at_most_so_large_that_what_is_added_to_it_still_fits() -> None:
+    assert runs.decompose(steps=1, seed=2**62).finished
+    with pytest.raises(ValueError, match="seed must be"):
+        apd.Config(n_components=3, top_k=1.0, seed=2**62 + 1)
+
+
+@pytest.mark.parametrize("points", [((0.5, 1.0), (0.5, 2.0)), ((0.0, 1.0), (1.001, 2.0)), ((-0.001, 1.0), (1.0, 2.0))])
+def test_points_of_a_schedule_go_on_from_one_to_the_next_within_the_run(points: Any) -> None:
+    with pytest.raises(ValueError, match="progress in faithfulness must"):
+        apd.Config(n_components=3, top_k=1.0, faithfulness=points)
+    inside = tuple((min(max(t, 0.0), 1.0), value) for t, value in points)
+    if inside[0][0] < inside[1][0]:
+        assert apd.Config(n_components=3, top_k=1.0, faithfulness=inside).faithfulness == inside

@@ -184,3 +184,20 @@ def test_ten_steps_are_those_of_the_cpu(device: str) -> None:
         found.append(apd.decompose(target, **settings).components.map(lambda t: t.cpu()))
     for p, q in zip(*(components.parameters() for components in found), strict=True):
         assert (p - q).norm() < 1e-4 * p.norm()
+
+
+def test_a_selection_that_follows_the_error(device: str) -> None:
+    selection, error = apd.bottleneck.Bottleneck(), torch.tensor([0.1, 0.2], dtype=torch.double).to(device)
+    selection.start(2, 4, like=torch.ones(1).to(device))
+    scores = torch.rand(2, 16, 4).to(device)
+    for t in (0.0, 0.5):
+        assert selection.choose(scores, t).device.type == device
+        selection.observe(error, 10 * error, t)
+    assert selection.k.device.type == device
+
+
+def test_costs_of_a_dictionary(device: str) -> None:
+    target, _, _, x = pieces(device)
+    own = apd.baselines.Dictionary([2], [2], 3).to(device)
+    (cost,) = apd.baselines.costs(target, own, x, "output of encode", epsilons=[1e-9])
+    assert cost.in_use == 0 or cost.error <= 1e-9

@@ -218,3 +218,10 @@ def target_asks(target: Induction, x: Tensor) -> Tensor:
 def test_networks_that_cannot_be_are_refused(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Induction(**arguments)  # type: ignore[arg-type]
+
+
+@given(seed=seeds, bits=st.integers(3, 5))
+def test_the_table_takes_corners_to_corners_one_to_one(seed: int, bits: int) -> None:
+    target = Induction(bits=bits, seed=seed)
+    corners, found = ({tuple(row) for row in t.tolist()} for t in (target.corners, target.corners @ target.table))
+    assert found == corners and len(found) == 2**bits

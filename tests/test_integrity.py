@@ -202,13 +202,13 @@ def test_attributions_that_are_not_finite_are_no_choice(value: float) -> None:
 
     with (
         pytest.warns(RuntimeWarning, match="could not be compared"),
-        pytest.raises(apd.NonFiniteLoss, match=r"attributions .* are NaN or infinite"),
+        pytest.raises(apd.NonFiniteLoss, match=r"attributions.* NaN or infinite"),
     ):
         runs.decompose(attribution=same)
 
 
 def test_a_run_whose_end_cannot_be_judged_gives_its_last_finite_state() -> None:
-    with pytest.raises(apd.NonFiniteLoss, match=r"step 1: the attributions .* are NaN") as caught:
+    with pytest.raises(apd.NonFiniteLoss, match=r"step 1: the attributions.* NaN") as caught:
         runs.decompose(steps=1, lr=1e30, warmup=0.0)
     assert all(t.isfinite().all() for t in caught.value.result.components.parameters())
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pickle
 import re
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -16,6 +18,7 @@ from runs import tms
 from torch import Tensor, nn
 
 import apd_minimal as apd
+from apd_minimal.scale import layerwise
 from apd_minimal.scale.layerwise import activity, cluster, decompose_groups, similarity, stitch
 from apd_minimal.targets import ResidualMLP
 
@@ -262,6 +265,30 @@ def test_a_run_that_fails_is_named(processes: int) -> None:
     endless = {"last": {"lr": 1e30, "steps": 60}}  # NonFiniteLoss carries a result, and cannot be sent as it is
     with pytest.raises(RuntimeError, match=r"group 'last': NonFiniteLoss: step \d+: the (\w+ loss|attributions) "):
         decompose_groups(TARGET, BATCHES, GROUPS, per_group=endless, processes=processes, **SETTINGS)
+
+
+BEGUN: set[int] = set()
+
+
+def fails_at_once(step: int, generator: torch.Generator) -> Tensor:
+    """The first group fails, the second takes its time."""
+    if generator.initial_seed() == 0:
+        raise ArithmeticError("no more data")
+    if not BEGUN:
+        time.sleep(0.2)
+    BEGUN.add(generator.initial_seed())
+    return BATCHES(step, generator)
+
+
+def test_after_a_run_that_fails_no_other_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a thread in place of the processes: what waited in the queue is dropped."""
+    monkeypatch.setattr(layerwise, "ProcessPoolExecutor", lambda n, context, start: ThreadPoolExecutor(1))
+    BEGUN.clear()
+    groups = {name: [f"{name}.weight"] for name in ("read.0", "write.0", "read.1", "write.1")}
+    settings = SETTINGS | {"steps": 1, "tidy_every": 0.0}
+    with pytest.raises(RuntimeError, match=r"group 'read\.0': ArithmeticError"):
+        decompose_groups(TARGET, fails_at_once, groups, processes=2, **settings)
+    assert 3 not in BEGUN
 
 
 def stopped(step: int, generator: torch.Generator) -> Tensor:

@@ -161,3 +161,14 @@ def test_all_restarts_are_stored_when_asked_for(tmp_path: Path) -> None:
     torch.testing.assert_close(match.similarity, torch.ones(len(match.similarity)))
     result.save(tmp_path / "all")  # and are gone when it is replaced
     assert apd.Decomposition.load(tmp_path / "all", target).restarts is None
+
+
+def test_cosines_are_between_minus_one_and_one_in_spite_of_rounding() -> None:
+    first = some(200, 0)
+    for sign in (1.0, -1.0):
+        second = apd.Components(first.A, {path: 0.3 * sign * B for path, B in first.B.items()})
+        raw = (first.flat() * second.flat()).sum(1) / first.norms() / second.norms()
+        assert (raw * sign).max() > 1, "without a limit, some would be beyond"
+        found = apd.metrics.cosines(first, second)
+        assert (found.abs() <= 1).all()
+        torch.testing.assert_close(found.diag(), torch.full((200,), sign))

@@ -485,3 +485,15 @@ def test_the_check_tries_weights_a_tenth_off_their_own_direction(scale: float, e
     one, P = trial.parts["weight"]
     moved = (P @ one if P.shape[-1] == one.shape[-2] else one @ P)[0] - 0.6 * target.weight.detach().T
     torch.testing.assert_close(moved.square().mean().sqrt(), torch.tensor(expected), rtol=0.1, atol=0)
+
+
+def test_the_product_of_a_plain_layer_is_left_out_and_not_taken_away_again() -> None:
+    """Weights a million times the components: what single precision loses in their product must not show."""
+    target, generator = nn.Linear(30, 20), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        target.weight.mul_(1e7)
+    components = apd.Components.random({"weight": (30, 20)}, 3, generator=generator, std=1.0)
+    x, gates = torch.randn(8, 30, generator=generator), torch.rand(8, 3, generator=generator)
+    expected = torch.einsum("bi,bc,cio->bo", x, gates, components.matrices("weight")) + target.bias
+    got = apd.Network(target, ["weight"])(x, components, gates)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)

@@ -435,6 +435,14 @@ def test_the_fingerprint_takes_extra_state_that_is_no_tensor() -> None:
     assert fingerprint(one.state_dict()) == fingerprint(same.state_dict())
 
 
+@pytest.mark.parametrize(
+    "t", [torch.arange(12.0)[::2], torch.ones(1).expand(3), torch.arange(12.0).view(3, 4).T], ids=str
+)
+def test_the_fingerprint_does_not_depend_on_how_a_tensor_lies_in_memory(t: Tensor) -> None:
+    fingerprint, dense = apd.decomposition.fingerprint, torch.tensor(t.tolist())
+    assert fingerprint({"a": t}) == fingerprint({"a": dense}) != fingerprint({"a": dense + 1})
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_a_sample_on_which_everything_cancels_does_not_mix(seed: int) -> None:
     g = torch.Generator().manual_seed(seed)

@@ -160,6 +160,9 @@ def test_gradients_are_held_in_the_form_that_takes_less() -> None:
     network.target.register_forward_hook(lambda module, args, out: seen.append(len(args[0])))
     products = _held(network, x, lacking, torch.float32, most=5_000)
     assert isinstance(products, _Products) and max(seen) == 10
+    seen.clear()
+    torch.testing.assert_close(_held(network, x, lacking, torch.float32, most=100).longest(), products.longest())
+    assert max(seen) == 1, "where one sample takes more than that, it is alone"
     assert sum(t.numel() for side in products.sides for t in side) == 64 * 500
     whole = _held(network, x, lacking, torch.float32, most=64 * 60_000)
     torch.testing.assert_close(products.longest(), whole.longest())

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import apd_minimal as apd
 from apd_minimal import store
 from apd_minimal.algorithm import begin
+from apd_minimal.checkpoint import read_state, save
 from apd_minimal.store import StoreError
 
 
@@ -351,6 +352,19 @@ def test_checkpoints_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     result.save(tmp_path)
     with pytest.raises(StoreError, match="holds a 'decomposition', expected a 'checkpoint'"):
         runs.decompose(checkpoint=tmp_path / "components.safetensors", steps=3)
+
+
+def test_a_checkpoint_of_no_step_is_refused_and_one_of_the_first_is_not(tmp_path: Path) -> None:
+    """Before the first step Adam has no moments, and a checkpoint without them holds less than a run begins with."""
+    path = tmp_path / "run.safetensors"
+    config = apd.Config.from_dict({"n_components": 6, "top_k": 1.2, "steps": 3})
+    run = begin(apd.Network(runs.tms(), ["encode.weight"]), runs.batches, config)
+    save(run, path)
+    with pytest.raises(StoreError, match=r"step must be at least 1 .*, got 0"):
+        read_state(path, run.identity)
+    run.advance()
+    save(run, path)
+    assert read_state(path, run.identity).step == 1
 
 
 def first_output(y: Tensor) -> Tensor:

@@ -91,3 +91,13 @@ def test_the_threshold_keeps_as_many_as_the_batch_had(
 def test_k_per_sample_is_whole() -> None:
     with pytest.raises(ValueError, match=r"whole number, got 1\.5"):
         sample_top_k(scores(5, 4), 1.5)
+
+
+def test_scores_whose_sum_overflows_are_finite_all_the_same() -> None:
+    scores = torch.full((4, 3), 3e38)
+    assert scores.sum().isinf()
+    assert batch_top_k(scores, 1.5).sum() == 6
+    opposite = torch.tensor([[float("inf"), 1.0], [1.0, float("-inf")]])
+    for bad in (opposite, scores * float("nan")):
+        with pytest.raises(ValueError, match="NaN or infinite"):
+            batch_top_k(bad, 1.0)

@@ -93,6 +93,9 @@ def test_fitting() -> None:
     zero = float(first.data(4096)(0, torch.Generator().manual_seed(9)).square().mean())
     assert loss(first) < 0.4 * zero
     assert all(p.grad is None for p in first.parameters())
+    for size, papers in (((5, 2), 1024), ((6, 2), 2048)):
+        given, usual = (TMS(*size).fit(steps=2, **batch) for batch in ({"batch_size": papers}, {}))
+        assert torch.equal(given.encode.weight, usual.encode.weight), "the paper's batches"
     deep = TMS(identity=True).fit(seed=0, steps=20)
     assert deep.middle is not None
     assert torch.equal(deep.middle.weight, torch.eye(2)), "the identity layer is fixed"

@@ -73,6 +73,7 @@ def test_a_doubt_names_at_most_five_pairs(n_lines: int) -> None:
     with pytest.warns(UserWarning, match=rf"features on one line \({named}(, \.\.\.)?\) are the first") as caught:
         _ = target.recipe
     assert ("..." in str(caught[0].message)) == (n_lines > 5)
+    assert caught[0].filename == __file__, "it points to the line that asked"
 
 
 @pytest.mark.parametrize(("size", "identity", "why"), [

@@ -143,6 +143,24 @@ def test_the_first_fifth_of_the_training_asks_for_the_task_of_two_layers_alone(
     assert asked == [{"after"}] * 4 + [set(TASKS)] * 16
 
 
+def test_the_rate_of_the_training_rises_from_a_25th_to_its_peak_of_two_thousandths(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Adam's first step moves whatever has a gradient by the rate itself, beside the decay."""
+    seen: list[Tensor] = []
+    answers = Transformer.answers
+
+    def noted(self: Transformer, x: Tensor) -> Tensor:
+        seen.append(self.unembed.weight.detach().clone())
+        return answers(self, x)
+
+    monkeypatch.setattr(Transformer, "answers", noted)
+    Transformer(8, 8, 2, 8).fit(steps=20, batch_size=100)
+    rate = 2e-3 / 25
+    moved = (seen[1] - seen[0] * (1 - rate * 0.3)).abs()
+    assert moved.median().item() == pytest.approx(rate, rel=1e-2)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

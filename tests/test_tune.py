@@ -170,3 +170,10 @@ def test_the_judge_scores_as_the_run_does(how: dict[str, Any], monkeypatch: pyte
     assert judges[0].attribution is not None
     mine = judges[0].attribution(network, components, x)
     torch.testing.assert_close(mine, found.best.attributions(network, x))
+
+
+def test_a_bar_shows_the_runs_unless_it_is_turned_off(capsys: pytest.CaptureFixture[str]) -> None:
+    tune(target(), batches, ["weight"], 8, minutes=0, steps=2, tidy_every=0.0)
+    assert "1/2" in capsys.readouterr().err
+    tune(target(), batches, ["weight"], 8, minutes=0, steps=2, tidy_every=0.0, progress=False)
+    assert "1/2" not in capsys.readouterr().err

@@ -294,17 +294,24 @@ def pairs_of(captured: list[Captured]) -> Pairs:
     return Pairs(picked, samples, outputs, *alive.shape)
 
 
-def live_pairs(network: Network, base: Components | None, x: Tensor) -> Pairs:
+def live_pairs(network: Network, base: Components | None, x: Tensor, alive: Tensor | None = None) -> Pairs:
     """Find the pairs that have a gradient, and capture them; all pairs, where forward mode cannot tell them.
+
+    Args:
+        network: the target, wrapped.
+        base: as for `capture`.
+        x: inputs [B, ...].
+        alive: what `live` finds on them [B, n_out], if that is known.
 
     Raises:
         ValueError: an empty batch.
     """
     if len(x) == 0:
         raise ValueError("an empty batch: the first axis of x has size 0")
-    if not forward_agrees(network, x):
-        return pairs_of(capture(network, base, x))
-    alive = live(network, base, x)
+    if alive is None:
+        if not forward_agrees(network, x):
+            return pairs_of(capture(network, base, x))
+        alive = live(network, base, x)
     outputs, samples = alive.T.nonzero().unbind(1)
     captured = capture_pairs(network, base, x, samples, outputs) if len(samples) else []
     return Pairs(captured, samples, outputs, *alive.shape)

@@ -92,7 +92,9 @@ def _shared(network: Network, base: Components | None, x: Tensor, shapes: _Shape
     return [i for i, site in enumerate(shapes.sites) if site in alike]
 
 
-def cheapest(network: Network, components: Components, base: Components | None, x: Tensor) -> str:
+def cheapest(
+    network: Network, components: Components, base: Components | None, x: Tensor, seen: list[Tensor] | None = None
+) -> str:
     """Choose the mode that takes least time by the count.
 
     Args:
@@ -100,6 +102,7 @@ def cheapest(network: Network, components: Components, base: Components | None, 
         components: with an axis of restarts.
         base: components whose sum takes the place of the weights; None for the target's own.
         x: inputs [B, ...]; a few of them are looked at, if that can change the choice.
+        seen: filled with what `live` finds on all of them, [B, n_out], where that takes hardly longer than on a few.
 
     Returns:
         str: one of `MODES`.
@@ -108,13 +111,16 @@ def cheapest(network: Network, components: Components, base: Components | None, 
         return "backward"
     count = _Count(network, components, base, x)
     times = {"forward": count.forward(), "backward": count.backward(()), "sample_gradients": count.pairs(1.0)}
-    n_out, few = count.shapes.n_out, x[:PROBED]
+    n_out, some = count.shapes.n_out, x if seen is not None and count.look <= PROBE else x[:PROBED]
     on, worth = 1.0, min(times.values()) - PROBE  # what a look must promise
     if n_out > FEW and count.pairs(0.0) < worth:
-        on = live(network, base, few).double().mean().item()
+        alive = live(network, base, some)
+        if seen is not None and some is x:
+            seen.append(alive)
+        on = alive[:PROBED].double().mean().item()
         times["sample_gradients"] = count.pairs(on)
     if on > 0.5 and count.backward(range(len(count.shapes.uses))) < worth:
-        times["backward"] = count.backward(_shared(network, base, few, count.shapes))
+        times["backward"] = count.backward(_shared(network, base, some[:PROBED], count.shapes))
     return min(times, key=times.__getitem__)
 
 
@@ -133,13 +139,14 @@ class _Count:
         self.copies, self.tangents = 1 if base is None else restarts, restarts * n_components
         self.entries, self.n_out = components.n_entries, self.shapes.n_out
         self.ranks = [components.A[path].shape[-1] for path, _, _, _ in self.shapes.uses]
+        self.run = self.shapes.through * MULTIPLIED + self.shapes.outputs * MOVED  # one sample, through the weights
+        self.look = 2 * self.batch * self.run  # to find which outputs have a gradient, on all samples
 
     def forward(self) -> float:
         """Time the tangents."""
-        shapes = self.shapes
-        inner = sum(T * m * (d + e) for m, (_, T, d, e) in zip(self.ranks, shapes.uses, strict=True))
-        one = (shapes.through + inner) * MULTIPLIED + shapes.outputs * TANGENT
-        return FORWARD * len(shapes.uses) + self.batch * self.tangents * one
+        inner = sum(T * m * (d + e) for m, (_, T, d, e) in zip(self.ranks, self.shapes.uses, strict=True))
+        one = (self.shapes.through + inner) * MULTIPLIED + self.shapes.outputs * TANGENT
+        return FORWARD * len(self.ranks) + self.batch * self.tangents * one
 
     def backward(self, shared: Sequence[int]) -> float:
         """Time a pass for each output; at the uses given, all samples share its gradients."""
@@ -159,10 +166,9 @@ class _Count:
 
     def pairs(self, on: float) -> float:
         """One pass over the pairs of a sample and an output of which a share is on."""
-        shapes, n_pairs = self.shapes, on * self.batch * self.n_out
-        run = shapes.through * MULTIPLIED + shapes.outputs * MOVED
-        found = 10 * PASS * len(self.ranks) + (2 * self.batch + 3 * self.copies * n_pairs) * run
-        return found + self.met_in_pairs(n_pairs)
+        n_pairs = on * self.batch * self.n_out
+        run = 10 * PASS * len(self.ranks) + self.look + 3 * self.copies * n_pairs * self.run
+        return run + self.met_in_pairs(n_pairs)
 
     def met_in_pairs(self, n_pairs: float) -> float:
         """Time the products with the components after that: half of it, since some gradients are shared most often."""

@@ -82,7 +82,8 @@ def gradient(
         )
     stacked = components.stacked().map(Tensor.detach)
     base = stacked if at == "components" else None
-    chosen = mode or ("backward" if per_position or n_probes else cheapest(network, stacked, base, x))
+    seen: list[Tensor] = []
+    chosen = mode or ("backward" if per_position or n_probes else cheapest(network, stacked, base, x, seen))
     may_pick = mode is None and not (per_position or n_probes) and shapes_of(network, x).n_out <= FEW
     n_inputs = x[0].numel() if x.is_floating_point() else None
     pieces: list[Tensor] = []
@@ -107,7 +108,8 @@ def gradient(
             else:
                 pieces.append(meet(stacked, captured, per_output, per_position, n_inputs))
         else:
-            pieces.append(meet_pairs(stacked, live_pairs(network, base, part), per_output))
+            alive = seen[0][done : done + size] if seen else None
+            pieces.append(meet_pairs(stacked, live_pairs(network, base, part, alive), per_output))
         done += len(part)
-    scores = torch.cat(pieces, dim=1)
+    scores = torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0]
     return scores if components.restarts is not None else scores[0]

@@ -296,7 +296,7 @@ def singular(weights: Mapping[str, Tensor]) -> Components:
     parts = []
     for path, w in _matrices(weights).items():
         U, S, Vh = torch.linalg.svd(w.detach(), full_matrices=False)
-        parts.append(Components({path: (U * S).T[:, :, None].contiguous()}, {path: Vh[:, None, :].contiguous()}))
+        parts.append(Components({path: (U * S).T[:, :, None]}, {path: Vh[:, None, :]}))
     return beside(parts)
 
 

@@ -222,8 +222,8 @@ def diagnose(
 
     size = max(1, NUMBERS // (C * shapes.n_out))  # all derivatives at once would be many times what a step takes
     scores = torch.cat([score(part) for part in x.split(size)])
+    gates = selection.gates(scores).to(scores)
     # A zero component can be kept when there are too few attributions above zero; it does nothing.
-    gates = selection.gates(scores).to(scores) * (length > 0)
     on = selection.mask(scores) & (length > 0)
     # Only those of the active pairs are kept: [pairs, n_out], sample by sample.
     signed = torch.cat([derivatives(part)[here] for part, here in zip(x.split(size), on.split(size), strict=True)])
@@ -259,7 +259,7 @@ def diagnose(
     for c in length.nonzero().flatten().tolist():
         rows = ~on[:, c]
         if rows.any():
-            switched_on = gates[rows].clone()
+            switched_on = gates[rows]  # a copy
             switched_on[:, c] = 1
             stray[c] = (errors(switched_on, rows) - sparse[rows]).mean() / all_off
         rows = on[:, c]
