@@ -17,7 +17,7 @@ from torch import Tensor
 import apd_minimal as apd
 from experiments.experiment import Row, Rows, Study, Tensors, factors, numbers, ownership_lists, prefix, taken_apart
 
-SEEDS = {"ours": range(10), "plain": range(5), "rotated": range(20, 25)}
+SEEDS = {"ours": range(10), "plain": range(5), "rotated": range(20, 25), "beside": range(20, 25)}
 Job = tuple[str, int]  # recipe, seed
 
 
