@@ -14,6 +14,12 @@ the start, and three with random weights. (Five, one and one were run first; the
 the controls of the start last.) "Many" starts at random with the call of chapter 33 as it stands (experiments/
 architectures.py: four components for each mechanism, k falling, late merging, 1,200 steps), on the seeds 90 and 91, on
 which other settings had been tried.
+
+"Why" asks what random starts fail at, on three targets of new seeds (then five for two kinds of runs, with nothing
+changed): the losses of what was found beside those of the truth, with the settings of "scratch" ("as it stands"), and
+with others that were tried on a target of seed 90: no fading, weaker faithfulness, larger steps, more components
+("spare"); that on inputs that ask one circuit each, with one component on each ("one at a time"); and that with softer
+attention ("softer").
 """
 
 from __future__ import annotations
@@ -30,7 +36,8 @@ from torch import Tensor
 import apd_minimal as apd
 from apd_minimal.algorithm import begin, finish
 from apd_minimal.config import Config
-from apd_minimal.selection import TopK
+from apd_minimal.losses import faithfulness, simplicity
+from apd_minimal.selection import TopK, batch_top_k, sample_top_k
 from apd_minimal.study import controls
 from apd_minimal.study.rate import Judge
 from apd_minimal.targets.induction import CIRCUIT_OF, CIRCUITS, Induction
@@ -289,6 +296,121 @@ def run_many(job: tuple[str, int]) -> tuple[list[Row], Tensors]:
     return [row], {}
 
 
+@dataclass(frozen=True)
+class OneAtATime:
+    """A source of batches [batch_size, T] of sequences that ask exactly one circuit."""
+
+    target: Induction
+    batch_size: int
+
+    def __call__(self, step: int, generator: torch.Generator) -> Tensor:
+        """Draw more sequences than are needed, and keep those that ask one circuit."""
+        x = self.target.data(4 * self.batch_size)(step, generator)  # four in nine do
+        return x[(self.target.says(x) != 0).any(-1).any(1).sum(1) == 1][: self.batch_size]
+
+
+# What is changed: settings (none: those of "scratch"), whether inputs ask one circuit each, and the gap of attention.
+SPARE: Row = {
+    "n_components": 8, "rank": RANK, "steps": 500, "restarts": 2, "lr": 3e-2, "faithfulness": 20.0, "minimality": 20.0,
+    "scrub": 20.0, "simplicity": ((0.0, 100.0), (0.7, 0.0)), "tidy_every": 0.0, "reseed_until": 0.0, "top_k": 1.0,
+}  # fmt: skip
+CHANGED: dict[str, tuple[Row, bool, float]] = {
+    "as it stands": ({}, False, 5.0),
+    "one at a time": (SPARE | {"per_sample": True}, True, 5.0),
+    "softer": (SPARE | {"per_sample": True}, True, 2.0),
+    "spare": (SPARE, False, 5.0),
+}
+
+
+def why_jobs() -> list[Job]:
+    """List the runs that ask why: gates, what is changed, seed."""
+    firsts = [("sequence", "as it stands"), ("position", "as it stands")]
+    kinds = firsts + [("sequence", change) for change in CHANGED if change != "as it stands"]
+    more = {"one at a time": 5, "softer": 5}  # three were run first
+    return [(gates, change, FIRST + 20 + i) for gates, change in kinds for i in range(more.get(change, 3))]
+
+
+def why_settings(job: Job) -> Row:
+    """Give the settings of such a run."""
+    gates, change, seed = job
+    settings, _, _ = CHANGED[change]
+    return settings | {"seed": seed + 1000} if settings else settings_of((gates, "scratch", seed))
+
+
+@torch.no_grad()
+def losses(network: apd.Network, components: apd.Components, x: Tensor, scores: Tensor, settings: Row) -> Row:
+    """Measure what training goes by, with hard gates: the most attributed are on, and all else is off.
+
+    Errors are in units of the error with nothing on.
+
+    Args:
+        network: the target.
+        components: C of them.
+        x: inputs.
+        scores: attributions of these components, [B, (T,) C].
+        settings: of the run; only `top_k` and `per_sample` count.
+    """
+    k = settings["top_k"]
+    flat = scores.flatten(0, -2)
+    mask = (sample_top_k(flat, 1) if settings.get("per_sample") else batch_top_k(flat, k)).reshape(scores.shape)
+    coin = (torch.rand(mask.shape, generator=torch.Generator().manual_seed(0)) < 0.5).to(mask)
+    wanted = network(x)
+
+    def error(gates: Tensor) -> float:
+        return float((network(x, components, gates) - wanted).square().mean())
+
+    nothing = error(0 * mask)
+    return {
+        "faithfulness": float(faithfulness(components, network.weights)),
+        "sparse": error(mask) / nothing,
+        "scrub": error(torch.maximum(mask, coin)) / nothing,
+        "simplicity": float(simplicity(components, mask, 0.9)),
+    }
+
+
+def summed(components: apd.Components, truth: dict[str, Tensor]) -> list[float]:
+    """Give each component to the mechanism of which it has most, and compare the sums with the mechanisms: cosines."""
+    Z = torch.cat([truth[path].flatten(1) for path in components.paths], 1)
+    P = components.flat().detach()
+    most = (P @ Z.T / Z.square().sum(1)).argmax(1)
+    sums = torch.stack([P[most == j].sum(0) for j in range(len(Z))])
+    return torch.nn.functional.cosine_similarity(sums, Z, dim=1).tolist()
+
+
+def run_why(job: Job) -> tuple[list[Row], Tensors]:
+    """Take one target apart from random starts, and measure losses there and at the truth."""
+    gates, change, seed = job
+    _, one, gap = CHANGED[change]
+    target, score, began = Induction(seed=seed, gap=gap), scores_of(gates), time.process_time()
+    truth, network, settings = target.mechanisms(TRUTHS[gates]), apd.Network(target, target.weights), why_settings(job)
+    source = (lambda n: OneAtATime(target, n)) if one else target.data
+    selection = Fading(settings["top_k"]) if change == "as it stands" else None
+    progress = begin(network, source(BATCH), Config.from_dict(settings), attribution=score, selection=selection)
+    found = finish(progress, None, 500, None, False, None)
+    seconds = time.process_time() - began
+    x = source(512)(0, torch.Generator().manual_seed(20_000 + seed))
+    dealt, every = controls.dealt(found.components, seed), found.restarts
+    assert every is not None and every.restarts is not None
+    parts = {"found": found.components, "truth": apd.Components.from_matrices(truth, RANK), "dealt": dealt}
+    other = Induction(seed=seed + 50, gap=gap).mechanisms(TRUTHS[gates])
+    own = {name: apd.metrics.ownership(c, truth) for name, c in parts.items()}
+    row: Row = {
+        "owned": own["found"].owned.tolist(),
+        "cosine": [round(v, 4) for v in own["found"].cosine.tolist()],
+        "owned_by_restart": [
+            apd.metrics.ownership(every.restart(r), truth).owned.tolist() for r in range(every.restarts)
+        ],
+        "dealt_owned": own["dealt"].owned.tolist(),
+        "dealt_cosine": [round(v, 4) for v in own["dealt"].cosine.tolist()],
+        "another_cosine": [round(v, 4) for v in apd.metrics.ownership(found.components, other).cosine.tolist()],
+        "summed": [round(v, 4) for v in summed(found.components, truth)],
+        "dealt_summed": [round(v, 4) for v in summed(dealt, truth)],
+        "losses": {name: losses(network, c, x, score(network, c, x), settings) for name, c in parts.items()},
+        "seconds": round(seconds, 1),
+    }
+    return [row], {}
+
+
 def finite(bits: float) -> float | None:
     """Give None for bits that are infinite, as JSON has no infinity."""
     return bits if math.isfinite(bits) else None
@@ -311,7 +433,21 @@ RUNS = Rows(
     ),
 )
 MANY = Rows(("gates", "seed"), lambda rows: [(gates, seed) for seed in (90, 91) for gates in TRUTHS], run_many)
-STUDY = Study("induction", {"runs": RUNS, "many": MANY}, about=lambda processes: {"processes": processes}, compact=True)
+WHY = Rows(
+    fields=("gates", "change", "seed"),
+    jobs=lambda rows: why_jobs(),
+    run=run_why,
+    settings=lambda job: numbers(
+        why_settings(job), batch=BATCH, one_at_a_time=CHANGED[job[1]][1], gap=CHANGED[job[1]][2]
+    ),
+    order=lambda job: why_jobs().index(job),
+)
+STUDY = Study(
+    "induction",
+    {"runs": RUNS, "many": MANY, "why": WHY},
+    about=lambda processes: {"processes": processes},
+    compact=True,
+)
 
 if __name__ == "__main__":
     STUDY.main(__doc__)

@@ -5,7 +5,8 @@ python -m experiments.looking [--only rows] [--processes N]                     
 Samples whose inputs lie on one line (or, where a mechanism has two inputs, in one plane) show one mechanism. What goes
 into a weight on such a group of samples spans a few directions; the weight is cut by them. Where the directions of all
 groups are independent, the parts of inputs of one group are exactly what the weight does to them. It asks for much:
-inputs without noise, samples on which one mechanism is on alone, the number of a mechanism's inputs, and a look inside.
+inputs without noise (chapters 10, 31 and 32 have a tolerance for it), samples on which one mechanism is on alone, the
+number of a mechanism's inputs, and a look inside.
 Nothing was tuned on other seeds; there is nothing to tune but the tolerance of rounding.
 
 - "plain", "inputs rotated", "hidden rotated", "scaled 4": the encoders of TMS 5-2 in these bases (chapter 31).

@@ -2,8 +2,8 @@
 
 It looks at the inputs for groups of samples that lie in one plane (of as many dimensions as a mechanism has inputs).
 On each group it looks at what goes into every layer and comes out, and keeps of every weight what these span. Nothing
-is learnt and no truth is seen. It asks for much: inputs without noise, samples on which one mechanism is on alone, the
-number of a mechanism's inputs, and a look at every layer.
+is learnt and no truth is seen. It asks for much: inputs without noise (chapters 10, 31 and 32 have a tolerance that the
+samples set), samples on which one mechanism is on alone, the number of a mechanism's inputs, and a look at every layer.
 """
 
 from __future__ import annotations

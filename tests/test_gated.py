@@ -12,6 +12,7 @@ from torch import Tensor
 import apd_minimal as apd
 from apd_minimal.targets import GatedFunctions, GatedInputs
 from apd_minimal.targets.gated import attribution_shares
+from experiments.gated import Rotated
 
 seeds = st.integers(0, 2**31)
 
@@ -188,3 +189,20 @@ def test_sizes_are_checked(arguments: tuple[int, int]) -> None:
 def test_probabilities_are_checked(probability: float) -> None:
     with pytest.raises(ValueError, match="probability"):
         GatedFunctions(probability=probability)
+
+
+@pytest.mark.parametrize("shown", [False, True])
+def test_a_rotated_stream_changes_no_output_and_turns_the_truth_along(shown: bool) -> None:
+    plain, rotated = (kind(seed=7, show_neurons=shown) for kind in (GatedFunctions, Rotated))
+    x, turned = (t.data(512, nonempty=True)(0, torch.Generator().manual_seed(1)) for t in (plain, rotated))
+    Q = rotated.Q
+    torch.testing.assert_close(Q.T @ Q, torch.eye(6), atol=1e-6, rtol=0)
+    assert Q.abs().max() < 0.99  # no axis is left where it was
+    torch.testing.assert_close((turned @ Q.T)[:, :5], x, atol=1e-5, rtol=0)
+    torch.testing.assert_close(rotated(turned), plain(x), atol=1e-3, rtol=0)
+    network = apd.Network(rotated, rotated.weights)
+    for path, mechanisms in rotated.mechanisms().items():
+        torch.testing.assert_close(mechanisms.sum(0), network.weights[path])
+        back = Q @ mechanisms if path.startswith("read") else mechanisms @ Q.T
+        torch.testing.assert_close(back, plain.mechanisms()[path], atol=1e-5, rtol=0)
+    assert rotated.data(8, nonempty=True).share_nonempty == plain.data(8, nonempty=True).share_nonempty

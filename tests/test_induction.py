@@ -14,6 +14,7 @@ from torch import Tensor
 import apd_minimal as apd
 from apd_minimal.targets import Induction, Sequences
 from apd_minimal.targets.induction import CIRCUIT_OF, CIRCUITS, ROLES
+from experiments import induction as study
 
 seeds = st.integers(0, 2**31)
 BEFORE, TABLE, FINDS, FIRST = range(4)  # heads
@@ -225,3 +226,36 @@ def test_the_table_takes_corners_to_corners_one_to_one(seed: int, bits: int) -> 
     target = Induction(bits=bits, seed=seed)
     corners, found = ({tuple(row) for row in t.tolist()} for t in (target.corners, target.corners @ target.table))
     assert found == corners and len(found) == 2**bits
+
+
+@given(seed=seeds)
+def test_one_at_a_time_asks_exactly_one_circuit(seed: int) -> None:
+    target = Induction(seed=0)
+    x = study.OneAtATime(target, 64)(0, torch.Generator().manual_seed(seed))
+    assert x.shape == (64, target.positions)
+    assert ((target.says(x) != 0).flatten(3).any(-1).any(1).sum(1) == 1).all()
+
+
+def test_sums_of_the_pieces_of_a_circuit_are_the_circuit_and_mixed_pieces_are_not() -> None:
+    truth = Induction(seed=0).mechanisms()
+    pieces = {path: torch.cat([0.3 * m, 0.7 * m]) for path, m in truth.items()}
+    assert study.summed(apd.Components.from_matrices(pieces), truth) == pytest.approx([1.0] * 3, abs=1e-4)
+    mixed = {path: torch.stack([m[0] + m[1], m[2]]) for path, m in truth.items()}
+    cosines = sorted(study.summed(apd.Components.from_matrices(mixed), truth))
+    assert cosines[0] == 0 and cosines[1] < 0.95 and cosines[2] > 0.999
+
+
+@pytest.mark.parametrize("settings", [{"top_k": 1.0}, {"top_k": 1.0, "per_sample": True}])
+def test_losses_are_none_at_the_truth_and_one_where_nothing_is_done(settings: dict[str, object]) -> None:
+    target = Induction(seed=0)
+    network, truth = apd.Network(target, target.weights), target.mechanisms()
+    x = study.OneAtATime(target, 128)(0, torch.Generator().manual_seed(1))
+    parts = apd.Components.from_matrices(truth, study.RANK)
+    scores = study.attribution(network, parts, x)
+    right = study.losses(network, parts, x, scores, settings)
+    assert max(right["faithfulness"], right["sparse"], right["scrub"]) < 1e-3 < right["simplicity"]
+    half = parts.map(lambda t: 0.5**0.5 * t)  # half of every matrix: all heads look at nothing
+    wrong = study.losses(network, half, x, scores, settings)
+    assert wrong["sparse"] == pytest.approx(1, abs=0.01) and wrong["faithfulness"] > 0.01
+    swapped = study.losses(network, parts, x, scores.roll(1, -1), settings)
+    assert swapped["sparse"] > 0.9
