@@ -3,9 +3,10 @@
 python -m experiments.verified [--processes N]                                     (ten minutes of one core)
 
 Ten targets of data/modular.json, the first five of the ten with tasks and of the ten with frequencies, are taken apart
-again with the weights of the losses that won there. They have 3 and 5 components, so that every input (with every
-setting of the switches) can be run with every mask. A component is needed where the switch of the mechanism that it is
-matched with is open. Errors are squared errors over the variance of the target's outputs over all inputs:
+again, with either weights of the losses. (There the pick is what has fewer bits.) They have 3 and 5 components, so
+that every input (with every setting of the switches) can be run with every mask. A component is needed where the
+switch of the mechanism that it is matched with is open. Errors are squared errors over the variance of the target's
+outputs over all inputs:
 
 - "alone": only what is needed is on;
 - "scrubbed": the mean over all masks that leave on what is needed;
@@ -28,11 +29,11 @@ from apd_minimal.study import controls
 from apd_minimal.study.rate import Judge
 from apd_minimal.targets import ModularArithmetic
 from experiments.experiment import Row, Rows, Study, Tensors, numbers
-from experiments.modular import FIRST, MECHANISMS, settings_of, target_of, truth_of
+from experiments.modular import FIRST, MECHANISMS, WEIGHTS, settings_of, target_of, truth_of
 
-WON = {"task": "strong", "frequency": "gentle"}
+KINDS = ("task", "frequency")
 SEEDS = 5
-Job = tuple[str, int]
+Job = tuple[str, int, str]  # kind, seed, weights of the losses
 
 
 def everything(target: ModularArithmetic) -> Tensor:
@@ -82,10 +83,10 @@ def verified(target: ModularArithmetic, components: apd.Components, truth: dict[
 
 def run(job: Job) -> tuple[list[Row], Tensors]:
     """Take one target apart, and verify what was found and its controls."""
-    kind, seed = job
+    kind, seed, weights = job
     target = target_of(kind, seed)
     truth = truth_of(kind, target)
-    settings = settings_of((kind, MECHANISMS[kind], seed, WON[kind]))
+    settings = settings_of((kind, MECHANISMS[kind], seed, weights))
     found = apd.decompose(target, target.data(256), target.weights, judge=Judge(), progress=False, **settings)
     every = found.restarts
     assert every is not None and found.scores is not None
@@ -105,10 +106,10 @@ def run(job: Job) -> tuple[list[Row], Tensors]:
 
 
 RUNS = Rows(
-    fields=("kind", "seed"),
-    jobs=lambda rows: [(kind, FIRST + i) for i in range(SEEDS) for kind in WON],
+    fields=("kind", "seed", "weights"),
+    jobs=lambda rows: [(kind, FIRST + i, weights) for i in range(SEEDS) for kind in KINDS for weights in WEIGHTS],
     run=run,
-    settings=lambda job: numbers(settings_of((job[0], MECHANISMS[job[0]], job[1], WON[job[0]]))),
+    settings=lambda job: numbers(settings_of((job[0], MECHANISMS[job[0]], *job[1:]))),
 )
 STUDY = Study("verified", {"runs": RUNS}, compact=True)
 
