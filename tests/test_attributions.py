@@ -405,3 +405,12 @@ def test_restarts_of_a_single_component_are_attributed_as_if_alone(mode: str | N
     got = gradient(one.network, components, x, mode=mode, per_output=True)
     expected = torch.stack([attributed(one, components.restart(r), x, "target") for r in range(2)])
     torch.testing.assert_close(got, expected)
+
+
+@all_modes
+def test_attributions_of_restarts_lie_in_one_piece_of_memory(mode: str | None) -> None:
+    """A reader may `view` them, whichever way was taken."""
+    target = apd.targets.TMS(40, 10)
+    x = target.data(64)(0, torch.Generator().manual_seed(0))
+    network = apd.Network(target, target.weights)
+    assert gradient(network, apd.Components.random(network.shapes, 5, restarts=2), x, mode=mode).is_contiguous()

@@ -111,5 +111,5 @@ def gradient(
             alive = seen[0][done : done + size] if seen else None
             pieces.append(meet_pairs(stacked, live_pairs(network, base, part, alive), per_output))
         done += len(part)
-    scores = torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0]
+    scores = torch.cat(pieces, dim=1)
     return scores if components.restarts is not None else scores[0]
