@@ -2,7 +2,7 @@
 
 python -m experiments.together [--only ways ...] [--processes N]
 
-Chapter 37. The targets are trained on independent features and stay as they are. Only the data of the decomposition
+Chapter 38. The targets are trained on independent features and stay as they are. Only the data of the decomposition
 changes: features come in five pairs, and `both` is the probability that the second is on when one of a pair is. How
 often a feature is on does not change. Three ways: the recipe of the size, told the mean number of active features; the
 same, told the mean number of active pairs; and the rule without k (chapter 28), which is told neither. Settings

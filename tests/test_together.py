@@ -1,4 +1,4 @@
-"""Features that come in pairs: the dial, the cuts, what is counted, and bits where nothing interferes (chapter 37)."""
+"""Features that come in pairs: the dial, the cuts, what is counted, and bits where nothing interferes (chapter 38)."""
 
 from __future__ import annotations
 
