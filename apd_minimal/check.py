@@ -200,15 +200,15 @@ class _Trial:
                 f"{', '.join(paths)}: the network uses this weight in a way that its modules' calls do not show "
                 f"(changing it moves the output by {change:.3g}, of which the hooks at "
                 f"{', '.join(self.modules[path] for path in paths)} miss {error:.3g}): only modules may use it, on "
-                "inputs whose first axis is the samples in their order"
+                "a first argument whose first axis is the samples in their order"
             )
         largest = torch.stack([gradient.norm() for gradient in gradients.values()]).max()
         for path, gradient in gradients.items():
             hook_gradient = hook_gradients.get(path, torch.zeros_like(gradient))
             if _differ(hook_gradient, gradient, gradient.norm(), self.tolerance, largest):
                 return (
-                    f"{path}: the gradients at {self.modules[path]} are not those of the weight: "
-                    f"they differ by {(hook_gradient - gradient).norm():.3g}, of a norm of {gradient.norm():.3g}"
+                    f"{path}: the gradients at {self.modules[path]} are not those of the weight: they differ by "
+                    f"{(hook_gradient - gradient).norm():.3g} of {gradient.norm():.3g} (does forward differentiate?)"
                 )
             if path not in hook_gradients and _differ(self.moved(path), self.before, 0 * change, self.tolerance):
                 return (

@@ -262,7 +262,9 @@ def _paths(names: object) -> bool:
 
 def _hook(edit: Callable[[Tensor, Tensor], Tensor], module: nn.Module, args: Any, kwargs: Any, out: Tensor) -> Tensor:
     """Edit a layer's output, as a forward hook; the input may come by position or by name."""
-    return edit(args[0] if args else next(iter(kwargs.values())), out)
+    if not isinstance(value := args[0] if args else next(iter(kwargs.values())), Tensor):
+        raise TypeError(f"{type(module).__name__}: its first argument must be its input, got {type(value).__name__}")
+    return edit(value, out)
 
 
 @contextmanager

@@ -719,5 +719,5 @@ def test_a_derivative_inside_the_target_is_refused_by_name() -> None:
             return torch.func.grad(lambda v: self.o(self.a(v).tanh()).sum())(x)
 
     x = torch.randn(12, 5, generator=torch.Generator().manual_seed(0))
-    with pytest.raises(ValueError, match=r"a.weight: the gradients at module 'a' are not those of the weight"):
+    with pytest.raises(ValueError, match=r"a.weight: the gradients at module 'a' are not .*does forward differ"):
         apd.Network(Slope(), ["a.weight"]).check(x)

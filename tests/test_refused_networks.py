@@ -109,7 +109,7 @@ REFUSED: dict[str, tuple[Forward, tuple[int, ...], str]] = {
     "a gradient on the side": (
         lambda net, x: net.b(net.a(x) + (side := F.linear(x, net.a.weight).tanh()) - side.detach()),
         (5, 4),
-        r"a.weight: the gradients at module 'a' are not those of the weight: they differ by .*, of a norm of",
+        r"a.weight: the gradients at module 'a' are not those of the weight: they differ by .* of ",
     ),
     "samples one by one": (
         lambda net, x: torch.cat([net.b(torch.tanh(net.a(one))) for one in x.split(1)]),
@@ -344,6 +344,20 @@ def test_a_rule_with_wrong_rows_is_found_out() -> None:
 
     with pytest.raises(ValueError, match="weight: the network uses this weight in a way"):
         apd.Network(Halves(3, 2), ["weight"]).check(torch.randn(3, 3))
+
+
+def test_a_layer_whose_first_argument_is_no_input() -> None:
+    class Scaled(nn.Linear):
+        def forward(self, scale: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(x) * scale
+
+    x = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    network = apd.Network(Net(lambda net, x: net.b(torch.tanh(net.c(2.0, x))), c=Scaled(4, 4)), ["c.weight"])
+    with pytest.raises(TypeError, match=r"^Scaled: its first argument must be its input, got float$"):
+        network.check(x)
+    network = apd.Network(Net(lambda net, x: net.b(torch.tanh(net.c(x.flip(1), x))), c=Scaled(4, 4)), ["c.weight"])
+    with pytest.raises(ValueError, match=r"c.weight: .* module 'c' miss .*a first argument whose first axis"):
+        network.check(x)
 
 
 def test_a_layer_that_gives_more_than_a_tensor() -> None:
