@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -66,14 +67,15 @@ def decompose(
             same inputs again, and a source that draws gives new ones.
         weights: parameter paths such as "encode.weight".
         n_components: C; more than the mechanisms you expect.
-        top_k: mean number of active components per sample; a number, or points (progress, value) of a schedule.
-            None where a `selection` decides.
+        top_k: mean number of active components per sample, or per position with `per_position`; a number, or points
+            (progress, value) of a schedule. None where a `selection` decides.
         output: picks the outputs that count, [B, ...], from what the target returns.
         divergence: "mse", "kl" (of softmax over the last axis) or (outputs, target_outputs) -> [..., B].
         hidden_modules: paths of modules whose outputs the sparse forward pass must match too, weighted by the
             setting `hidden`.
         attribution: (network, components, x) -> [..., B, C]; None takes exact gradient attributions.
-        selection: who is active, in place of the top k (`apd_minimal.selection`).
+        selection: who is active, in place of the top k (`apd_minimal.selection`). The result has a copy of it, so that
+            a second run with the same object, which starts it anew, does not change the first one's result.
         judge: (network, components, inputs) -> a number, by which restarts are compared: the smallest is chosen.
             None for the sparse reconstruction error; `apd.rate.Judge` counts bits (chapter 25).
         checkpoint: a file from which an interrupted run of the same settings resumes, bit for bit. It knows
@@ -117,6 +119,7 @@ def decompose(
     if (top_k is None) == (selection is None):
         raise ValueError(f"give top_k or a selection, got top_k={top_k!r} and selection={selection!r}")
     checks.kind("selection", selection, (Selection, type(None)), "an apd_minimal.selection.Selection or None")
+    copy.deepcopy(selection)  # the result will have a copy: what cannot be copied fails now, not at the end
     if type(selection) is TopK:  # the same as its settings, so that whatever reads these knows k
         top_k, settings, selection = selection.top_k, settings | {"per_sample": selection.per_sample}, None
     most = n_components if top_k is None else top_k
@@ -144,7 +147,7 @@ def decompose(
         run.local.agree_on("checkpoints", [checkpoint is not None, checkpoint_every, extend, run.step])
         result = finish(run, checkpoint, checkpoint_every, callback, progress, log)
     if result.finished and (says := advice(network, result.components, config)):
-        warnings.warn(says, UserWarning, stacklevel=2)
+        warnings.warn(says, UserWarning, stacklevel=4)  # two decorators
     return result
 
 
@@ -211,8 +214,7 @@ def check_rest(
             f"batches must be a function, batches(step, generator) -> inputs [B, ...], got {checks.given(batches)}; "
             "of a list, or of items = list(loader) for a DataLoader: lambda step, generator: items[step % len(items)]"
         )
-    functions = {"output": output, "attribution": attribution, "callback": callback, "judge": judge}
-    for name, value in functions.items():
+    for name, value in {"output": output, "attribution": attribution, "callback": callback, "judge": judge}.items():
         checks.function(name, value)
     checks.kind("checkpoint", checkpoint, (str, os.PathLike, type(None)), "a path or None")
     checks.number("checkpoint_every", every, 1, whole=True)

@@ -112,7 +112,8 @@ def _check_samples(network: Network, x: Tensor, tolerance: float) -> None:
         if mixed:
             raise ValueError(
                 f"samples mix: the output of one depends on the others, first seen in the output of module {name!r} "
-                f"({type(network.target.get_submodule(name)).__name__}): a mean or a normalisation over the batch?"
+                f"({type(network.target.get_submodule(name)).__name__}): a mean or a normalisation over the batch, or "
+                "samples that are not along the first axis?"
             )
 
 

@@ -290,7 +290,7 @@ def usable(components: Any, alone: bool = False) -> Components:
     Raises:
         TypeError, ValueError: no components, not finite, or with restarts where one decomposition is expected.
     """
-    checks.kind("components", components, Components, "Components")
+    checks.kind("components", components, Components, "Components (a result has .components)")
     if alone and components.restarts is not None:
         raise ValueError("components must be without restarts, pick one restart first: components.restart(index)")
     for path in components.paths:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -52,7 +52,8 @@ class Decomposition:
     Attributes:
         components: C components, those of the chosen restart.
         config: the settings.
-        history: "step" and every loss, logged along the run; each loss is a list over restarts.
+        history: "step" and every loss, logged along the run; each loss is a list over restarts, [None] where it
+            was off.
         scores: held-out sparse reconstruction error of each restart, or what the run's judge gave, by which one was
             chosen; NaN if a run broke and they could not be computed, and then the first was chosen.
         chosen: index of that restart.
@@ -66,21 +67,23 @@ class Decomposition:
         attribution: name of the run's own attribution; None for gradients.
         selection_name: name of the selection's class; None for one loaded from a file of an earlier version.
         active_name: name of the selection's `active`, which may be one of its own; None as above.
+        output: name of the function that picked the outputs that count; None if all did.
     """
 
-    components: Components
+    components: Components = field(repr=False)
     config: Config
-    history: dict[str, list[Any]]
+    history: dict[str, list[Any]] = field(repr=False)
     scores: list[float]
     chosen: int
     finished: bool
-    fingerprint: str
-    restarts: Components | None = None
+    fingerprint: str = field(repr=False)
+    restarts: Components | None = field(default=None, repr=False)
     threshold: float | None = None
     selection: Selection | None = None
     attribution: str | None = None
     selection_name: str | None = None
     active_name: str | None = None
+    output: str | None = None
 
     @property
     def final_selection(self) -> FinalSelection:
@@ -92,12 +95,11 @@ class Decomposition:
         Raises:
             ValueError: the decomposition was loaded, and its run had a selection of its own, which is not stored.
         """
-        config = self.config
-        if self.selection is not None and type(self.selection) is not TopK:
-            return FinalSelection(self.selection, config.restarts, self.chosen, self.threshold)
         if self.selection is None and (why := self._own_selection):
             raise ValueError(f"{why}, which is not stored: put it back with dataclasses.replace(..., selection=...)")
-        return FinalSelection(self.selection or TopK(config.top_k, config.per_sample), threshold=self.threshold)
+        selection = self.selection or TopK(self.config.top_k, self.config.per_sample)
+        place = (1, 0) if type(selection) is TopK else (self.config.restarts, self.chosen)
+        return FinalSelection(selection, *place, self.threshold, self.config.per_position)
 
     @property
     def _own_selection(self) -> str:
@@ -120,7 +122,8 @@ class Decomposition:
             Tensor: [B, C], or [B, positions, C] where the run has attributions for each position.
 
         Raises:
-            ValueError: the run had an attribution of its own and none is given, or the inputs do not fit.
+            ValueError: the run had an attribution of its own and none is given, or an `output` and the target has
+                none, or the inputs do not fit.
         """
         from .attributions import gradient
 
@@ -128,6 +131,8 @@ class Decomposition:
         if attribution is None and self.attribution is not None:
             raise ValueError(f"attribution must be that of the run, {self.attribution}, got None")
         network, config = as_network(target, self.components), self.config
+        if self.output is not None and network.output is None:
+            raise ValueError(f"the run's outputs were picked by {self.output}: give Network(target, weights, output)")
         if attribution is not None:
             scores = attribution(network, self.components, x)
             return checks.tensor("attributions", scores, len(x), ..., self.components.n_components)
@@ -154,9 +159,9 @@ class Decomposition:
                 not fit.
         """
         scores = self.attributions(target, x, attribution)
-        early = self.selection_name is None and not self.config.per_sample  # all that such a file can tell
+        old = self.selection_name is None and not self.config.per_sample  # all that such a file can tell
         if self.selection is None and self.threshold is not None:
-            if early or self.active_name == name_of(Selection.active):
+            if old or self.active_name == name_of(Selection.active):
                 return scores > self.threshold
         return self.final_selection.active(scores)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -29,8 +29,8 @@ def scores(run: Run, components: Components) -> tuple[Tensor, Tensor | None]:
             errors = held_out_errors(run, x, components)
         else:
             values = [run.judge(run.network, components.restart(i), x) for i in range(run.config.restarts)]
-            number = partial(checks.kind, "judge", expected=(int, float), what="a function that gives a number")
-            errors = torch.tensor([number(value=checks.plain(value)) for value in values], dtype=torch.double)
+            what = (int, float), "a function that gives a number"
+            errors = torch.tensor([checks.kind("judge", checks.plain(v), *what) for v in values], dtype=torch.double)
         return errors, run.selection.threshold(run.local.all_scores(run.attributions(x, components)))
 
 
@@ -80,7 +80,8 @@ def outcome(run: Run, components: Components | None = None, errors: Tensor | Non
         fingerprint=fingerprint(run.target.target.state_dict()),
         restarts=everything,
         threshold=None if threshold is None else float(threshold[chosen]),
-        selection=run.selection,
+        selection=copy.deepcopy(run.selection),
+        output=name_of(run.target.output),
         attribution=name_of(run.given[0]),
         selection_name=name_of(run.selection),
         active_name=name_of(run.selection.active),

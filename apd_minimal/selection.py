@@ -18,7 +18,7 @@ from .config import Schedule, at_progress, schedule
 
 
 class Selection:
-    """Who is active on which sample. One object serves one run.
+    """Who is active on which sample. One object serves one run at a time; the result has a copy.
 
     A selection of your own has `choose`, and `threshold` or `active` if one should be able to ask for the active
     components of a sample once the run is over.
@@ -208,12 +208,14 @@ class FinalSelection:
         restarts: R of the run, an axis of what the selection has learned; 1 for one without parameters.
         index: of the one restart.
         threshold: of that restart, if there is one.
+        per_position: whether it chooses among positions, so that it needs attributions of every position.
     """
 
     selection: Selection
     restarts: int = 1
     index: int = 0
     threshold: float | None = None
+    per_position: bool = False
 
     def gates(self, scores: Tensor) -> Tensor:
         """Choose among these samples: boolean gates of the scores' shape, or soft ones in [0, 1].
@@ -260,6 +262,8 @@ class FinalSelection:
     @torch.no_grad()
     def _own(self, method: str, scores: Tensor, argument: Any) -> Tensor:
         """Call a method of the selection with the scores for every restart, and take what it gives for the one."""
+        if self.per_position and scores.ndim < 3:
+            raise ValueError(f"scores must be [B, positions, C] as in the run (per_position), got {list(scores.shape)}")
         gates = getattr(self.selection, method)(scores.expand(self.restarts, *scores.shape), argument)
         expected = [self.restarts, *scores.shape]
         if not isinstance(gates, Tensor) or list(gates.shape) != expected:

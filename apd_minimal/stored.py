@@ -83,6 +83,7 @@ def _facts(decomposition: Decomposition) -> dict[str, Any]:
         "history": decomposition.history,
         "threshold": decomposition.threshold,
         "attribution": decomposition.attribution,
+        "output": decomposition.output,
         "selection": decomposition.selection_name,
         "active": decomposition.active_name,
     }
@@ -129,6 +130,7 @@ def load(folder: str | os.PathLike[str], target: nn.Module) -> Decomposition:
             restarts=usable(network._fit(_taken(tensors, weights, ".restarts"))) if tensors.keys() > factors else None,
             # Files of earlier versions have none.
             attribution=checks.kind("attribution", facts.get("attribution"), (str, type(None)), "a name or None"),
+            output=checks.kind("output", facts.get("output"), (str, type(None)), "a name or None"),
             selection_name=checks.kind("selection", facts.get("selection"), (str, type(None)), "a name or None"),
             active_name=checks.kind("active", facts.get("active"), (str, type(None)), "a name or None"),
             threshold=None if (found := facts.get("threshold")) is None else checks.number("threshold", found),

@@ -65,15 +65,8 @@ class Run:
         self.local.begin(self)
         self.network = self.local.network(network)
         self.generator = torch.Generator().manual_seed(config.seed)
-        components = Components.random(
-            network.shapes,
-            config.n_components,
-            config.rank,
-            config.restarts,
-            config.init_std,
-            self.generator,
-            weight.device,
-        )
+        size = config.n_components, config.rank, config.restarts
+        components = Components.random(network.shapes, *size, config.init_std, self.generator, weight.device)
         if config.per_weight is not None:
             confine(components, config.per_weight)
         self.components = components.map(lambda t: self.local.own(t.to(weight.dtype)).requires_grad_())
@@ -102,10 +95,8 @@ class Run:
 
     def _gradient(self, network: Network, components: Components, x: Tensor) -> Tensor:
         # Without its checks: where a run diverges, its losses say so, on all processes at once.
-        at, per_position = self.config.attribute_at, self.config.per_position
-        return inspect.unwrap(gradient)(
-            network, components, x, at=at, per_position=per_position, mode=self.local.mode(at)
-        )
+        at, each = self.config.attribute_at, self.config.per_position
+        return inspect.unwrap(gradient)(network, components, x, at=at, per_position=each, mode=self.local.mode(at))
 
     def next_batch(self, step: int, generator: torch.Generator) -> Tensor:
         """Ask for the inputs of one step, and check them."""
@@ -114,12 +105,13 @@ class Run:
         return x.to(self.device)
 
     def many_inputs(self, n_samples: int, generator: torch.Generator) -> Tensor:
-        """Collect at least so many inputs, from the batches of the steps done so far, in turn.
+        """Collect at least so many inputs, but of 256 batches at most, from those of the steps done so far, in turn.
 
-        A source that draws from the generator gives others than it gave in these steps.
+        A source that draws from the generator gives others than it gave in these steps. The number of batches bounds
+        the work, since they are worked on one by one.
         """
         batches = [self.next_batch(0, generator)]
-        while sum(map(len, batches)) < n_samples:
+        while len(batches) < 256 and sum(map(len, batches)) < n_samples:
             batches.append(self.next_batch(len(batches) % max(1, self.step), generator))
         return self.local.samples(torch.cat(batches))
 
@@ -137,15 +129,15 @@ class Run:
         """Choose the active components: [R, B, (positions,) C]. k is for a batch of which x is the given share.
 
         Raises:
-            ValueError: the selection gives no gates of the scores' shape.
+            ValueError: the selection gives no gates of the scores' shape, or some that are not in [0, 1].
         """
         with torch.no_grad():
             scores = self.local.all_scores(self.attributions(x, components))
         gates = self.selection.choose(scores, self.step / self.config.steps, share)
-        if gates.shape != scores.shape:
+        if gates.shape != scores.shape or (gates.dtype != torch.bool and ((gates < 0) | (gates > 1)).any()):
             raise ValueError(
-                f"{type(self.selection).__name__}.choose must give gates of the scores' shape {list(scores.shape)}, "
-                f"got {list(gates.shape)}"
+                f"{type(self.selection).__name__}.choose must give gates of the scores' shape {list(scores.shape)}, in "
+                f"[0, 1], got {list(gates.shape)}, from {float(gates.min()):.3g} to {float(gates.max()):.3g}"
             )
         return self.local.own_gates(gates, len(x))
 

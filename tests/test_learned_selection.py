@@ -432,3 +432,80 @@ def test_top_k_as_an_object_in_scrubbing_and_diagnosis(per_sample: bool) -> None
     torch.testing.assert_close(apd.metrics.scrubbing(target, components, x, top_k).top_k, error)
     on = mask.bool()
     torch.testing.assert_close(diagnose(target, components, x, top_k).share, on.sum(0) / on.any(1).sum())
+
+
+# What a result keeps to itself, and what it asks for.
+
+
+def test_a_second_run_with_the_same_object_leaves_the_first_result_alone() -> None:
+    target, x, selection = runs.tms(), images(), Learned()
+    first = decompose(selection)
+    scores = first.attributions(target, x)
+    before = first.final_selection.gates(scores)
+    second = decompose(selection, seed=7)
+    assert torch.equal(first.final_selection.gates(scores), before)
+    assert isinstance(first.selection, Learned)
+    assert isinstance(second.selection, Learned)
+    assert not torch.equal(first.selection.cut, second.selection.cut), "a test that tells"
+
+
+@pytest.mark.parametrize(("gates", "says"), [((0.0, 3.0), "from 0 to 3"), ((-0.5, 1.0), "from -0.5 to 1")])
+def test_gates_out_of_range_are_refused(gates: tuple[float, float], says: str) -> None:
+    class Wide(Selection):
+        def choose(self, scores: Tensor, t: float, share: float = 1.0) -> Tensor:
+            return torch.linspace(*gates, scores.numel()).reshape(scores.shape)
+
+    with pytest.raises(ValueError, match=rf"Wide.choose must give gates .*in \[0, 1\], got \[.*\], {says}$"):
+        decompose(Wide())
+
+
+def test_a_run_that_picked_outputs_asks_for_them(tmp_path: Path) -> None:
+    target, x = runs.tms(), images()
+
+    def output(y: Tensor) -> Tensor:
+        return y[:, :2]
+
+    result = runs.decompose(output=output)
+    result.save(tmp_path)
+    for each in (result, apd.Decomposition.load(tmp_path, target)):
+        with pytest.raises(
+            ValueError, match=r"outputs were picked by .*output: give Network\(target, weights, output\)"
+        ):
+            each.active(target, x)
+        network = apd.Network(target, each.components.paths, output)
+        expected = apd.attributions.gradient(network, each.components, x)
+        assert torch.equal(each.attributions(network, x), expected)
+        assert not torch.equal(expected, apd.attributions.gradient(target, each.components, x)), "a test that tells"
+
+
+def test_a_run_at_every_position_asks_for_scores_of_every_position() -> None:
+    target = torch.nn.Linear(4, 4, bias=False)
+
+    def batches(step: int, generator: torch.Generator) -> Tensor:
+        return torch.randn(8, 3, 4, generator=generator)
+
+    result = apd.decompose(target, batches, ["weight"], 3, 1.0, steps=2, per_position=True, progress=False)
+    x = batches(0, torch.Generator().manual_seed(0))
+    scores = result.attributions(target, x)
+    assert result.final_selection.gates(scores).shape == (8, 3, 3)
+    for ask in (apd.diagnose.diagnose, apd.metrics.scrubbing):
+        with pytest.raises(
+            ValueError, match=r"scores must be \[B, positions, C\] as in the run \(per_position\), got \[8, 3\]"
+        ):
+            ask(target, result.components, x, result.final_selection)
+
+
+@pytest.mark.parametrize(("size", "most"), [(1, 256), (16, 4096), (64, 8192)])
+def test_small_batches_bound_the_held_out_samples(size: int, most: int) -> None:
+    given = []
+
+    def batches(step: int, generator: torch.Generator) -> Tensor:
+        given.append(step)
+        return torch.rand(size, 5, generator=generator)
+
+    runs.decompose(batches, steps=2, tidy_every=0.0)
+    assert len(given) == 1 + 2 + most // size  # of the check, the steps, and the scores
+
+
+def test_a_result_is_shown_in_a_few_lines() -> None:
+    assert len(repr(runs.decompose(steps=2))) < 1500

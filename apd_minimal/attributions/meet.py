@@ -85,7 +85,7 @@ def meet(
     """
     if per_position and len({use.rows.shape[2] for use in captured}) > 1:
         positions = [use.rows.shape[2] for use in captured]
-        raise ValueError(f"layers with different numbers of positions: {positions}")
+        raise ValueError(f"per_position=True, but layers have different numbers of positions: {positions}")
     n_restarts, n_components = _lead(components)
     parts = _folded(components, captured)
     # What all samples share comes first: the rest can then be added in one product.
