@@ -73,7 +73,7 @@ def by_wave(W: Tensor) -> Tensor:
 def wave_share(W: Tensor) -> Tensor:
     """Compute the share of the largest frequency in what is read, the constant left out: [..., 2p, n] -> [...]."""
     energy = by_wave(W).square().sum((-2, -1))[..., 1:]
-    return energy.amax(-1) / energy.sum(-1)
+    return energy.amax(-1) / energy.sum(-1).clamp_min(1e-30)  # nothing read, nothing shared
 
 
 def neuron_share(W: Tensor) -> float:
@@ -166,8 +166,8 @@ def shapes(parts: apd.Components, W: Tensor) -> Row:
     """
     rows, waves = torch.eye(len(W))[:, :, None] * W, by_wave(W)[1:]
     matrices = parts.matrices(HIDDEN).detach()
+    matrices = matrices[_in_use(parts)]
     size = matrices.square().sum((1, 2))
-    matrices, size = matrices[size > 1e-6 * size.sum()], size[size > 1e-6 * size.sum()]
     own_rows = matrices.square().sum(2)
     cosines = {name: apd.metrics.ownership(parts, {HIDDEN: t}).cosine for name, t in (("r", rows), ("w", waves))}
     shares = {"token_share": own_rows.amax(1) / own_rows.sum(1), "wave_share": wave_share(matrices)}
@@ -176,6 +176,36 @@ def shapes(parts: apd.Components, W: Tensor) -> Row:
         "near": int((cosines["r"] > 0.9).sum()),
         **{name: ((v * size).sum() / size.sum()).item() for name, v in shares.items()},
     }  # fmt: skip
+
+
+@torch.no_grad()
+def removed(network: apd.Network, parts: apd.Components, x: Tensor) -> Row:
+    """Take parts away one at a time, and give the errors on pairs with the part's token, and on all others.
+
+    Args:
+        network: whose first matrix the parts are of.
+        parts: C of them; only those in use are taken away. A part's token is the one that it reads most.
+        x: every pair [p^2, 2p].
+
+    Returns:
+        Row: `own` and `others`, means over parts, as shares of the variance of the outputs.
+    """
+    y = network.target(x)
+    variance = (y - y.mean(0)).square().sum(1).mean()
+    errors = []
+    for c in _in_use(parts).nonzero().flatten().tolist():
+        gates = torch.ones(len(x), parts.n_components)
+        gates[:, c] = 0
+        error = (network(x, parts, gates) - y).square().sum(1) / variance
+        own = x[:, int(parts.matrices(HIDDEN)[c].norm(dim=1).argmax())] > 0
+        errors.append(torch.stack([error[own].mean(), error[~own].mean()]))
+    return dict(zip(("own", "others"), torch.stack(errors).mean(0).tolist(), strict=True))
+
+
+def _in_use(parts: apd.Components) -> Tensor:
+    """Say which parts are longer than a hundredth of the longest: [C]."""
+    norms = parts.matrices(HIDDEN).detach().norm(dim=(1, 2))
+    return norms > 0.01 * norms.max()
 
 
 def cuts(W: Tensor) -> dict[str, apd.Components]:
@@ -197,18 +227,13 @@ def run(job: Job) -> tuple[list[Row], Tensors]:
     dealt = controls.dealt(found.components, seed, turned=True)
     row = {
         "found": shapes(found.components, W), "dealt": shapes(dealt, W),
+        "removed": removed(network, found.components, x), "removed_dealt": removed(network, dealt, x),
         "bits": {"found": judge(network, found.components, x), "dealt": judge(network, dealt, x)}
         | {name: judge(network, parts, x) for name, parts in cuts(W).items()},
-        "reads": [[round(v, 3) for v in r] for r in _in_use(found.components).norm(dim=2).tolist()],
+        "in_use": int(_in_use(found.components).sum()),
         "seconds": round(seconds, 1),
     }  # fmt: skip
     return [row], {}
-
-
-def _in_use(parts: apd.Components) -> Tensor:
-    """Leave out components that are nearly nothing: [C', 2p, n]."""
-    matrices = parts.matrices(HIDDEN).detach()
-    return matrices[matrices.norm(dim=(1, 2)) > 0.01 * matrices.norm(dim=(1, 2)).max()]
 
 
 NETWORKS = Rows(("seed",), lambda rows: [(seed,) for seed in SEEDS], run_network, lambda job: dict(TRAINING))
