@@ -32,7 +32,8 @@ def places(task: ModularTask) -> dict[int, int]:
     if not task.multiply:
         return {token: token for token in range(task.p)}
     for root in range(2, task.p):
-        found, product = {}, 1
+        found: dict[int, int] = {}
+        product = 1
         while product not in found:
             found[product] = len(found)
             product = product * root % task.p
