@@ -991,6 +991,7 @@ OWN_KINDS: dict[str, dict[str, Strategy]] = {
         "p": number(3, whole=True),
         "sign": st.sampled_from([0, 2, -2, 1.5, "1", None, torch.nan, True, [1]]),
         "frequencies": st.sampled_from([(), (0,), (3,), (1, 1), (1.5,), "1", 1, (None,), (torch.nan,)]),
+        "multiply": flag(),
     },
     "targets.ModularTask.waves": {"n": number(5, whole=True)},
     "targets.Pairs": {

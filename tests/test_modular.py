@@ -21,20 +21,41 @@ odd = st.integers(1, 8).map(lambda k: 2 * k + 1)
 
 @st.composite
 def tasks(draw: st.DrawFn) -> ModularTask:
-    p = draw(st.integers(3, 14))
-    some = draw(st.sets(st.integers(1, (p - 1) // 2), min_size=1))
-    return ModularTask(p, draw(signs), tuple(some))
+    multiply = draw(st.booleans())
+    p = draw(st.sampled_from([5, 7, 11, 13]) if multiply else st.integers(3, 14))
+    some = draw(st.sets(st.integers(1, (p - 1 - multiply) // 2), min_size=1))
+    return ModularTask(p, draw(signs), tuple(some), multiply)
+
+
+def places(task: ModularTask) -> dict[int, int]:
+    """Where each token stands on the circle. Of a number that multiplies: how often it takes a root to reach it."""
+    if not task.multiply:
+        return {token: token for token in range(task.p)}
+    for root in range(2, task.p):
+        found: dict[int, int] = {}
+        product = 1
+        while product not in found:
+            found[product] = len(found)
+            product = product * root % task.p
+        if len(found) == task.p - 1:
+            return found
+    raise AssertionError("a prime has a root")
 
 
 def scores(task: ModularTask, n: int) -> Tensor:
-    """The closed form, pair by pair: 2 / p times the sum of cos(w (a +- b - q)) over the frequencies; [p^2, n]."""
-    rows = []
-    for a in range(task.p):
-        for b in range(task.p):
+    """The closed form, pair by pair: 2 / p times the sum of cos(w (a +- b - q)) over the frequencies; [p^2, n].
+
+    For a task that multiplies with places in a, b and q's stead, and p - 1 in p's.
+    """
+    rows, place = [], places(task)
+    period = len(place)
+    for a in sorted(place):
+        for b in sorted(place):
             row = torch.zeros(n, dtype=torch.double)
-            for q in range(task.p):
-                angles = [2 * math.pi * f / task.p * (a + task.sign * b - q) for f in task.frequencies or ()]
-                row[q] = 2 / task.p * sum(map(math.cos, angles))
+            for q in place:
+                steps = place[a] + task.sign * place[b] - place[q]
+                angles = [2 * math.pi * f / period * steps for f in task.frequencies or ()]
+                row[q] = 2 / period * sum(map(math.cos, angles))
             rows.append(row)
     return torch.stack(rows)
 
@@ -47,6 +68,21 @@ def test_all_frequencies_give_one_at_the_answer(p: int, sign: int) -> None:
     wanted = torch.eye(p)[(a + sign * b) % p] - 1 / p
     torch.testing.assert_close(target(x), wanted, atol=1e-5, rtol=0)
     assert torch.equal(target.answers(x), (a + sign * b) % p)
+
+
+@pytest.mark.parametrize("p", [5, 7, 11, 13, 23])
+def test_a_task_that_multiplies_scores_the_product_and_the_quotient_highest(p: int) -> None:
+    pairs = [(a, b) for a in range(1, p) for b in range(1, p)]
+    target = ModularArithmetic([ModularTask(p, 1, None, True), ModularTask(p, -1, None, True)], switches="task")
+    x = target.inputs()
+    assert x.shape == (2 * len(pairs), 2 * p + 2)
+    assert [tuple(v) for v in x[:, : 2 * p].unflatten(1, (2, p)).argmax(2).tolist()] == 2 * pairs
+    quotients = [next(q for q in range(p) if q * b % p == a) for a, b in pairs]
+    wanted = torch.tensor([a * b % p for a, b in pairs] + quotients)
+    assert torch.equal(target.answers(x), wanted)
+    top, where = target(x).topk(2, dim=1)
+    assert torch.equal(where[:, 0], wanted)
+    assert (top[:, 0] - top[:, 1] > 1 / p).all()
 
 
 @given(one=tasks(), other=tasks(), embedding=st.booleans(), seed=seeds)
@@ -64,7 +100,7 @@ def test_each_task_and_each_frequency_alone_is_its_sum_of_waves(
         task = (one, other)[t]
         f = (task.frequencies or ())[int((target.owner[:j] == t).sum())]
         of_task = x[:, 2 * target.n + t] > 0
-        single = scores(ModularTask(task.p, task.sign, (f,)), target.n).float()
+        single = scores(ModularTask(task.p, task.sign, (f,), task.multiply), target.n).float()
         torch.testing.assert_close(alone[of_task], single, atol=1e-5, rtol=0)
         assert alone[~of_task].abs().max() < 1e-10  # factors have rounding
 
@@ -87,8 +123,12 @@ def test_a_closed_frequency_neither_acts_nor_is_attributed_anything(task: Modula
     x = target.data(64)(0, torch.Generator().manual_seed(seed))
     x[:, 2 * target.n] = 0
     x[:, 2 * target.n + 1 :] = 1
-    others = ModularTask(task.p, task.sign, (task.frequencies or ())[1:]) if len(target.owner) > 1 else None
-    pair = x[:, : target.n].argmax(1) * task.p + x[:, target.n : 2 * target.n].argmax(1)
+    rest = (task.frequencies or ())[1:]
+    others = ModularTask(task.p, task.sign, rest, task.multiply) if rest else None
+    a, b = (
+        x[:, : 2 * target.n].unflatten(1, (2, target.n)).argmax(2) - int(task.multiply)
+    ).T  # its tokens begin with 1
+    pair = a * task.period + b
     wanted = scores(others, target.n).float()[pair] if others else torch.zeros(64, target.n)
     torch.testing.assert_close(target(x), wanted, atol=1e-5, rtol=0)
     parts = apd.Components.from_matrices(target.mechanisms(), 4)
@@ -109,7 +149,8 @@ def test_batches_are_rows_of_the_table_with_switches_closed_at_random(
     for tokens in x[:, : 2 * target.n].split(target.n, 1):
         assert torch.equal(tokens.sum(1), torch.ones(4000))
         # Each token with its share; six standard deviations.
-        assert (tokens.mean(0) - 1 / task.p).abs().max() < 6 * math.sqrt(1 / task.p / 4000)
+        own = tokens.mean(0)[int(task.multiply) :]
+        assert (own - 1 / task.period).abs().max() < 6 * math.sqrt(1 / task.period / 4000)
     switches = x[:, 2 * target.n :]
     assert switches.unique().tolist() == [0.0, 1.0]
     assert (switches.mean(0) - probability).abs().max() < 6 * math.sqrt(probability * (1 - probability) / 4000)
@@ -162,9 +203,16 @@ def test_frequencies_that_a_modulus_does_not_have_are_refused(frequencies: tuple
         ModularTask(5, 1, frequencies)
 
 
-def test_half_of_an_even_modulus_is_no_frequency() -> None:
+@pytest.mark.parametrize(("p", "multiply", "half"), [(6, False, 3), (7, True, 3)])
+def test_half_of_an_even_circle_is_no_frequency(p: int, multiply: bool, half: int) -> None:
     with pytest.raises(ValueError, match="frequencies must be"):
-        ModularTask(6, 1, (3,))
+        ModularTask(p, 1, (half,), multiply)
+
+
+@pytest.mark.parametrize("p", [3, 4, 9, 15])
+def test_only_modulo_a_prime_above_three_can_be_multiplied(p: int) -> None:
+    with pytest.raises(ValueError, match="p must be a prime"):
+        ModularTask(p, 1, None, True)
 
 
 def test_nine_neurons_a_frequency() -> None:

@@ -2,7 +2,8 @@
 
 A neuron that squares turns a sum of two waves into a wave of the sum: 2 cos(u) cos(v) = cos(u + v) + cos(u - v).
 Nine neurons for each frequency, with the phases 0, 2 pi / 3 and 4 pi / 3 of a and of b, cancel everything else
-(gromov2023 does the same with random phases, up to an error).
+(gromov2023 does the same with random phases, up to an error). Multiplication modulo a prime p is addition modulo p - 1
+once each number is replaced by its logarithm: the power of one fixed number that it is.
 """
 
 from __future__ import annotations
@@ -28,30 +29,51 @@ class ModularTask:
     Args:
         p: the modulus, 3 or more; the tokens are 0 to p - 1.
         sign: +1 adds, -1 subtracts.
-        frequencies: whole numbers from 1 to (p - 1) / 2, each once; None for all of them.
+        frequencies: whole numbers from 1 to (period - 1) / 2, each once; None for all of them.
+        multiply: multiplies and divides instead; p must be a prime, 5 or more, and the tokens are 1 to p - 1.
 
     Raises:
-        TypeError, ValueError: numbers out of range.
+        TypeError, ValueError: numbers out of range, or multiplication modulo a number that is no prime.
     """
 
     p: int
     sign: int = 1
     frequencies: tuple[int, ...] | None = None
+    multiply: bool = False
 
     def __post_init__(self) -> None:
         p = checks.number("p", self.p, 3, whole=True)
         sign = checks.number("sign", self.sign, -1, 1, whole=True)
         if sign == 0:
             raise ValueError("sign must be 1 or -1, got 0")
-        highest = (p - 1) // 2
+        if checks.flag("multiply", self.multiply) and (p < 5 or any(p % d == 0 for d in range(2, p))):
+            raise ValueError(f"p must be a prime, 5 or more, for multiplication, got {p}")
+        object.__setattr__(self, "p", p)
+        highest = (self.period - 1) // 2
         checks.kind("frequencies", self.frequencies, (tuple, list, type(None)), "a tuple of whole numbers, or None")
         given = range(1, highest + 1) if self.frequencies is None else self.frequencies
         found = tuple(checks.number("frequencies", f, 1, highest, whole=True) for f in given)
         if not found or len(set(found)) < len(found):
             raise ValueError(f"frequencies must be at least one, each once, got {checks.given(self.frequencies)}")
-        object.__setattr__(self, "p", p)
         object.__setattr__(self, "sign", sign)
         object.__setattr__(self, "frequencies", found)
+
+    @property
+    def period(self) -> int:
+        """Number of tokens, and of places on the circle: p, or p - 1 without the 0 that cannot be multiplied."""
+        return self.p - 1 if self.multiply else self.p
+
+    @property
+    def tokens(self) -> Tensor:
+        """The tokens in the order in which they stand on the circle: [period].
+
+        For multiplication the powers of the smallest number all of whose powers differ, so that a product of tokens is
+        a sum of places.
+        """
+        if not self.multiply:
+            return torch.arange(self.p)
+        powers = ([pow(g, i, self.p) for i in range(self.period)] for g in range(2, self.p))
+        return torch.tensor(next(row for row in powers if len(set(row)) == self.period))
 
     def waves(self, n: int) -> Tensor:
         """Compute cosine and sine of every frequency at every token, zero for tokens that it does not have: [n, 2 F].
@@ -60,16 +82,17 @@ class ModularTask:
             n: number of tokens, p or more.
         """
         n = checks.number("n", n, self.p, whole=True)
-        angles = 2 * math.pi / self.p * torch.arange(self.p)[:, None] * torch.tensor(self.frequencies)
+        angles = 2 * math.pi / self.period * torch.arange(self.period)[:, None] * torch.tensor(self.frequencies)
         both = torch.stack([angles.cos(), angles.sin()], dim=-1).flatten(1)
-        return torch.cat([both, both.new_zeros(n - self.p, both.shape[1])])
+        return both.new_zeros(n, both.shape[1]).index_copy(0, self.tokens, both)
 
 
 class ModularArithmetic(nn.Module):
     """(a, b, switches) [B, 2 n + S] -> [B, n]: scores of the answers, largest at (a + b) mod p or (a - b) mod p.
 
     a and b come as one-hot vectors of n, the largest modulus. Each of the S switches opens the neurons of a frequency,
-    or of a task. With all frequencies of a task the scores are 1 - 1 / p at the answer and -1 / p elsewhere.
+    or of a task. With all frequencies of a task of odd p the scores are 1 - 1 / p at the answer and -1 / p elsewhere.
+    A task that multiplies, (a b) mod p or (a / b) mod p, has no 0 among its tokens.
 
     Args:
         tasks: what it can do; several tasks take turns, and need `switches="task"`.
@@ -124,7 +147,7 @@ class ModularArithmetic(nn.Module):
         self.hidden = nn.Linear(len(self.embed.T), GRID * F, bias=False)
         self.out = nn.Linear(GRID * F, self.n, bias=False)
         with torch.no_grad():
-            scale = torch.tensor([(GRID / 4 * task.p) ** (-1 / 3) for task in self.tasks])  # it comes in three times
+            scale = torch.tensor([(GRID / 4 * t.period) ** (-1 / 3) for t in self.tasks])  # it comes in three times
             sizes = scale[self.owner].repeat_interleave(GRID)
             self.hidden.weight.copy_(sizes[:, None] * reads @ (turn if self.embedding else both.T))
             for f, t in enumerate(self.owner.tolist()):
@@ -151,10 +174,10 @@ class ModularArithmetic(nn.Module):
         return self.out(squares * (x[..., 2 * self.n :] @ self.opens) if self.switches else squares)
 
     def inputs(self) -> Tensor:
-        """List every pair of tokens of every task: [sum of p^2, 2 n + S]; switches of frequencies are all open."""
+        """List every pair of tokens of every task: [sum of period^2, 2 n + S]; switches of frequencies are all open."""
         rows = []
         for t, task in enumerate(self.tasks):
-            a, b = torch.cartesian_prod(torch.arange(task.p), torch.arange(task.p)).T
+            a, b = torch.cartesian_prod(*[task.tokens.sort().values] * 2).T
             tokens = torch.cat([nn.functional.one_hot(v, self.n) for v in (a, b)], dim=1).float()
             switch = torch.ones(len(a), len(self.opens))
             if self.switches == "task":
@@ -171,8 +194,14 @@ class ModularArithmetic(nn.Module):
         checks.tensor("x", x, "B", 2 * self.n + len(self.opens))
         a, b = x[:, : self.n].argmax(1), x[:, self.n : 2 * self.n].argmax(1)
         t = x[:, 2 * self.n :].argmax(1) if self.switches == "task" else torch.zeros_like(a)
-        p, sign = (torch.tensor([getattr(task, name) for task in self.tasks]).to(a)[t] for name in ("p", "sign"))
-        return (a + sign * b) % p
+        found = torch.zeros_like(a)
+        for i, task in enumerate(self.tasks):
+            tokens = task.tokens.to(a)
+            places = tokens.new_zeros(task.p)
+            places[tokens] = torch.arange(task.period).to(a)
+            own = t == i
+            found[own] = tokens[(places[a[own]] + task.sign * places[b[own]]) % task.period]
+        return found
 
     def data(self, batch_size: int = 256) -> Pairs:
         """Create the source of batches [batch_size, 2 n + S].
