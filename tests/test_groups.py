@@ -165,6 +165,23 @@ def test_a_network_may_have_some_irreps_only(some: set[int], seed: int) -> None:
     assert (right == 1) == bool(some & {2, 3}) and (y.argmax(1) == target.answers())[576:].all()
 
 
+@given(names=st.lists(small, min_size=1, max_size=2), seed=seeds)
+def test_the_embedding_spans_what_the_irreps_read(names: list[str], seed: int) -> None:
+    some = [(len(Group(name).irreps) - 1,) for name in names]
+    target = GroupOperations(names, some, seed=seed)
+    D = target.embed.shape[1]
+    torch.testing.assert_close(target.embed.T @ target.embed, torch.eye(D), atol=1e-5, rtol=0)
+    assert D == 2 * sum(round(g.weights[i] * g.irreps[i].shape[1]) for g, (i,) in zip(target.groups, some, strict=True))
+    plain = GroupOperations(names, some, embedding=False, seed=seed)
+    torch.testing.assert_close(target(target.inputs()).abs().amax(), plain(plain.inputs()).abs().amax())
+    y = target(target.inputs())
+    for (i,), group, tokens, n in zip(
+        some, target.groups, target.tokens, [g.order for g in target.groups], strict=True
+    ):
+        rows = slice(0, n * n) if tokens.min() == 0 else slice(len(y) - n * n, None)
+        torch.testing.assert_close(y[rows][:, tokens], scores(group, [i]).flatten(0, 1).float(), atol=1e-5, rtol=0)
+
+
 def test_batches_come_from_the_table() -> None:
     target = GroupOperations(["S3"], switches="irrep", probability=0.3)
     x = target.data(4000)(0, torch.Generator().manual_seed(0))

@@ -139,6 +139,15 @@ def _character(rho: Tensor) -> Tensor:
     return rho.diagonal(dim1=1, dim2=2).sum(1)
 
 
+def _span(group: Group, places: Sequence[int]) -> Tensor:
+    """Orthonormal functions of the elements that span the entries of some representations: [n, D]."""
+    columns = []
+    for rho, weight in ((group.irreps[i], group.weights[i]) for i in places):
+        rows = int(weight)  # of a rotation that is two representations over the complex, one row says all
+        columns.append((rho.shape[1] / group.order) ** 0.5 * rho[:, :rows].flatten(1))
+    return torch.cat(columns, 1)
+
+
 def _turns(angles: Tensor) -> Tensor:
     """Rotations by angles [n]: [n, 2, 2]."""
     c, s = angles.cos(), angles.sin()
@@ -230,8 +239,9 @@ class GroupOperations(nn.Module):
         switches: None leaves everything open (S = 0), and each group has tokens of its own; "group" lets groups of the
             same order share tokens, and opens one group a sample; "irrep" opens each irreducible representation of a
             single group with chance `probability`.
-        embedding: False gives the one-hot vectors to the decomposed matrix; True gives it n - 1 numbers for each
-            vocabulary of n and each side, in a random basis: tokens no longer lie on axes of their own.
+        embedding: False gives the one-hot vectors to the decomposed matrix; True gives it, in a random basis, what the
+            irreps are made of: functions of the tokens, orthonormal on either side, that span their entries. Where
+            tokens are shared, these are all functions that sum to zero. Tokens then lie on no axes of their own.
         probability: of an open representation, in (0, 1].
         seed: of the tokens, the bases of the representations and that of the embedding.
 
@@ -281,7 +291,15 @@ class GroupOperations(nn.Module):
         firsts = [0] * len(orders) if switches == "group" else [sum(orders[:t]) for t in range(len(orders))]
         # tokens[t][g] is the token of element g of group t
         self.tokens = [f + torch.randperm(n, generator=generator) for f, n in zip(firsts, orders, strict=True)]
-        spreads = torch.block_diag(*[spread(n) for n in vocabularies] * 2)  # [2 N, D]
+        spans = (
+            [spread(N)]
+            if switches == "group"
+            else [
+                _span(g, own)[tokens.argsort()]
+                for g, own, tokens in zip(self.groups, kept, [t - t.min() for t in self.tokens], strict=True)
+            ]
+        )
+        spreads = torch.block_diag(*spans * 2)  # [2 N, D], orthonormal columns
         turn = torch.linalg.qr(torch.randn(2 * [spreads.shape[1]], generator=generator, dtype=DOUBLE)).Q
         embed = spreads @ turn if self.embedding else torch.eye(2 * N, dtype=DOUBLE)
         reads, writes, owner = [], [], []
