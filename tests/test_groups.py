@@ -12,6 +12,7 @@ from torch import Tensor
 
 import apd_minimal as apd
 from apd_minimal.targets import Group, GroupOperations
+from experiments import groups as study
 
 NAMES = ["Z2", "Z5", "Z6", "D3", "D4", "D5", "S3", "A4", "S4", "S5"]
 small = st.sampled_from(["Z2", "Z5", "Z6", "D4", "D5", "S3", "A4"])
@@ -257,3 +258,62 @@ def test_neurons_that_do_not_fit_are_refused() -> None:
     u = torch.ones(6, 4)
     with pytest.raises(ValueError, match="the same neurons"):
         Group("S3").certify(u, u[:, :3], torch.ones(4, 6))
+
+
+def test_a_component_is_run_on_its_own_tokens_and_switch() -> None:
+    """Certificates of true parts hold, of another's part they do not; all pairs are run as the network runs them."""
+    for kind in ("apart", "shared"):
+        target = study.target_of(kind, 5)
+        parts = apd.Components.from_matrices(target.mechanisms(), 40)
+        network, x = apd.Network(target, target.weights), target.inputs()
+        for row in study.bounds(target, parts, torch.arange(3)):
+            assert row["share"] == row["right"] == 1 and row["wrong"] == 0
+        assert all(row["share"] == 0 for row in study.bounds(target, parts, torch.tensor([1, 2, 0])))
+        for t, tokens in enumerate(target.tokens):
+            rows = slice(576 * t, 576 * (t + 1))
+            alone = network(x[rows], parts, torch.eye(3)[t].expand(576, -1))
+            right = (tokens[alone[:, tokens].argmax(1)] == target.answers()[rows]).double().mean()
+            assert right == 1
+
+
+def test_without_irreps_keeps_sizes_and_nothing_else() -> None:
+    before, after = study.target_of("shared", 3), study.target_of("shared, no irreps", 3)
+    for irrep in before.owner.unique():
+        own = before.owner == irrep
+        for name in ("hidden", "out"):
+            old, new = (getattr(t, name).weight.detach() for t in (before, after))
+            old, new = (old[own], new[own]) if name == "hidden" else (old[:, own], new[:, own])
+            sizes = [torch.linalg.svdvals(w) for w in (old, new)]
+            torch.testing.assert_close(*sizes, atol=1e-4, rtol=1e-4)
+            assert abs(float(torch.cosine_similarity(old.flatten(), new.flatten(), dim=0))) < 0.4
+    y = after(after.inputs())
+    assert float((y.argmax(1) == after.answers()).double().mean()) < 0.3
+
+
+def test_causal_scores_of_cuts_that_are_known() -> None:
+    """Cuts are exact where the network computes each operation apart; parts in another order are matched."""
+    task = study.task_of("trained", 4)
+    net = study.OneLayer(2 * task.n_tokens, task.n_tokens, True, 0, len(task.owner))
+    net.load_state_dict({name: dict(task.named_parameters())[name].detach() for name in dict(net.named_parameters())})
+    made = study.cuts(task, net)
+    for name in ("tokens", "neurons"):  # these networks have neurons of their own
+        parts = made[name]
+        for order in ([0, 1, 2], [2, 0, 1]):
+            turned = {path: parts.matrices(path)[order] for path in parts.paths}
+            for row in study.causal(task, net, apd.Components.from_matrices(turned, 44)):
+                assert row["right"] == row["as_the_network"] == row["certified_share"] == 1
+                assert row["alone"] < 1e-6 and row["without_on_others"] < 1e-6
+                assert row["without"] == pytest.approx(1, abs=0.05) and row["alone_on_others"] > 0.9
+    lumped = {path: m[[0, 0, 0]] / 3 for path in made["tokens"].paths for m in [made["tokens"].matrices(path)]}
+    worst = study.causal(task, net, apd.Components.from_matrices(lumped, 44))
+    assert max(row["alone"] for row in worst) > 0.9
+
+
+def test_training_learns_all_three_operations_and_untrained_has_none() -> None:
+    task = study.task_of("trained", 0)
+    x, block = task.inputs(), study.blocks_of(task)
+    assert block.bincount().tolist() == [36, 36, 100]
+    for kind, low, high in (("trained", 1.0, 1.0), ("untrained", 0.0, 0.3)):
+        y = study.network_of(kind, 0, **({"steps": 1500} if kind == "trained" else {}))(x)
+        right = float((y.argmax(1) == task.answers()).double().mean())
+        assert low <= right <= high

@@ -83,7 +83,7 @@ class Group:
 
     @property
     def weights(self) -> list[float]:
-        """What each representation counts in the sum: its dimension, or half of it if it is two over the complex."""
+        """What each representation counts in the sum, its dimension, or half of it if it is two over the complex."""
         return [rho.shape[1] / round(_character(rho).square().mean().item()) for rho in self.irreps]
 
     def certify(self, u: Tensor, v: Tensor, w: Tensor) -> Certificate:
