@@ -269,6 +269,8 @@ def test_a_component_is_run_on_its_own_tokens_and_switch() -> None:
         for row in study.bounds(target, parts, torch.arange(3)):
             assert row["share"] == row["right"] == 1 and row["wrong"] == 0
         assert all(row["share"] == 0 for row in study.bounds(target, parts, torch.tensor([1, 2, 0])))
+        lump = apd.Components.from_matrices({path: w[None] for path, w in network.weights.items()}, 46)
+        assert all(row["share"] == 1 for row in study.bounds(target, lump, torch.zeros(3).long()))  # others are closed
         for t, tokens in enumerate(target.tokens):
             rows = slice(576 * t, 576 * (t + 1))
             alone = network(x[rows], parts, torch.eye(3)[t].expand(576, -1))

@@ -233,7 +233,7 @@ class GroupOperations(nn.Module):
     switches says which group multiplies.
 
     Args:
-        groups: names of groups, or `Group`s.
+        groups: each by its name, or a `Group`.
         irreps: for each group, places in `Group.irreps` of those that the network has; None for all of them, as they
             are needed for the scores above.
         switches: None leaves everything open (S = 0), and each group has tokens of its own; "group" lets groups of the
