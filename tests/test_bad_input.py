@@ -91,6 +91,7 @@ ELSEWHERE = {
     "baselines.GRIDS": "a constant",
     "baselines.Chosen": "made by the package",
     "rate.Cost": "made by the package",
+    "targets.Certificate": "made by the package",
     "tune.Tuned": "made by the package",
     **{f"tune.Each.{name}": "called by the package" for name in ("choose", "threshold")},
     "selection.Selection": "a protocol: its methods are called by the package",
@@ -156,6 +157,9 @@ LETTERS = apd.targets.Transformer(7, 4, 2, 4, 1)
 GATED = apd.targets.GatedFunctions(2, 3)
 TASK = apd.targets.ModularTask(5)
 MODULAR = apd.targets.ModularArithmetic([TASK], switches="frequency")
+GROUP = apd.targets.Group("S3")
+OPERATIONS = apd.targets.GroupOperations([GROUP], switches="irrep")
+NEURONS = torch.ones(6, 4)
 INDUCTION = apd.targets.Induction()
 TOKENS = INDUCTION.data(4)(0, torch.Generator().manual_seed(0))
 X = torch.rand(4, 5, generator=torch.Generator().manual_seed(1)) + 0.1
@@ -370,6 +374,14 @@ VALID: dict[str, tuple[Any, dict[str, Any]]] = {  # name: (self or None, argumen
     "targets.GatedFunctions.mechanisms": (GATED, {}),
     "targets.GatedInputs": (None, {"n_functions": 2}),
     "targets.GatedInputs.__call__": (apd.targets.GatedInputs(2), {"step": 0, "generator": generator()}),
+    "targets.Group": (None, {"name": "S3"}),
+    "targets.Group.certify": (GROUP, {"u": NEURONS, "v": NEURONS, "w": torch.ones(4, 6)}),
+    "targets.GroupOperations": (None, {"groups": ["S3"]}),
+    "targets.GroupOperations.forward": (OPERATIONS, {"x": OPERATIONS.inputs()}),
+    "targets.GroupOperations.inputs": (OPERATIONS, {}),
+    "targets.GroupOperations.answers": (OPERATIONS, {}),
+    "targets.GroupOperations.data": (OPERATIONS, {}),
+    "targets.GroupOperations.mechanisms": (OPERATIONS, {}),
     "targets.Induction": (None, {}),
     **{f"targets.Induction.{name}": (INDUCTION, {"x": TOKENS}) for name in ("forward", "patterns", "says", "answers")},
     "targets.Induction.uses": (INDUCTION, {"x": TOKENS}),
@@ -979,6 +991,18 @@ OWN_KINDS: dict[str, dict[str, Strategy]] = {
         "circuits": CIRCUITS,
     },
     "targets.Sequences.__call__": {"generator": source(none=False)},
+    "targets.Group": {"name": st.one_of(but(str), st.sampled_from(["", "S6", "Z1", "D2", "A5", "Z121", "s3"]))},
+    "targets.Group.certify": {
+        "u": tensor(NEURONS, 0, 1), "v": tensor(NEURONS, 0, 1), "w": tensor(torch.ones(4, 6), 0, 1),
+    },
+    "targets.GroupOperations": {
+        "groups": st.one_of(but(list, tuple), NOTHING, st.sampled_from([[], [5], ["S6"], ["S3", None], ["", "S3"]])),
+        "irreps": st.sampled_from([[], [()], [(2,)], [(0, 0)], [0], [None], ["0"], 5, "S3"]),
+        "switches": choice("group", "irrep", none=True),
+        "embedding": flag(),
+    },
+    "targets.GroupOperations.forward": {"x": tensor(OPERATIONS.inputs(), 0, finite=False)},
+    "targets.GroupOperations.mechanisms": {"by": choice("group", "irrep")},
     "targets.ModularArithmetic": {
         "tasks": st.one_of(but(list, tuple), NOTHING, st.sampled_from([[], [5], [TASK, TASK], [TASK, None]])),
         "switches": choice("task", "frequency", none=True),

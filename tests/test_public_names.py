@@ -24,8 +24,8 @@ NAMES = {
     "rate": "NEVER Cost Judge costs curve shortest",
     "rules": "Rule TransposedLinear rule",
     "store": "FORMAT StoreError read_tensors reading write write_tensors",
-    "targets": "GatedFunctions GatedInputs Induction ModularArithmetic ModularTask Pairs Questions ResidualMLP "
-    "Sequences TMS Transformer",
+    "targets": "Certificate GatedFunctions GatedInputs Group GroupOperations Induction ModularArithmetic ModularTask "
+    "Pairs Questions ResidualMLP Sequences TMS Transformer",
     "tune": "Each Tuned tune",
     "selection": "FinalSelection Selection TopK batch_top_k final_selection sample_top_k",
 }

@@ -1,6 +1,7 @@
 """The networks that the book decomposes, with their known mechanisms (chapter 2)."""
 
 from .gated import GatedFunctions, GatedInputs
+from .groups import Certificate, Group, GroupOperations
 from .induction import Induction, Sequences
 from .modular import ModularArithmetic, ModularTask, Pairs
 from .residual_mlp import ResidualMLP
@@ -8,6 +9,6 @@ from .tms import TMS
 from .transformer import Questions, Transformer
 
 __all__ = [
-    "TMS", "GatedFunctions", "GatedInputs", "Induction", "ModularArithmetic", "ModularTask", "Pairs", "Questions",
-    "ResidualMLP", "Sequences", "Transformer",
+    "TMS", "Certificate", "GatedFunctions", "GatedInputs", "Group", "GroupOperations", "Induction", "ModularArithmetic",
+    "ModularTask", "Pairs", "Questions", "ResidualMLP", "Sequences", "Transformer",
 ]  # fmt: skip
