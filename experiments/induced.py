@@ -145,7 +145,7 @@ class Looking(TwoLayers):
     def forward(self, x: Tensor) -> Tensor:
         """Compute where the heads of the second layer look."""
         first, second = self.blocks
-        return second.patterns(first(self.stream(x)))
+        return second.patterns(first(self.stream(x)))  # type: ignore[operator]
 
 
 def looking(net: TwoLayers) -> apd.Network:

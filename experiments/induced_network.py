@@ -133,7 +133,7 @@ class TwoLayers(nn.Module):
         """Compute where all heads look: [B, 2, H, T, T]."""
         stream = self.stream(x)
         first, second = self.blocks
-        return torch.stack([first.patterns(stream), second.patterns(first(stream))], 1)
+        return torch.stack([first.patterns(stream), second.patterns(first(stream))], 1)  # type: ignore[operator]
 
 
 def repeats(x: Tensor) -> Tensor:

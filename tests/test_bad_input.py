@@ -993,7 +993,9 @@ OWN_KINDS: dict[str, dict[str, Strategy]] = {
     "targets.Sequences.__call__": {"generator": source(none=False)},
     "targets.Group": {"name": st.one_of(but(str), st.sampled_from(["", "S6", "Z1", "D2", "A5", "Z121", "s3"]))},
     "targets.Group.certify": {
-        "u": tensor(NEURONS, 0, 1), "v": tensor(NEURONS, 0, 1), "w": tensor(torch.ones(4, 6), 0, 1),
+        "u": tensor(NEURONS, 0, 1),
+        "v": tensor(NEURONS, 0, 1),
+        "w": tensor(torch.ones(4, 6), 0, 1),
     },
     "targets.GroupOperations": {
         "groups": st.one_of(but(list, tuple), NOTHING, st.sampled_from([[], [5], ["S6"], ["S3", None], ["", "S3"]])),
