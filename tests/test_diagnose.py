@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+import runs
 import torch
 from torch import Tensor
 
@@ -281,3 +282,13 @@ def test_input_that_does_not_fit() -> None:
         diagnose(TARGET, components, X, K, dead=1.0)
     with pytest.raises(ValueError, match="nothing to explain"):
         diagnose(TARGET, components, torch.zeros_like(X), K)
+
+
+def test_divergences_go_by_name_as_in_decompose() -> None:
+    target, x = runs.tms(), runs.batches(0, torch.Generator().manual_seed(5))
+    components = runs.decompose(steps=2).components
+    for name, function in apd.losses.DIVERGENCES.items():
+        by_name, by_function = (diagnose(target, components, x, 1.2, divergence=d) for d in (name, function))
+        assert by_name.sparse == by_function.sparse
+    with pytest.raises(ValueError, match="divergence must be one of"):
+        diagnose(target, components, x, 1.2, divergence="l1")

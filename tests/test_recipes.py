@@ -342,3 +342,22 @@ def test_a_callback_for_weights_and_biases() -> None:
     result = runs.decompose(callback=callback)
     assert len(seen) == len(set(seen)) > 0
     assert set(seen) == expected_logs(result)
+
+
+def test_what_a_result_can_be_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    target, x = runs.tms(), runs.batches(0, torch.Generator().manual_seed(5))
+    result, other = runs.decompose(), runs.decompose(seed=8)
+    first, second = PAGE["What came out"]
+    names = run(first, apd=apd, target=target, x=x, result=result)
+    active, network, without = names["active"], names["network"], names["without"]
+    assert active.dtype == torch.bool
+    assert active.shape == (len(x), 6)
+    assert torch.equal(without[:, 1:], active[:, 1:].float())
+    assert not without[:, 0].any()
+    every = torch.ones_like(without)
+    torch.testing.assert_close(network(x, result.components, every, remainder=True), target(x))
+    torch.testing.assert_close(names["change"], network(x, result.components, without, remainder=True) - target(x))
+    run(second, apd=apd, result=result, other=other)
+    shown = capsys.readouterr().out
+    assert "of the whole:" in shown
+    assert "chance" in shown

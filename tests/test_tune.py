@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -177,3 +178,9 @@ def test_a_bar_shows_the_runs_unless_it_is_turned_off(capsys: pytest.CaptureFixt
     assert "1/2" in capsys.readouterr().err
     tune(target(), batches, ["weight"], 8, minutes=0, steps=2, tidy_every=0.0, progress=False)
     assert "1/2" not in capsys.readouterr().err
+
+
+def test_a_search_in_which_nothing_can_be_compared_warns() -> None:
+    with pytest.warns(UserWarning, match=r"no k reached an error of 1e-09 or less.*faithfulness"):
+        found = tune(target(), batches, ["weight"], 8, epsilons=(1e-9,), **QUICK | {"steps": 1})
+    assert all(row["bits"] == math.inf for row in found.tried)

@@ -17,7 +17,7 @@ from .. import checks
 from ..attributions import Attribution, gradient
 from ..attributions.choose import shapes_of
 from ..components import Components, usable
-from ..losses import Divergence, mse, sample_errors
+from ..losses import DIVERGENCES, Divergence, mse, sample_errors
 from ..network import Network, as_network
 from ..selection import FinalSelection, Selection, final_selection
 from ..tidy.merge import cosines
@@ -160,7 +160,7 @@ def diagnose(
     x: Tensor,
     top_k: float | Selection | FinalSelection,
     *,
-    divergence: Divergence = mse,
+    divergence: str | Divergence = mse,
     at: str = "target",
     seed: int = 0,
     attribution: Attribution | None = None,
@@ -174,7 +174,7 @@ def diagnose(
         x: inputs [B, ...]; a few thousand, of the kind that the decomposition was made for.
         top_k: mean number of active components per sample, 0 < k <= C; or a selection, such as that of a run
             (`Decomposition.final_selection`).
-        divergence: (outputs, target_outputs) to one error per sample [B], as in `decompose`.
+        divergence: "mse", "kl", or (outputs, target_outputs) to one error per sample [B], as in `decompose`.
         at: where the gradient attributions are taken, "target" or "components".
         seed: of the random halves of scrubbing.
         attribution: (network, components, x) -> [B, C], by which the active ones are chosen, as in `decompose`; None
@@ -198,10 +198,11 @@ def diagnose(
     checks.function("attribution", attribution)
     seed = checks.number("seed", seed, 0, 2**62, whole=True)
     checks.choice("at", at, ("target", "components"))
+    if isinstance(divergence, str):
+        checks.choice("divergence", divergence, list(DIVERGENCES))
+        divergence = DIVERGENCES[divergence]
     if not callable(divergence):
-        raise TypeError(
-            f"divergence must be a function (outputs, target_outputs) -> [B], got {checks.given(divergence)}"
-        )
+        raise TypeError(f"divergence must be one of {list(DIVERGENCES)} or a function, got {checks.given(divergence)}")
     components = components.map(Tensor.detach)
     length = components.norms()
     if not length.any():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -68,7 +69,7 @@ class Tuned:
     Attributes:
         best: the decomposition that needs the fewest bits, the first of equals.
         k: mean number of active components per sample in its run, before the last stage.
-        settings: of its run, those that were changed.
+        settings: of its run, those that were changed, and the number of components.
         runs: all of them, each with its restarts, one for each k.
         tried: a row for each restart of every run: "run", "changed", "k", "bits".
         seconds: that all took.
@@ -129,7 +130,8 @@ def tune(
         **settings: further arguments of `decompose`, such as `divergence`, `attribution`, and any field of `Config`.
 
     Returns:
-        Tuned: the best decomposition, and all that was tried.
+        Tuned: the best decomposition, and all that was tried. There is a warning if none reached an error of
+        `epsilons`, since nothing can be compared then.
 
     Raises:
         TypeError: a k, selection, judge, number of restarts or checkpoint, which belong to one run.
@@ -175,4 +177,7 @@ def tune(
             bar.update()
             bar.set_postfix(k=f"{k:.3g}", bits=f"{least:.4g}")
     assert best is not None
+    if least == math.inf:
+        what = f"no k reached an error of {max(epsilons):g} or less, so that the first is given"
+        warnings.warn(f"{what}: take more steps, or raise the weight of faithfulness", UserWarning, stacklevel=2)
     return Tuned(best, k, kept, runs, tried, time.monotonic() - start)
