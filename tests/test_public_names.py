@@ -96,7 +96,7 @@ def test_fields() -> None:
         fields(apd.Decomposition)
         == (
             "components config history scores chosen finished fingerprint restarts threshold selection attribution "
-            "selection_name active_name"
+            "selection_name active_name output"
         ).split()
     )
     assert fields(apd.metrics.Scrubbing) == "top_k scrubbed anti_scrubbed nonempty".split()

@@ -60,12 +60,12 @@ class ModularTask:
 
     @property
     def period(self) -> int:
-        """Number of tokens, and of places on the circle: p, or p - 1 without the 0 that cannot be multiplied."""
+        """Number of tokens, and of places on the circle, p, or p - 1 without the 0 that cannot be multiplied."""
         return self.p - 1 if self.multiply else self.p
 
     @property
     def tokens(self) -> Tensor:
-        """The tokens in the order in which they stand on the circle: [period].
+        """The tokens [period] in the order in which they stand on the circle.
 
         For multiplication the powers of the smallest number all of whose powers differ, so that a product of tokens is
         a sum of places.
