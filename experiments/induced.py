@@ -4,10 +4,10 @@ python -m experiments.induced [--only trained untrained labels] [--processes N] 
 
 Two layers of attention (`experiments.induced_network`), trained on the tasks of the planted circuits, all of their
 trained weights decomposed with gates for each position. Controls: the network before it was trained ("untrained"), and
-one that has learned answers drawn at random by heart ("labels"). Beside APD's components stand the same parts dealt
+one that was trained on answers drawn at random ("labels"). Beside APD's components stand the same parts dealt
 anew, parts turned at random first, and the cut by heads, which trains nothing. Which component belongs to which task is
-settled on one half of the sequences and scored on the other. Settings were made on the targets of seeds 90 to 92; the
-seeds here are 8900 and up for the targets, and 1,000 more for the runs.
+settled on one half of the sequences and scored on the other. Settings were made on one target, of seed 90; the seeds
+here are 8900 and up for the targets, and 1,000 more for the runs.
 """
 
 from __future__ import annotations
