@@ -2,8 +2,8 @@
 
 Tokens and questions are those of `targets.Induction`. Only the attention is trained. What goes in and what comes out is
 fixed: every letter, the mark, the question and every position has a direction of its own in the stream, and so has
-every answer, so that nothing is said unless a head writes it. The softmax is an ordinary one: a head has to look
-somewhere.
+every answer, so that nothing is said unless a head writes it. A head may also look at nothing, at a fixed
+score.
 """
 
 from __future__ import annotations
