@@ -271,7 +271,7 @@ def test_inputs_that_make_no_sense() -> None:
         gradient(one.network, some, one.x())
     torch.testing.assert_close(gradient(one.target, some, one.x()).shape, torch.Size([4, 3]))
     conv = case("conv2d")
-    with pytest.raises(ValueError, match="layers with different numbers of positions"):
+    with pytest.raises(ValueError, match="layers have different numbers of positions"):
         gradient(conv.network, conv.components(), conv.x(), per_position=True)
 
 

@@ -99,7 +99,7 @@ def stops_and_goes_on(tmp_path: Path, source: Callable[[], Batches], **arguments
 def test_every_block_is_run_by_a_test() -> None:
     assert set(CONTRIBUTING) == {"A kind of layer", "An attribution", "A selection"}
     assert all(len(code) == 2 for code in CONTRIBUTING.values()), "a file, and how it is used"
-    assert set(PAGE) == {*SOURCES, DICTS, "TensorBoard", "Weights & Biases"}
+    assert set(PAGE) == {*SOURCES, DICTS, "What came out", "TensorBoard", "Weights & Biases"}
 
 
 # A kind of layer
