@@ -32,6 +32,7 @@ from apd_minimal.study import controls
 from apd_minimal.study.rate import Judge
 from apd_minimal.targets import GroupOperations, Pairs
 from experiments.experiment import Row, Rows, Study, Tensors, numbers
+from experiments.modular import like
 
 Job = tuple[str, int, int]  # kind, number of components, seed
 HIDDEN, OUT = PATHS = ("hidden.weight", "out.weight")
@@ -68,15 +69,10 @@ def without_irreps(target: GroupOperations, seed: int) -> GroupOperations:
     """Replace what every representation reads and writes by random matrices of the same singular values."""
     generator = torch.Generator().manual_seed(seed)
 
-    def like(w: Tensor) -> Tensor:
-        U, S, Vh = torch.linalg.svd(w, full_matrices=False)
-        U, V = (torch.linalg.qr(torch.randn(m.shape, generator=generator)).Q for m in (U, Vh.T))
-        return U @ S.diag() @ V.T
-
     for irrep in target.owner.unique():
         own = target.owner == irrep
-        target.hidden.weight[own] = like(target.hidden.weight[own])
-        target.out.weight[:, own] = like(target.out.weight[:, own])
+        target.hidden.weight[own] = like(target.hidden.weight[own], generator)
+        target.out.weight[:, own] = like(target.out.weight[:, own], generator)
     return target
 
 

@@ -81,20 +81,22 @@ def target_of(kind: str, seed: int) -> ModularArithmetic:
     return without_waves(target, seed) if "no waves" in kind else target
 
 
+def like(w: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw a matrix of the shape and the singular values of another, with random singular directions."""
+    U, S, Vh = torch.linalg.svd(w, full_matrices=False)
+    U, V = (torch.linalg.qr(torch.randn(m.shape, generator=generator)).Q for m in (U, Vh.T))
+    return U @ S.diag() @ V.T
+
+
 @torch.no_grad()
 def without_waves(target: ModularArithmetic, seed: int) -> ModularArithmetic:
     """Replace what every frequency reads and writes by random matrices of the same singular values."""
     generator = torch.Generator().manual_seed(seed)
 
-    def like(w: Tensor) -> Tensor:
-        U, S, Vh = torch.linalg.svd(w, full_matrices=False)
-        U, V = (torch.linalg.qr(torch.randn(m.shape, generator=generator)).Q for m in (U, Vh.T))
-        return U @ S.diag() @ V.T
-
     for start in range(0, len(target.hidden.weight), GRID):
         block = slice(start, start + GRID)
-        target.hidden.weight[block] = like(target.hidden.weight[block])
-        target.out.weight[:, block] = like(target.out.weight[:, block])
+        target.hidden.weight[block] = like(target.hidden.weight[block], generator)
+        target.out.weight[:, block] = like(target.out.weight[:, block], generator)
     return target
 
 
