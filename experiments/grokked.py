@@ -26,7 +26,7 @@ from apd_minimal.study import controls
 from apd_minimal.study.rate import Judge
 from apd_minimal.targets import ModularArithmetic, ModularTask, Pairs
 from experiments.experiment import Row, Rows, Study, Tensors, numbers, stored
-from experiments.modular import WEIGHTS
+from experiments.modular import WEIGHTS, like
 
 P, NEURONS = 17, 64
 SEEDS = tuple(range(8800, 8805))
@@ -136,9 +136,7 @@ def network_of(state: str, seed: int) -> Squares:
     if state == "random":
         with torch.no_grad():
             for w in model.parameters():
-                U, S, Vh = torch.linalg.svd(w, full_matrices=False)
-                U, V = (torch.linalg.qr(torch.randn(m.shape, generator=generator)).Q for m in (U, Vh.T))
-                w.copy_(U @ S.diag() @ V.T)
+                w.copy_(like(w, generator))
     return model
 
 
