@@ -20,7 +20,7 @@ from .network import Network
 if TYPE_CHECKING:
     from . import attributions, bottleneck, data, importance, store, targets
     from .book import artefacts, frames, glue
-    from .study import baselines, diagnose, leakage, metrics, plots, rate, tune
+    from .study import baselines, controls, diagnose, leakage, metrics, plots, rate, tune, worst
 
 __all__ = [
     "Components",
@@ -32,6 +32,7 @@ __all__ = [
     "attributions",
     "baselines",
     "bottleneck",
+    "controls",
     "data",
     "decompose",
     "diagnose",
@@ -48,29 +49,16 @@ __all__ = [
     "store",
     "targets",
     "tune",
+    "worst",
 ]
 
 __version__ = "0.1.0"
 
 # What a plain run does not need is loaded when it is first asked for.
-_LATER = {
-    "artefacts": "book.artefacts",
-    "attributions": "attributions",
-    "baselines": "study.baselines",
-    "bottleneck": "bottleneck",
-    "data": "data",
-    "diagnose": "study.diagnose",
-    "frames": "book.frames",
-    "glue": "book.glue",
-    "importance": "importance",
-    "leakage": "study.leakage",
-    "metrics": "study.metrics",
-    "plots": "study.plots",
-    "rate": "study.rate",
-    "store": "store",
-    "targets": "targets",
-    "tune": "study.tune",
-}
+_STUDY = "baselines controls diagnose leakage metrics plots rate tune worst".split()
+_LATER = {name: name for name in ("attributions", "bottleneck", "data", "importance", "store", "targets")}
+_LATER |= {name: f"book.{name}" for name in ("artefacts", "frames", "glue")}
+_LATER |= {name: f"study.{name}" for name in _STUDY}
 
 
 def __getattr__(name: str) -> Any:

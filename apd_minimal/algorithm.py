@@ -122,8 +122,8 @@ def decompose(
     copy.deepcopy(selection)  # the result will have a copy: what cannot be copied fails now, not at the end
     if type(selection) is TopK:  # the same as its settings, so that whatever reads these knows k
         top_k, settings, selection = selection.top_k, settings | {"per_sample": selection.per_sample}, None
-    most = n_components if top_k is None else top_k
-    config = Config.from_dict({"n_components": n_components, "top_k": most, **settings})
+    k = n_components if top_k is None else top_k
+    config = Config.from_dict({"n_components": n_components, "top_k": k, **settings})
     check(config, divergence, hidden_modules, attribution)
     micro_batch = None if micro_batch is None else checks.number("micro_batch", micro_batch, 1, whole=True)
     check_rest(batches, output, attribution, callback, checkpoint, checkpoint_every, judge)
@@ -193,7 +193,8 @@ def check(
             "attribute_at and per_position are options of gradient attributions, and attribution takes their place: "
             f"got attribute_at={config.attribute_at!r}, per_position={config.per_position}"
         )
-    if not callable(divergence) and (not isinstance(divergence, str) or divergence not in DIVERGENCES):
+    named = isinstance(divergence, str) and divergence in DIVERGENCES
+    if not named and not (callable(divergence) and checks.function("divergence", divergence)):
         raise ValueError(f"divergence must be one of {list(DIVERGENCES)} or a function, got {checks.given(divergence)}")
     if bool(hidden_modules) != bool(config.hidden):
         raise ValueError(
@@ -214,7 +215,8 @@ def check_rest(
             f"batches must be a function, batches(step, generator) -> inputs [B, ...], got {checks.given(batches)}; "
             "of a list, or of items = list(loader) for a DataLoader: lambda step, generator: items[step % len(items)]"
         )
-    for name, value in {"output": output, "attribution": attribution, "callback": callback, "judge": judge}.items():
+    functions = {"batches": batches, "output": output, "attribution": attribution, "callback": callback, "judge": judge}
+    for name, value in functions.items():
         checks.function(name, value)
     checks.kind("checkpoint", checkpoint, (str, os.PathLike, type(None)), "a path or None")
     checks.number("checkpoint_every", every, 1, whole=True)

@@ -13,7 +13,6 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.amp import autocast
 from torch.autograd.graph import allow_mutation_on_saved_tensors
 from torch.func import functional_call
@@ -140,8 +139,10 @@ def _traced(network: Network, x: Tensor) -> tuple[Tensor, list[tuple[str, Tensor
     outputs: list[tuple[str, Tensor]] = []
 
     def record(name: str, out: Any) -> None:
-        if isinstance(out, Tensor) and out.ndim and out.is_floating_point() and not is_functorch_wrapped_tensor(out):
-            outputs.append((name, out.clone()))
+        if isinstance(out, Tensor) and out.ndim and out.is_floating_point():
+            with suppress(RuntimeError):  # inside torch.func, where tensors have no memory and are not to be kept
+                out.untyped_storage()
+                outputs.append((name, out.clone()))
 
     with ExitStack() as undo:
         for name, module in network.target.named_modules():

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,15 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from .decomposition import Decomposition
+
+CALLED_WITH = {
+    "batches": ["step", "generator"],
+    "output": ["outputs of the target"],
+    "divergence": ["outputs", "target outputs"],
+    "attribution": ["network", "components", "x"],
+    "judge": ["network", "components", "x"],
+    "callback": ["step", "losses", "components"],
+}
 
 
 class NotFinite(ValueError):
@@ -196,36 +206,25 @@ def running(x: Tensor, weights: str) -> Iterator[None]:
 
 
 def function(name: str, value: Any) -> Callable[..., Any] | None:
-    """Check for a function, or None.
+    """Check for a function that takes what it will be called with (`CALLED_WITH`), or None.
 
     Args:
         name: of the argument, for the message.
         value: what was given.
 
     Raises:
-        TypeError: neither a function nor None.
+        TypeError: neither a function nor None, or a function of other arguments.
     """
     if value is not None and not callable(value):
         raise TypeError(f"{name} must be a function or None, got {given(value)}")
+    with suppress(ValueError):  # some built-in functions do not tell what they take
+        takes = None if value is None else inspect.signature(value)
+        try:
+            takes and takes.bind(*CALLED_WITH[name])
+        except TypeError as error:
+            expected = ", ".join(CALLED_WITH[name])
+            raise TypeError(f"{name} must take ({expected}), got a function of {takes}: {error}") from None
     return value
-
-
-def interval(name: str, value: Any) -> tuple[float, float]:
-    """Check for a pair (least, largest).
-
-    Args:
-        name: of the argument, for the message.
-        value: what was given.
-
-    Raises:
-        TypeError, ValueError: no pair of numbers, or the least is not below the largest.
-    """
-    if not isinstance(value, (tuple, list)) or len(value) != 2:
-        raise ValueError(f"{name} must be (least, largest), got {given(value)}")
-    low, high = (number(name, v) for v in value)
-    if low > high:
-        raise ValueError(f"{name} must be (least, largest), got {given(value)}")
-    return low, high
 
 
 def batch(x: Any, step: int) -> Tensor:

@@ -105,8 +105,8 @@ def by_sample(rows: Tensor, n: int, site: Site) -> Tensor:
         return rows.unflatten(0, (n, -1))
     raise ValueError(
         f"{site.path}: the first axis of the input of module {site.name!r} must be the {n} samples (or 1, broadcast to "
-        f"all), got rows of shape {list(rows.shape)}: transposed or stacked inputs, modules that get only some of the "
-        "samples (experts) and torch.vmap cannot be gated per sample"
+        f"all), got rows of shape {list(rows.shape)}: give one sample as x[None]; transposed or stacked inputs, "
+        "modules that get only some of the samples (experts) and torch.vmap cannot be gated per sample"
     )
 
 

@@ -122,7 +122,8 @@ def read_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Ten
     checks.kind("path", path, (str, os.PathLike), "a path")
     checks.kind("kind", kind, str, "text")
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no file at {path}")
+        what = "a folder, and no file," if Path(path).is_dir() else "no file"
+        raise FileNotFoundError(f"{what} at {path}")
     data = Path(path).read_bytes()
     try:
         tensors = load(data)

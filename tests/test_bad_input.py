@@ -40,11 +40,10 @@ PACKAGE = str(Path(apd.__file__).parent)
 # What there is.
 
 MORE = {  # public by the API page, and in no module of `NAMES`
-    "study.controls": "input_columns rotated_columns random_split",
-    "study.worst": "worst",
     "tidy.merge": "merge_and_prune merge_by_bits shortened",
     "scale.layerwise": "decompose_groups activity similarity cluster stitch",
 }
+CUTS = ("input_columns", "rotated_columns", "random_split")  # of `controls`: of weights
 
 
 def public() -> dict[str, Callable[..., Any]]:
@@ -93,6 +92,10 @@ ELSEWHERE = {
     "rate.Cost": "made by the package",
     "targets.Certificate": "made by the package",
     "tune.Tuned": "made by the package",
+    "worst.Worst": "made by the package",
+    "worst.Worst.means": "takes nothing",
+    "worst.Corners": "used by `worst`, as are its methods",
+    **{f"worst.Corners.{name}": "used by `worst`" for name in ("ascend", "enumerate", "error", "search")},
     **{f"tune.Each.{name}": "called by the package" for name in ("choose", "threshold")},
     "selection.Selection": "a protocol: its methods are called by the package",
     **{
@@ -126,7 +129,7 @@ def parameters(name: str) -> list[str]:
     own = (
         "losses.faithfulness",
         "metrics.relative_faithfulness",
-        *(f"controls.{n}" for n in MORE["study.controls"].split()),
+        *(f"controls.{n}" for n in CUTS),
     )
     skipped = skipped | (NETWORKS if name not in own else set())
     if name == "layerwise.decompose_groups":
@@ -262,6 +265,7 @@ VALID: dict[str, tuple[Any, dict[str, Any]]] = {  # name: (self or None, argumen
     "plots.history": (None, {"result": decomposition()}),
     "plots.masks": (None, {"mask": torch.eye(3)}),
     "plots.tuned": (None, {"tried": [{"k": 1.0, "bits": 2.0}]}),
+    "plots.curve": (None, {"curves": [apd.rate.Cost(0.1, 1.0, 1.0, 2)]}),
     **{f"attributions.{name}": (None, ATTRIBUTION) for name in NAMES["attributions"].split()},
     "attributions.inner_activation": (None, ATTRIBUTION | {"components": components(m=1)}),
     "data.SparseFeatures": (None, {"n_features": 3}),
@@ -334,6 +338,7 @@ VALID: dict[str, tuple[Any, dict[str, Any]]] = {  # name: (self or None, argumen
     "leakage.leakage": (None, ATTRIBUTION | {"top_k": 1.0}),
     "leakage.nearer": (None, {"own": torch.rand(4), "its": torch.rand(4)}),
     "leakage.dealt": (None, {"components": components()}),
+    "controls.dealt": (None, {"components": components()}),
     "leakage.information": (None, {"mask": LABELS[:, None].float(), "label": LABELS}),
     "losses.faithfulness": (
         None,
@@ -869,6 +874,7 @@ OWN_KINDS: dict[str, dict[str, Strategy]] = {
     },
     "plots.history": {"result": st.one_of(function(), st.just(components()))},
     "plots.masks": {"mask": tensor(torch.ones(4, 3), 0, 1)},
+    "plots.curve": {"curves": st.one_of(but(list, tuple, dict), NOTHING, but().map(lambda bad: [bad]), st.just([{}]))},
     "plots.tuned": {"tried": st.one_of(but(list, tuple), NOTHING, but().map(lambda bad: [bad]), st.just([{}]))},
     "attributions.shapley": {"n_samples": number(1, whole=True, none=True)},
     "attributions.path_shapley": {"n_samples": SIZE},
@@ -876,7 +882,7 @@ OWN_KINDS: dict[str, dict[str, Strategy]] = {
     "targets.GatedInputs.__call__": {"generator": source(none=False)},
     "targets.Questions.__call__": {"generator": source(none=False)},
     "diagnose.diagnose": ALONE | {"divergence": DIVERGENCE},
-    **{f"controls.{n}": {"weights": MATRICES, "basis": tensor(torch.eye(5))} for n in MORE["study.controls"].split()},
+    **{f"controls.{n}": {"weights": MATRICES, "basis": tensor(torch.eye(5))} for n in CUTS},
     "worst.worst": ALONE
     | {
         "gates": tensor(torch.ones(4, 3)),
@@ -935,7 +941,8 @@ OWN_KINDS: dict[str, dict[str, Strategy]] = {
         "control": bad_components(alone=True).filter(lambda c: c is not None),
     },
     "leakage.nearer": {"own": tensor(torch.rand(4)), "its": tensor(torch.rand(4))},
-    "leakage.dealt": {"components": bad_components(alone=True, fit=False), "turned": flag()},
+    "leakage.dealt": (DEALT := {"components": bad_components(alone=True, fit=False), "turned": flag()}),
+    "controls.dealt": DEALT,
     "leakage.information": {
         "mask": tensor(torch.ones(12, 3), 1).filter(lambda t: not isinstance(t, Tensor) or t.ndim < 3),
         "label": tensor(LABELS, finite=False),

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import apd_minimal as apd
-from apd_minimal import store
+from apd_minimal import checks, store
 from apd_minimal.components import normalise_columns
 from apd_minimal.store import StoreError
 
@@ -316,3 +316,36 @@ def test_gated_functions_keep_their_type_and_values(dtype: torch.dtype) -> None:
         assert y.dtype == dtype
         torch.testing.assert_close(y[:, 0], target.functions(knots)[:, i].to(dtype), atol=1e-4, rtol=1e-4)
     assert target.functions(torch.ones(3, dtype=torch.float32)).dtype == target.coefficients.dtype
+
+
+WRONG: dict[str, tuple[Any, str]] = {
+    "batches": (lambda step: torch.rand(4, 5), r"\(step, generator\), got a function of \(step\)"),
+    "output": (lambda: None, r"\(outputs of the target\), got a function of \(\)"),
+    "divergence": (lambda y: y, r"\(outputs, target outputs\), got a function of \(y\)"),
+    "attribution": (lambda network, x: x, r"\(network, components, x\), got a function of \(network, x\)"),
+    "judge": (lambda network, components, x, y: 1.0, r"\(network, components, x\), got .*: missing .*'y'"),
+    "callback": (lambda step, losses: None, r"\(step, losses, components\), got a function of \(step, losses\)"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_function_of_other_arguments_is_refused_before_the_first_step(name: str) -> None:
+    function, says = WRONG[name]
+    with pytest.raises(TypeError, match=f"{name} must take {says}"):
+        runs.decompose(**({"source": function} if name == "batches" else {name: function}))
+
+
+def test_functions_whose_arguments_cannot_be_read_or_are_any_are_taken() -> None:
+    assert all(checks.function("callback", f) is f for f in (max, print, lambda *a: None, lambda a, b, c, d=1: None))
+    assert checks.function("judge", None) is None
+
+
+def test_one_sample_without_its_axis_is_told_what_to_do() -> None:
+    result = runs.decompose(steps=2)
+    with pytest.raises(ValueError, match=r"give one sample as x\[None\]"):
+        result.active(runs.tms(), torch.rand(5))
+
+
+def test_a_folder_is_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="a folder, and no file, at"):
+        runs.decompose(checkpoint=tmp_path)

@@ -172,3 +172,11 @@ def test_cosines_are_between_minus_one_and_one_in_spite_of_rounding() -> None:
         found = apd.metrics.cosines(first, second)
         assert (found.abs() <= 1).all()
         torch.testing.assert_close(found.diag(), torch.full((200,), sign))
+
+
+def test_gates_at_positions_are_to_be_flattened() -> None:
+    positions = torch.rand(4, 3, 5, generator=torch.Generator().manual_seed(0))
+    for first, second in ((positions, positions.flatten(0, 1)), (positions.flatten(0, 1), positions)):
+        with pytest.raises(ValueError, match=r"give (first|second).flatten\(0, 1\)"):
+            apd.metrics.match_use(first, second)
+    assert apd.metrics.match_use(positions.flatten(0, 1), positions.flatten(0, 1)).mean == pytest.approx(1)

@@ -721,3 +721,16 @@ def test_a_derivative_inside_the_target_is_refused_by_name() -> None:
     x = torch.randn(12, 5, generator=torch.Generator().manual_seed(0))
     with pytest.raises(ValueError, match=r"a.weight: the gradients at module 'a' are not .*does forward differ"):
         apd.Network(Slope(), ["a.weight"]).check(x)
+
+
+def test_modules_that_are_not_decomposed_may_run_inside_vmap() -> None:
+    class Mapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.o = nn.Linear(5, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.o(torch.vmap(self.a)(x).tanh())
+
+    x = torch.randn(12, 5, generator=torch.Generator().manual_seed(0))
+    apd.Network(Mapped(), ["o.weight"]).check(x)

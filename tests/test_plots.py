@@ -49,6 +49,7 @@ def picture(figure: Figure, i: int = 0) -> np.ndarray:
 
 MASK = torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
 TRIED = [{"k": k, "bits": bits} for k, bits in ((0.1, 5.0), (0.5, 2.0), (1.0, float("inf")), (2.0, 3.0))]
+COSTS = [apd.rate.Cost(0.5, 1.0, 2.0, 4), apd.rate.Cost(0.1, 2.0, 3.0, 4), apd.rate.Cost(0.0, 4.0, 4.0, 4)]
 FIGURES: dict[str, tuple[Callable[[apd.Decomposition], Figure], tuple[str, str]]] = {
     "columns": (
         lambda r: apd.plots.columns({"W": torch.eye(2)}),
@@ -59,6 +60,7 @@ FIGURES: dict[str, tuple[Callable[[apd.Decomposition], Figure], tuple[str, str]]
     "history": (lambda r: apd.plots.history(r), ("step", "loss")),
     "masks": (lambda r: apd.plots.masks(MASK), ("component", "sample")),
     "tuned": (lambda r: apd.plots.tuned(TRIED), ("k", "bits of a sample")),
+    "curve": (lambda r: apd.plots.curve(COSTS), ("error", "bits of a sample")),
 }
 
 
@@ -148,3 +150,19 @@ def test_the_best_of_what_was_tried_is_filled() -> None:
         apd.plots.tuned(TRIED[2:3])
     with pytest.raises(ValueError, match="rows with k and bits"):
         apd.plots.tuned([{"k": 1.0}])
+
+
+def test_a_curve_has_bits_over_errors_above_zero() -> None:
+    (line,) = apd.plots.curve(COSTS, alpha=3.0).axes[0].lines
+    assert (list(line.get_xdata()), list(line.get_ydata())) == ([0.5, 0.1], [2 * 3 + 1 * 2, 3 * 3 + 2 * 2])
+    axes = apd.plots.curve({"truth": COSTS, "lump": COSTS[:1]}).axes[0]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["truth", "lump"]
+    with pytest.raises(ValueError, match="no cost with an error above 0"):
+        apd.plots.curve(COSTS[2:])
+    with pytest.raises(TypeError, match=r"curves must be costs as rate\.curve gives them"):
+        apd.plots.curve({"truth": [1.0]})
+
+
+def test_masks_at_positions_are_to_be_flattened() -> None:
+    with pytest.raises(ValueError, match=r"of positions, give mask.flatten\(0, 1\)"):
+        apd.plots.masks(torch.ones(2, 3, 4))

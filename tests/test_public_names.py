@@ -8,12 +8,14 @@ import inspect
 import apd_minimal as apd
 
 NAMES = {
-    "": "Components Config Decomposition Network NonFiniteLoss artefacts attributions baselines bottleneck data "
-    "decompose diagnose frames glue importance leakage losses metrics plots rate rules selection store targets tune",
+    "": "Components Config Decomposition Network NonFiniteLoss artefacts attributions baselines bottleneck "
+    "controls data decompose diagnose frames glue importance leakage losses metrics plots rate rules selection store "
+    "targets tune worst",
     "attributions": "ablation activation gradient inner_activation integrated_gradients path_shapley shapley",
     "baselines": "Chosen Dictionary GRIDS activations beside choose copies costs fit match_directions neurons owners "
     "replaced singular transcoded",
     "bottleneck": "Bottleneck FAITHFULNESS GAINS MEMORY SIMPLICITY settings",
+    "controls": "dealt input_columns random_split rotated_columns",
     "data": "SparseFeatures",
     "diagnose": "Diagnosis diagnose",
     "importance": "Importance leaky_clamp",
@@ -27,6 +29,7 @@ NAMES = {
     "targets": "Certificate GatedFunctions GatedInputs Group GroupOperations Induction ModularArithmetic ModularTask "
     "Pairs Questions ResidualMLP Sequences TMS Transformer",
     "tune": "Each Tuned tune",
+    "worst": "Corners Worst worst",
     "selection": "FinalSelection Selection TopK batch_top_k final_selection sample_top_k",
 }
 

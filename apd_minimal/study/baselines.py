@@ -186,6 +186,7 @@ def choose(
     values = [checks.number("grid", s, 0) for s in values]
     if not callable(batches):
         raise TypeError(f"batches must be a function of (step, generator), got {checks.given(batches)}")
+    checks.function("batches", batches)
     if not values:
         raise ValueError(f"grid must hold at least one sparsity, got {checks.given(grid)}")
     generator = torch.Generator().manual_seed(checks.number("seed", seed, 0, 2**62, whole=True) + 5_000_000_029)

@@ -323,6 +323,7 @@ def fit(
     revive, checked = checks.number("revive", revive, 0, whole=True), checks.number("seed", seed, 0, 2**62, whole=True)
     if not callable(batches):
         raise TypeError(f"batches must be a function of (step, generator), got {checks.given(batches)}")
+    checks.function("batches", batches)
     _places(target, "reads", reads)
     _places(target, "writes", reads if writes is None else writes)
     generator = torch.Generator().manual_seed(checked + 3_000_000_019)  # not the numbers of the target's own training

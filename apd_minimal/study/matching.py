@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -118,6 +119,22 @@ def match_weights(
     return _match(cosines(used_first, used_second), rows, columns, scrambled, n_draws)
 
 
+def flat(name: str, value: Any, *shape: Any) -> None:
+    """Check for attributions or masks [B, C], or of the shape given.
+
+    Args:
+        name: of the argument, for the message.
+        value: what was given.
+        shape: sizes or names of the axes, if others than B and C.
+
+    Raises:
+        TypeError, ValueError: another shape; of gates at positions, the message says how to flatten them.
+    """
+    if isinstance(value, Tensor) and value.ndim == 3:
+        raise ValueError(f"{name} must be [B, C], got {checks.given(value)}: of positions, give {name}.flatten(0, 1)")
+    checks.tensor(name, value, *shape or ("B", "C"))
+
+
 def match_use(first: Tensor, second: Tensor, by: str = "correlation", n_draws: int = 20, seed: int = 0) -> Matching:
     """Match two decompositions by the samples on which their components are used.
 
@@ -138,8 +155,8 @@ def match_use(first: Tensor, second: Tensor, by: str = "correlation", n_draws: i
     Raises:
         ValueError: wrong shapes, values that are not finite, an unknown `by`, no component in use, n_draws below 1.
     """
-    checks.tensor("first", first, "B", "C")
-    checks.tensor("second", second, len(first), "C'")
+    flat("first", first)
+    flat("second", second, len(first), "C'")
     checks.choice("by", by, ("correlation", "overlap"))
     n_draws, seed = checks.number("n_draws", n_draws, 1, whole=True), checks.number("seed", seed, 0, whole=True)
     a, b = (_standard(t.detach().double()) if by == "correlation" else (t > 0).double() for t in (first, second))

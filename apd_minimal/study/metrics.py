@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -67,6 +68,16 @@ def _restricted(components: Components, truth: Truth) -> Tensor:
         U = _column_spaces(truth[path])[:, None]
         parts.append((U @ (U.mT @ components.matrices(path)[None])).flatten(2))
     return torch.cat(parts, dim=2)
+
+
+def _interval(name: str, value: Any) -> tuple[float, float]:
+    """Check for a pair (least, largest)."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise ValueError(f"{name} must be (least, largest), got {checks.given(value)}")
+    low, high = (checks.number(name, v) for v in value)
+    if low > high:
+        raise ValueError(f"{name} must be (least, largest), got {checks.given(value)}")
+    return low, high
 
 
 def mmcs(components: Components, truth: Truth) -> Tensor:
@@ -167,7 +178,7 @@ def ownership(
     min_cosine, min_purity = (
         checks.number(name, value, -1, 1) for name, value in (("min_cosine", min_cosine), ("min_purity", min_purity))
     )
-    length_range = checks.interval("length_range", length_range)
+    shortest, longest = _interval("length_range", length_range)
     P, Z = components.flat().detach(), _flat(truth, paths)
     cosines = (Z / Z.norm(dim=1, keepdim=True)) @ (P / P.norm(dim=1, keepdim=True).clamp_min(1e-12)).T  # [J, C]
     rows, columns = linear_sum_assignment(cosines.cpu().numpy(), maximize=True)
@@ -181,7 +192,7 @@ def ownership(
     for path in paths:
         inside += (_column_spaces(truth[path]).mT @ components.matrices(path).detach()[owner]).square().sum((1, 2))
     purity = inside / P[owner].square().sum(1).clamp_min(1e-24) * held
-    owned = (cosine >= min_cosine) & (ratio >= length_range[0]) & (ratio <= length_range[1]) & (purity >= min_purity)
+    owned = (cosine >= min_cosine) & (ratio >= shortest) & (ratio <= longest) & (purity >= min_purity)
     return Ownership(owner, cosine, ratio, purity, owned)
 
 

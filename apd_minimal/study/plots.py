@@ -20,7 +20,9 @@ from torch import Tensor
 from .. import checks
 from ..components import Components, usable
 from ..decomposition import Decomposition
+from .matching import flat
 from .metrics import Truth, ownership
+from .rate import ALPHA, Cost
 
 STYLE = str(files("apd_minimal") / "figures.mplstyle")
 GREY = "0.5"
@@ -181,8 +183,11 @@ def masks(mask: Tensor, ax: Axes | None = None) -> Figure:
 
     Returns:
         Figure: filled where active.
+
+    Raises:
+        TypeError, ValueError: no mask [B, C].
     """
-    checks.tensor("mask", mask, "B", "C")
+    flat("mask", mask)
     with plt.style.context(STYLE):
         ax = _axes(ax, (4, 3))
         ax.imshow(mask.detach(), cmap="Blues", vmin=0, vmax=1.3, aspect="auto", interpolation="nearest")
@@ -217,4 +222,40 @@ def tuned(tried: Sequence[Mapping[str, Any]], ax: Axes | None = None) -> Figure:
         ax.plot(ks, bits, "o", mfc="none", color="C0")
         ax.plot(ks[:1], bits[:1], "o", color="C0")
         ax.set(xscale="log", xlabel="k", ylabel="bits of a sample")
+    return _figure(ax)
+
+
+def curve(
+    curves: Sequence[Cost] | Mapping[str, Sequence[Cost]], alpha: float = ALPHA, ax: Axes | None = None
+) -> Figure:
+    """Draw bits against error, one line for each decomposition (chapter 25); errors of 0 are left out.
+
+    Args:
+        curves: as `rate.curve` gives it, or several by name.
+        alpha: bits for each unit of rank, 0 or above.
+        ax: where to draw; None makes a figure.
+
+    Returns:
+        Figure: logarithmic in the error.
+
+    Raises:
+        TypeError, ValueError: no costs, or none with an error above 0.
+    """
+    named = curves if isinstance(curves, Mapping) else {"": curves}
+    what = "costs as rate.curve gives them, or a mapping from names to such lists"
+    lines = {}
+    for name, costs in named.items():
+        for cost in checks.kind("curves", costs, (list, tuple), what):
+            checks.kind("curves", cost, Cost, what)
+        if points := [(cost.error, cost.bits(alpha)) for cost in costs if cost.error > 0]:
+            lines[str(name)] = points
+    if not lines:
+        raise ValueError("curves has no cost with an error above 0: there is nothing to draw")
+    with plt.style.context(STYLE):
+        ax = _axes(ax, (4, 3))
+        for name, points in lines.items():
+            ax.plot(*zip(*points, strict=True), label=name)
+        ax.set(xscale="log", xlabel="error", ylabel="bits of a sample")
+        if any(lines):
+            ax.legend()
     return _figure(ax)
