@@ -1,0 +1,86 @@
+"""Irreps and cosets in trained networks of groups: known subgroups, functions whose shares follow from theory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import apd_minimal as apd
+from apd_minimal.targets import Group, GroupOperations
+from experiments import irreps
+from experiments.irreps import HIDDEN, OUT, apart, constant_on, energies, shares, spaces, subgroups
+
+
+@pytest.mark.parametrize(
+    ("name", "orders"),
+    [
+        ("Z6", [2, 3]),
+        ("S3", [2, 2, 2, 3]),
+        ("D5", [2, 2, 2, 2, 2, 5]),
+        ("A4", [2, 2, 2, 3, 3, 3, 3, 4]),
+        ("S4", [2] * 9 + [3] * 4 + [4] * 7 + [6] * 4 + [8] * 3 + [12]),
+    ],
+)
+def test_subgroups_are_all_there_and_closed(name: str, orders: list[int]) -> None:
+    group = Group(name)
+    found = subgroups(group)
+    assert sorted(map(len, found)) == orders
+    assert all({int(group.table[g, h]) for g in own for h in own} == set(own) for own in found)
+
+
+@pytest.mark.parametrize("left", [True, False])
+@pytest.mark.parametrize("name", ["Z6", "S3", "D5", "S4"])
+def test_what_is_constant_on_cosets(name: str, left: bool) -> None:
+    group = Group(name)
+    for own in subgroups(group):
+        Q = constant_on(group, own, left)
+        assert Q.shape == (group.order, group.order // len(own) - 1)
+        torch.testing.assert_close(Q.T @ Q, torch.eye(Q.shape[1], dtype=torch.double))
+        torch.testing.assert_close(Q.sum(0), torch.zeros(Q.shape[1], dtype=torch.double), atol=1e-9, rtol=0)
+        for h in own:
+            moved = group.table[:, h] if left else group.table[h]
+            torch.testing.assert_close(Q[moved], Q, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["Z6", "S3", "D5", "S4"])
+def test_shares_of_entries_of_deltas_and_of_cosets(name: str) -> None:
+    group = Group(name)
+    within = spaces(group)
+    total = torch.cat(within["irrep"], 1)
+    torch.testing.assert_close(total.T @ total, torch.eye(group.order - 1, dtype=torch.double), atol=1e-9, rtol=0)
+    for rho in group.irreps:  # entries of a representation, and a constant that does not count
+        torch.testing.assert_close(shares(rho.flatten(1) + 3, within["irrep"]), torch.ones(rho[0].numel()).double())
+    sizes = torch.tensor([Q.shape[1] for Q in within["irrep"]])
+    delta = torch.eye(group.order)  # lies in every irrep by its share of dimensions
+    wanted = torch.full((group.order,), float(sizes.max()) / (group.order - 1), dtype=torch.double)
+    torch.testing.assert_close(shares(delta, within["irrep"]), wanted)
+    coset = torch.zeros(group.order, 1)
+    coset[subgroups(group)[-1]] = 1
+    assert shares(coset, within["coset"]).item() == pytest.approx(1)
+
+
+def test_energies_of_parts_written_by_hand() -> None:
+    target = GroupOperations(["Z6", "S3", "D5"], embedding=False, seed=1)
+    groups_of = [t for t, group in enumerate(target.groups) for _ in group.irreps]
+    matrices = target.mechanisms("group")
+    matrices[HIDDEN][:, target.n_tokens :] *= 2  # so that both elements differ
+    whole = apd.Components.from_matrices(matrices, 20)
+    energy = energies(target, whole)
+    assert energy.shape == (3, irreps.IRREPS) and apart(energy, groups_of)["groups"] == pytest.approx(1)
+    parts = {path: whole.matrices(path) for path in (HIDDEN, OUT)}
+    centred = 0.0
+    for t, tokens in enumerate(target.tokens):
+        for f in (parts[HIDDEN][t, tokens], parts[HIDDEN][t, target.n_tokens :][tokens], parts[OUT][t, :, tokens].T):
+            centred += float((f - f.mean(0)).square().sum())
+    assert float(energy.sum()) == pytest.approx(centred, rel=1e-5)
+    single = apd.Components.from_matrices(target.mechanisms("irrep"), 20)
+    assert apart(energies(target, single), groups_of)["irreps"] == pytest.approx(1)
+    assert apart(energy, groups_of)["irreps"] < 0.9
+
+
+def test_looking_at_a_network_written_by_irreps() -> None:
+    target = GroupOperations(["D5"], embedding=False, seed=0)
+    found = irreps.looked_at(target, {path: target.get_parameter(path).detach().T for path in (HIDDEN, OUT)})
+    assert found["irrep"] == 1 > found["coset"]
+    by_chance = irreps.chance(target)
+    assert 4 / 9 < by_chance["irrep"] < 0.75 and 4 / 9 < by_chance["coset"] < 0.85
