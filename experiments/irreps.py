@@ -8,7 +8,8 @@ squared length that lies in one irreducible representation, the largest; "coset"
 cosets of one subgroup, of the best one, on the left or on the right. Both without the mean, and averaged over neurons
 by their squared length. The same of the parts that a decomposition finds, with three components (the settings and seeds
 of experiments/groups.py) and with as many as there are irreps; "chance" is of random functions. "energies" say how much
-of every part lies in which irrep of which group.
+of every part lies in which irrep of which group. "redrawn" is the coset share of random functions, each in the irrep
+of a trained neuron.
 """
 
 from __future__ import annotations
@@ -162,13 +163,34 @@ def run(job: Job) -> tuple[list[Row], Tensors]:
     return [row], {}
 
 
+def redrawn() -> list[float]:
+    """Give, for each network, the coset share of random functions, each in the irrep of a neuron and as long."""
+    means = []
+    for seed in range(groups.FIRST, groups.FIRST + 5):
+        task, generator = groups.task_of("trained", seed), torch.Generator().manual_seed(seed)
+        weights, found = apd.Network(groups.network_of("trained", seed), list(PATHS)).weights, []
+        for t, _, functions in functions_of(task, weights):
+            within = spaces(task.groups[t])
+            inside = torch.stack([(Q.T @ functions.double()).square().sum(0) for Q in within["irrep"]])
+            like = torch.zeros_like(functions, dtype=torch.double)
+            for i, Q in enumerate(within["irrep"]):
+                own = inside.argmax(0) == i
+                random = Q @ torch.randn(Q.shape[1], int(own.sum()), generator=generator, dtype=torch.double)
+                like[:, own] = random / random.norm(dim=0) * inside[i, own].sqrt()
+            found.append(mean_share(like, within["coset"]))
+        means.append(round(sum(found) / len(found), 4))
+    return means
+
+
 RUNS = Rows(
     fields=("kind", "n_components", "seed"),
     jobs=lambda rows: jobs(),
     run=run,
     settings=lambda job: numbers(groups.settings_of(job)) if job[1] else {},
 )
-STUDY = Study("irreps", {"runs": RUNS}, about=lambda processes: {"processes": processes}, compact=True)
+STUDY = Study(
+    "irreps", {"runs": RUNS}, {"redrawn": redrawn}, about=lambda processes: {"processes": processes}, compact=True
+)
 
 if __name__ == "__main__":
     STUDY.main(__doc__)
