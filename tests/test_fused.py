@@ -1,0 +1,35 @@
+"""One attention network stored in three ways: the same function, and components that come back as they were."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import apd_minimal as apd
+from experiments.fused import WAYS, Stored, stored, whole
+from experiments.planted_kinds import KINDS
+
+TARGET = KINDS["attention"](seed=3)
+X = TARGET.data(32)(0, torch.Generator().manual_seed(0))
+N_WEIGHTS = {"apart": 4, "fused": 2, "heads": 12}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_is_the_same_network(way: str) -> None:
+    network = Stored(TARGET, way)
+    torch.testing.assert_close(network(X), TARGET(X))
+    assert len(network.weights) == N_WEIGHTS[way]
+    apd.Network(network, network.weights).check(X)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_mechanisms_come_back_and_gates_act_alike(way: str) -> None:
+    network = Stored(TARGET, way)
+    true = {f"layers.{name}.weight": m for name, m in stored(TARGET.mechanisms(), way).items()}
+    components = apd.Components.from_matrices(true)
+    back = whole(components, way)
+    for path, m in TARGET.mechanisms().items():
+        torch.testing.assert_close(back.matrices(path), m, atol=1e-5, rtol=1e-4)
+    gates = torch.rand(len(X), TARGET.n, generator=torch.Generator().manual_seed(1))
+    mine = apd.Network(network, network.weights)(X, components, gates)
+    torch.testing.assert_close(mine, apd.Network(TARGET, TARGET.weights)(X, TARGET.truth, gates), atol=1e-5, rtol=1e-4)
