@@ -365,7 +365,7 @@ def match_directions(true: Tensor, found: Tensor, n_draws: int = 20, seed: int =
     """
     checks.tensor("true", true, "J", "d")
     checks.tensor("found", found, "F", true.shape[1])
-    n_draws, seed = checks.number("n_draws", n_draws, 1, whole=True), checks.number("seed", seed, 0, whole=True)
+    n_draws, seed = checks.number("n_draws", n_draws, 1, whole=True), checks.number("seed", seed, 0, 2**62, whole=True)
     true, found = (t.detach() / t.detach().norm(dim=1, keepdim=True).clamp_min(1e-12) for t in (true, found))
     generator = torch.Generator().manual_seed(seed)
 
