@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import apd_minimal as apd
 from apd_minimal.study import baselines
 from apd_minimal.study.baselines import Dictionary
+from apd_minimal.study.dictionaries import _revive
 
 
 def tiny(kind: str = "relu", sparsity: float = 0.5, **options: Any) -> Dictionary:
@@ -301,6 +302,25 @@ def test_silent_features_start_anew() -> None:
         x = PLANTED.mix(sparse(0, torch.Generator().manual_seed(9)))
         silent.append(int((own.encode(x) == 0).all(0).sum()))
     assert silent[1] < silent[0]
+
+
+@pytest.mark.parametrize("silent", [[False, True, False], [True, True, True]])
+@pytest.mark.parametrize("size", [1.0, 1e-3])
+def test_whatever_is_silent_points_at_errors_of_any_size(silent: list[bool], size: float) -> None:
+    """Also if all features are, and if hardly any error is left."""
+    own, which = tiny(), torch.tensor(silent)
+    optimiser = torch.optim.Adam(own.parameters(), 1e-3)
+    error, penalty, _ = own.losses(X, X)
+    (error + penalty).backward()
+    optimiser.step()
+    before = own.decoder.detach().clone()
+    away = size * torch.tensor([[0.6, 0.8], [-1.0, 0.0]])
+    _revive(own, optimiser, which, X, own(X).detach() + away, torch.Generator().manual_seed(0))
+    assert all(t.isfinite().all() for t in own.parameters())
+    cosines = own.decoder.detach()[which] @ (away / size).T
+    torch.testing.assert_close(cosines.amax(1), torch.ones(sum(silent)), atol=1e-3, rtol=0)
+    torch.testing.assert_close(own.decoder.detach()[~which], before[~which])
+    assert not own.encoder_bias[which].any() and not optimiser.state[own.decoder]["exp_avg"][which].any()
 
 
 def test_the_target_is_left_as_it_was() -> None:
