@@ -371,6 +371,20 @@ def test_the_first_input_of_a_module_with_two_is_a_place() -> None:
     torch.testing.assert_close(baselines.replaced(target, x, "input of join", [other]), target.join(other, x + 1))
 
 
+def test_a_dictionary_is_trained_on_draws_of_its_own() -> None:
+    """Not on those that a target of the same seed had, and the same as ever, so that results can be made again."""
+    seen: list[Tensor] = []
+
+    def source(step: int, generator: torch.Generator) -> Tensor:
+        seen.append(sparse(step, generator))
+        return seen[-1]
+
+    baselines.fit(PLANTED, source, "output of mix", 4, steps=3, seed=7)
+    for seed, same in ((7 + 3_000_000_019, True), (7, False)):
+        generator = torch.Generator().manual_seed(seed)
+        assert all(torch.equal(x, sparse(0, generator)) for x in seen[:3]) is same
+
+
 def test_any_seed_that_a_run_may_have_is_one_for_a_choice() -> None:
     arguments: dict[str, Any] = {"reads": "output of mix", "n_features": 4, "kind": "relu"}
     chosen = baselines.choose(PLANTED, sparse, **arguments, grid=[0.1], epsilons=[0.5], steps=2, seed=2**62)
