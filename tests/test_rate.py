@@ -147,6 +147,20 @@ def test_a_divergence_of_ones_own_is_taken_as_it_is() -> None:
         assert point.error == pytest.approx(max(0, 1 - point.active), abs=1e-6)
 
 
+def test_of_equal_attributions_the_first_come_first() -> None:
+    """On every processor: which samples these are decides the error."""
+    seen: list[Tensor] = []
+
+    def noted(outputs: Tensor, wanted: Tensor) -> Tensor:
+        seen.append(outputs[:, 0])
+        return (outputs - wanted).abs().sum(1)
+
+    points = curve(identity(1), features(1), torch.ones(500, 1), divergence=noted)
+    assert len(seen) == len(points) > 40
+    for on, point in zip(seen, points, strict=True):
+        assert torch.equal(on, (torch.arange(500) < round(500 * point.active)).float())
+
+
 def test_the_curve_falls_to_the_components_own_error() -> None:
     net, x = identity(5), torch.rand(80, 5, generator=torch.Generator().manual_seed(1))
     points = curve(net, features(5), x)
