@@ -392,3 +392,15 @@ def test_any_seed_that_a_run_may_have_is_one_for_a_choice() -> None:
     assert torch.equal(chosen.best.decoder, direct.decoder)
     with pytest.raises(ValueError, match="seed must be"):
         baselines.choose(PLANTED, sparse, **arguments, grid=[0.1], seed=2**62 + 1)
+
+
+def test_the_smallest_cosine_and_the_smallest_share_are_enough() -> None:
+    """And what has no direction is a copy of nothing, however little is asked."""
+    found = torch.tensor([[3.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
+    for least, counts in ((0.9, [1, 1]), (0.0, [2, 2]), (-1.0, [2, 2])):
+        assert baselines.copies(torch.eye(2), found, least).tolist() == counts
+    twice = torch.eye(2).repeat(2, 1)
+    shares = torch.tensor([0.5, 0.5, 0.25, 0.25])[:, None, None]
+    parts, Z = apd.Components({"w": twice[:, :, None]}, {"w": shares * twice[:, None]}), torch.diag_embed(torch.eye(2))
+    for least, n in ((0.25, 2), (0.5, 1)):
+        assert baselines.owners(parts, {"w": Z}, least).tolist() == [n, n]

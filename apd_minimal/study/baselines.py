@@ -390,7 +390,8 @@ def copies(true: Tensor, found: Tensor, least: float = 0.9) -> Tensor:
     checks.tensor("true", true, "J", "d")
     checks.tensor("found", found, "F", true.shape[1])
     least = checks.number("least", least, -1, 1)
-    return (torch.nn.functional.cosine_similarity(true[:, None], found[None], dim=2) >= least).sum(1)
+    alike = torch.nn.functional.cosine_similarity(true[:, None], found[None], dim=2) >= least
+    return (alike & found.any(1)).sum(1)
 
 
 def owners(components: Components, truth: Mapping[str, Tensor], least: float = 0.1) -> Tensor:
