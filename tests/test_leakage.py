@@ -365,3 +365,10 @@ def test_three_hundred_deals_are_all_different() -> None:
     deals = {tuple(dealt(whole, seed).matrices("w").abs().amax((1, 2)).tolist()) for seed in range(300)}
     assert len(deals) == 300
     assert all(sorted(deal) == pytest.approx(lengths.tolist()) for deal in deals)
+
+
+def test_eight_samples_are_enough_and_seven_are_not() -> None:
+    label = torch.arange(8) % 2
+    assert information(label[:, None].float(), label).ceiling == pytest.approx(1)
+    with pytest.raises(ValueError, match="at least 8 samples"):
+        information(label[:7, None].float(), label[:7])

@@ -172,3 +172,9 @@ def test_cosines_are_between_minus_one_and_one_in_spite_of_rounding() -> None:
         found = apd.metrics.cosines(first, second)
         assert (found.abs() <= 1).all()
         torch.testing.assert_close(found.diag(), torch.full((200,), sign))
+
+
+def test_what_chance_does_as_well_is_not_above_it() -> None:
+    always = torch.ones(9, 2)
+    match = apd.metrics.match_use(always, always, by="overlap", n_draws=3)
+    assert match.mean == 1 and not match.above_chance.any()
