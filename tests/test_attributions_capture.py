@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -158,6 +159,49 @@ def test_what_is_held_is_bounded(mode: str, monkeypatch: pytest.MonkeyPatch) -> 
         seen = [n // 2 for n in seen]
     assert max(seen) <= 16  # a look at the first samples is taken at most
     assert choose.at_once(one.network, components.stacked(), None, x, mode) <= 10
+
+
+@pytest.mark.parametrize("at", ["target", "components"])
+@pytest.mark.parametrize("numbers", [150, 700, 10**6])
+def test_pieces_are_as_few_as_fit(at: str, numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At components every restart has gradients of its own."""
+    one = case("mlp")
+    x, components = one.x(20), one.components(restarts=3)
+    monkeypatch.setattr(choose, "NUMBERS", numbers)
+    base = components if at == "components" else None
+    shapes = choose.shapes_of(one.network, x)
+    sample = (3 if base else 1) * shapes.n_out * shapes.outputs
+    fewest = next(n for n in range(1, 21) if sample * 20 / n <= numbers or n == 20)
+    assert choose.at_once(one.network, components, base, x, "sample_gradients") == -(-20 // fewest)
+
+
+@pytest.mark.parametrize("at", ["target", "components"])
+def test_each_way_takes_longer_the_more_there_is(at: str) -> None:
+    def times(B: int = 8, d: int = 6, e: int = 6, C: int = 4) -> list[float]:
+        network = apd.Network(nn.Linear(d, e, bias=False), ["weight"])
+        components = apd.Components.random(network.shapes, C, rank=2, restarts=2)
+        count = choose._Count(network, components, components if at == "components" else None, torch.ones(B, d))
+        return [count.look, count.forward(), count.backward(()), count.pairs(0.5), count.pairs(1.0)]
+
+    base = times()
+    assert min(base) > 0
+    assert base[3] < base[4], "more outputs are on"
+    for name, size in (("B", 16), ("d", 12), ("e", 12), ("C", 8)):
+        more = times(**{name: size})
+        assert all(a <= b for a, b in zip(base, more, strict=True)), name
+        assert all(a < b for a, b in zip(base[1:], more[1:], strict=True)), name
+
+
+@pytest.mark.parametrize(("B", "d", "k", "narrows"), [(100, 64, 8, False), (10_000, 64, 2, True)])
+def test_rows_are_rewritten_where_that_halves_the_multiplications(B: int, d: int, k: int, narrows: bool) -> None:
+    """In k directions of d, n rows meet C m columns: k (d + n) C m, and 3 n d k to find the directions."""
+    use, components, _ = a_use(B, 1, d, 5, 5, 10, 2, False)
+    use = replace(use, rows=(torch.randn(B, k) @ torch.randn(k, d))[None, :, None])
+    first = use.site.factors(components)[0]
+    assert (2 * (k * (d + B) * 50 + 3 * B * d * k) <= B * d * 50) is narrows
+    found, rewritten = meeting._narrowed(use, first, k - 1)
+    assert (found is not use) is narrows
+    torch.testing.assert_close(found.rows[0, :, 0] @ rewritten[0], use.rows[0, :, 0] @ first[0], rtol=1e-3, atol=1e-3)
 
 
 SIZES = [st.integers(1, 6) for _ in range(7)]  # of B, T, d, e, m, C, n

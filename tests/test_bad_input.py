@@ -453,7 +453,8 @@ def but(*fits: type) -> Strategy:
     return st.sampled_from([thing for thing in OBJECTS if not isinstance(thing, fits)])
 
 
-EDGES: dict[Strategy, list[float]] = {}
+EDGES: dict[Strategy, list[float]] = {}  # the nearest that are wrong
+FITTING: dict[Strategy, list[float]] = {}  # and the last that are right
 
 
 def number(
@@ -482,6 +483,9 @@ def number(
         EDGES[made].append(low if above else low - 1 if whole else math.nextafter(low, -math.inf))
     if high is not None:
         EDGES[made].append(high if below else high + 1 if whole else math.nextafter(high, math.inf))
+    if whole:
+        EDGES[made].append((low or 0) + 0.5)
+    FITTING[made] = [limit for limit, out in ((low, above), (high, below)) if limit is not None and not out]
     return made
 
 
@@ -589,7 +593,7 @@ def batches() -> Strategy:
     return st.one_of(function(), st.just([X, X]), inputs().map(lambda bad: lambda step, generator: bad))
 
 
-SEED = number(0, whole=True)
+SEED = number(0, 2**62, whole=True)
 SIZE = number(1, whole=True)
 SIZE_OR_NONE = number(1, whole=True, none=True)
 SHARE = number(0, 1)
@@ -876,7 +880,7 @@ OWN_KINDS: dict[str, dict[str, Strategy]] = {
     "plots.masks": {"mask": tensor(torch.ones(4, 3), 0, 1)},
     "plots.curve": {"curves": st.one_of(but(list, tuple, dict), NOTHING, but().map(lambda bad: [bad]), st.just([{}]))},
     "plots.tuned": {"tried": st.one_of(but(list, tuple), NOTHING, but().map(lambda bad: [bad]), st.just([{}]))},
-    "attributions.shapley": {"n_samples": number(1, whole=True, none=True)},
+    "attributions.shapley": {"n_samples": number(2, whole=True, none=True)},
     "attributions.path_shapley": {"n_samples": SIZE},
     "data.SparseFeatures.__call__": {"generator": source(none=False)},
     "targets.GatedInputs.__call__": {"generator": source(none=False)},
@@ -1177,3 +1181,17 @@ def test_malformed_values_get_a_clear_error(name: str, parameter: str) -> None:
         try_one(value)
 
     every()
+
+
+LIMITS = [(*case, value) for case in CASES for value in FITTING.get(strategy(*case), ())]
+LIMITS.remove(("decompose", "micro_batch", 1))  # slow, and in test_micro_batches.py
+WITH = {  # what else must change, for a limit to fit
+    ("Config", "tidy_from"): {"tidy_until": 1},
+    ("targets.Sequences", "n_letters"): {"positions": 7},
+    ("targets.Transformer", "d"): {"n_heads": 1},
+}
+
+
+@pytest.mark.parametrize(("name", "parameter", "value"), LIMITS)
+def test_a_limit_that_is_in_the_range_is_taken(name: str, parameter: str, value: float) -> None:
+    call(name, {parameter: value, **WITH.get((name, parameter), {})})

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import apd_minimal as apd
 from apd_minimal.study import baselines
 from apd_minimal.study.baselines import Dictionary
+from apd_minimal.study.dictionaries import _revive
 
 
 def tiny(kind: str = "relu", sparsity: float = 0.5, **options: Any) -> Dictionary:
@@ -303,6 +304,25 @@ def test_silent_features_start_anew() -> None:
     assert silent[1] < silent[0]
 
 
+@pytest.mark.parametrize("silent", [[False, True, False], [True, True, True]])
+@pytest.mark.parametrize("size", [1.0, 1e-3])
+def test_whatever_is_silent_points_at_errors_of_any_size(silent: list[bool], size: float) -> None:
+    """Also if all features are, and if hardly any error is left."""
+    own, which = tiny(), torch.tensor(silent)
+    optimiser = torch.optim.Adam(own.parameters(), 1e-3)
+    error, penalty, _ = own.losses(X, X)
+    (error + penalty).backward()
+    optimiser.step()
+    before = own.decoder.detach().clone()
+    away = size * torch.tensor([[0.6, 0.8], [-1.0, 0.0]])
+    _revive(own, optimiser, which, X, own(X).detach() + away, torch.Generator().manual_seed(0))
+    assert all(t.isfinite().all() for t in own.parameters())
+    cosines = own.decoder.detach()[which] @ (away / size).T
+    torch.testing.assert_close(cosines.amax(1), torch.ones(sum(silent)), atol=1e-3, rtol=0)
+    torch.testing.assert_close(own.decoder.detach()[~which], before[~which])
+    assert not own.encoder_bias[which].any() and not optimiser.state[own.decoder]["exp_avg"][which].any()
+
+
 def test_the_target_is_left_as_it_was() -> None:
     target = Planted().train()
     before = {name: t.clone() for name, t in target.state_dict().items()}
@@ -351,6 +371,20 @@ def test_the_first_input_of_a_module_with_two_is_a_place() -> None:
     torch.testing.assert_close(baselines.replaced(target, x, "input of join", [other]), target.join(other, x + 1))
 
 
+def test_a_dictionary_is_trained_on_draws_of_its_own() -> None:
+    """Not on those that a target of the same seed had, and the same as ever, so that results can be made again."""
+    seen: list[Tensor] = []
+
+    def source(step: int, generator: torch.Generator) -> Tensor:
+        seen.append(sparse(step, generator))
+        return seen[-1]
+
+    baselines.fit(PLANTED, source, "output of mix", 4, steps=3, seed=7)
+    for seed, same in ((7 + 3_000_000_019, True), (7, False)):
+        generator = torch.Generator().manual_seed(seed)
+        assert all(torch.equal(x, sparse(0, generator)) for x in seen[:3]) is same
+
+
 def test_any_seed_that_a_run_may_have_is_one_for_a_choice() -> None:
     arguments: dict[str, Any] = {"reads": "output of mix", "n_features": 4, "kind": "relu"}
     chosen = baselines.choose(PLANTED, sparse, **arguments, grid=[0.1], epsilons=[0.5], steps=2, seed=2**62)
@@ -358,3 +392,15 @@ def test_any_seed_that_a_run_may_have_is_one_for_a_choice() -> None:
     assert torch.equal(chosen.best.decoder, direct.decoder)
     with pytest.raises(ValueError, match="seed must be"):
         baselines.choose(PLANTED, sparse, **arguments, grid=[0.1], seed=2**62 + 1)
+
+
+def test_the_smallest_cosine_and_the_smallest_share_are_enough() -> None:
+    """And what has no direction is a copy of nothing, however little is asked."""
+    found = torch.tensor([[3.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
+    for least, counts in ((0.9, [1, 1]), (0.0, [2, 2]), (-1.0, [2, 2])):
+        assert baselines.copies(torch.eye(2), found, least).tolist() == counts
+    twice = torch.eye(2).repeat(2, 1)
+    shares = torch.tensor([0.5, 0.5, 0.25, 0.25])[:, None, None]
+    parts, Z = apd.Components({"w": twice[:, :, None]}, {"w": shares * twice[:, None]}), torch.diag_embed(torch.eye(2))
+    for least, n in ((0.25, 2), (0.5, 1)):
+        assert baselines.owners(parts, {"w": Z}, least).tolist() == [n, n]

@@ -107,13 +107,14 @@ def test_a_gain_for_each_restart() -> None:
 
 
 def test_k_stays_between_one_pair_and_all() -> None:
-    scores = torch.rand(1, 10, 4) + 0.1
-    for error, end in ((1e-9, 0.1), (2.0, 4.0)):
-        selection = begun(1.0)
-        for i in range(1, 100):
-            selection.choose(scores, i / 10)
-            selection.observe(torch.tensor([error]), torch.ones(1), i / 10)
-        torch.testing.assert_close(selection.k, torch.tensor([end], dtype=torch.double))
+    for n in (10, 1):
+        scores = torch.rand(1, n, 4) + 0.1
+        for error, end in ((1e-9, 1 / n), (2.0, 4.0)):
+            selection = begun(1.0)
+            for i in range(1, 100):
+                selection.choose(scores, i / 10)
+                selection.observe(torch.tensor([error]), torch.ones(1), i / 10)
+            torch.testing.assert_close(selection.k, torch.tensor([end], dtype=torch.double))
 
 
 def test_where_nothing_happens_k_stays() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections import UserDict
+from dataclasses import MISSING, fields
 from typing import Any
 
 import pytest
@@ -128,6 +129,14 @@ def test_held_out_inputs_of_a_source_that_draws() -> None:
     held_out = seen[-8192 // 64 :]
     assert len(held_out) == 128
     assert all(torch.equal(x, runs.batches(0, generator)) for x in held_out)
+
+
+@pytest.mark.parametrize("kind", [apd.targets.TMS, apd.targets.GatedFunctions, apd.targets.Induction])
+def test_a_target_s_inputs_are_those_that_its_source_has_unasked(kind: Any) -> None:
+    data = kind().data()
+    unasked = {f.name: f.default for f in fields(data) if f.default is not MISSING}
+    assert "batch_size" in unasked and "probability" in unasked
+    assert {name: getattr(data, name) for name in unasked} == unasked
 
 
 HINTS = r"batch\[[^\]]+\]|torch\.as_tensor\(batch\)|items\[[^\]]+\]"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import runs
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 import apd_minimal as apd
-from apd_minimal.study.diagnose import Diagnosis, _second_singular, diagnose
+from apd_minimal.study.diagnose import SIGNS, Diagnosis, _second_singular, diagnose
 
 PATH = "encode.weight"
 
@@ -253,6 +254,60 @@ def test_a_few_samples_at_a_time_find_the_same(monkeypatch: pytest.MonkeyPatch, 
         torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=1e-4, atol=1e-5)
     for name in ("remainder", "sparse", "scrubbed", "anti_scrubbed", "leak"):
         assert getattr(parts, name) == pytest.approx(getattr(whole, name), rel=1e-4)
+
+
+def healthy(**changes: Tensor | float) -> Diagnosis:
+    """Two components without a sign, and the thresholds as they are."""
+    zero, one = torch.zeros(2, dtype=torch.double), torch.ones(2, dtype=torch.double)
+    values: dict[str, Any] = dict.fromkeys(("second_singular", "other_effects", "cosine", "overlap", "stray"), zero)
+    values |= {"partner": torch.tensor([1, 0]), "companion": torch.tensor([1, 0]), "length": one, "factor": one}
+    values |= {"share": 0.5 * one, **dict.fromkeys(("remainder", "sparse", "scrubbed", "anti_scrubbed", "leak"), 0.0)}
+    return Diagnosis(**values | changes, thresholds={sign: value for sign, (value, _) in SIGNS.items()})
+
+
+@pytest.mark.parametrize(
+    ("sign", "name", "shown", "by"),
+    [
+        ("cancelling_cosine", "cosine", "cancelling", -1),
+        ("stray", "stray", "cancelling", 1),
+        ("other_effects", "other_effects", "doubled", 1),
+        ("split_cosine", "cosine", "split", 1),
+        ("split_overlap", "overlap", "split", 1),
+        ("factor_off", "factor", "shrunken", 1),
+        ("factor_off", "factor", "stretched", -1),
+        ("lump_share", "share", "lump", 1),
+        ("remainder", "remainder", "unfaithful", 1),
+        ("sparse", "sparse", "not minimal", 1),
+        ("scrubbed", "scrubbed", "not independent", 1),
+        ("leak", "leak", "leaking", 1),
+    ],
+)
+def test_a_sign_shows_from_its_threshold_on(sign: str, name: str, shown: str, by: int) -> None:
+    """At the threshold it shows, at the number next to it, on the side of what is usual, it does not."""
+    at = SIGNS[sign][0] if name != "factor" else 1 + by * SIGNS[sign][0]
+    more = {"other_effects": torch.full((2,), 0.5, dtype=torch.double)} if shown == "lump" else {}
+    for value, there in ((at, True), (math.nextafter(at, -by * math.inf), False)):
+        alone = name in ("remainder", "sparse", "scrubbed", "leak")
+        given = value if alone else torch.full((2,), value, dtype=torch.double)
+        found = healthy(**more, **{name: given}).suspects
+        assert (shown in found) is there
+        assert not there or found == {shown: [] if alone else [0, 1]}
+    assert healthy().suspects == {}
+
+
+def test_what_is_as_rare_or_as_short_as_allowed() -> None:
+    """Dead is what is rarer than the threshold, empty what is not longer."""
+    mean, least = 0.5, 0.1 * 0.5
+    for rare, dead in ((least, []), (math.nextafter(least, 0), [1])):
+        found = healthy(share=torch.tensor([2 * mean - least, rare], dtype=torch.double)).suspects
+        assert found.get("dead", []) == dead
+    for short, empty in ((0.01, True), (math.nextafter(0.01, 1), False)):
+        assert healthy(length=torch.tensor([1.0, short], dtype=torch.double)).empty.tolist() == [False, empty]
+
+
+def test_shares_are_of_the_samples_with_something_active_be_it_one() -> None:
+    components, x = apd.Components.from_matrices({PATH: Z}), torch.eye(5)[:3] * torch.tensor([[0.5], [1.0], [0.5]])
+    torch.testing.assert_close(diagnose(TARGET, components, x, 1 / 3).share, torch.tensor([0.0, 1.0, 0.0, 0.0, 0.0]))
 
 
 def test_the_table() -> None:

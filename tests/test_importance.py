@@ -311,3 +311,14 @@ def test_inner_activation_wants_the_same_positions() -> None:
     components = apd.Components.random({"each.weight": (3, 3), "all.weight": (3, 2)}, 4, 1)
     with pytest.raises(ValueError, match=r"different positions, .*\[4, 5\], 'all.weight': \[4\]"):
         apd.attributions.inner_activation(Pooled(), components, torch.ones(4, 5, 3))
+
+
+def test_who_is_no_more_important_than_alive_is_not_active() -> None:
+    scores = torch.linspace(-3, 3, 40)[None, :, None].expand(1, 40, 3)
+    for alive in (0.0, 0.5):
+        selection = Importance(0.1, p=1.0, alive=alive)
+        selection.start(1, 3, torch.zeros(1))
+        with torch.no_grad():
+            selection.parameters()[-1].fill_(alive)  # the last bias; with no weights, the importance is just that
+            selection.parameters()[2].zero_()
+            assert not selection.active(scores, None).any()

@@ -259,3 +259,12 @@ def test_losses_are_none_at_the_truth_and_one_where_nothing_is_done(settings: di
     assert wrong["sparse"] == pytest.approx(1, abs=0.01) and wrong["faithfulness"] > 0.01
     swapped = study.losses(network, parts, x, scores.roll(1, -1), settings)
     assert swapped["sparse"] > 0.9
+
+
+@given(case=cases())
+def test_a_mark_is_needed_at_marked_letters_and_an_answer_at_questions(case: tuple[Induction, Tensor]) -> None:
+    target, x = case
+    n, uses = 2 ** len(target.table), target.uses(x)
+    for role, here in (("table", (x >= n) & (x < 2 * n)), ("first: asker", x == 2 * n)):
+        wanted = here if role.split(":")[0] in target.circuits else torch.zeros_like(here)
+        assert torch.equal(uses[..., ROLES.index(role)], wanted)

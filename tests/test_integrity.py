@@ -102,6 +102,7 @@ LOADS: dict[str, Callable[[dict[str, Tensor], dict[str, Any]], Any]] = {
     "an attribution of no name": lambda t, f: f.update(attribution=5),
     "no scores": lambda t, f: f.pop("scores"),
     "chosen": lambda t, f: f.update(chosen=7),
+    "half of a restart": lambda t, f: f.update(chosen=0.5),
     "finished": lambda t, f: f.update(finished="no"),
     "weights": lambda t, f: f.update(weights=3),
     "an unknown setting": lambda t, f: f["config"].update(later=1),

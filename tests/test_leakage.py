@@ -343,3 +343,32 @@ def test_the_target_and_the_components_stay_as_they_were() -> None:
     assert target.training == state and torch.equal(random, torch.random.get_rng_state())
     table = str(first)
     assert "another's mask: its answer" in table and f"{first.pairs} pairs" in table
+
+
+def test_samples_to_fit_to_choose_and_to_test_on_are_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[Tensor, ...]] = []
+
+    def noted(features: Tensor, label: Tensor, parts: tuple[Tensor, ...]) -> float:
+        seen.append(parts)
+        return 0.0
+
+    monkeypatch.setattr("apd_minimal.study.information._held_out", noted)
+    information(draw(103, 2), torch.arange(103) % 2)
+    for parts in seen:
+        assert torch.cat(parts).sort().values.tolist() == list(range(103))
+        assert [len(part) / 103 for part in parts] == pytest.approx([0.5, 0.25, 0.25], abs=0.01)
+
+
+def test_three_hundred_deals_are_all_different() -> None:
+    lengths = torch.arange(1.0, 13)
+    whole = apd.Components({"w": torch.diag(lengths)[:, :, None]}, {"w": torch.eye(12)[:, None]})
+    deals = {tuple(dealt(whole, seed).matrices("w").abs().amax((1, 2)).tolist()) for seed in range(300)}
+    assert len(deals) == 300
+    assert all(sorted(deal) == pytest.approx(lengths.tolist()) for deal in deals)
+
+
+def test_eight_samples_are_enough_and_seven_are_not() -> None:
+    label = torch.arange(8) % 2
+    assert information(label[:, None].float(), label).ceiling == pytest.approx(1)
+    with pytest.raises(ValueError, match="at least 8 samples"):
+        information(label[:7, None].float(), label[:7])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,15 @@ def test_it_says_who_owns_what_and_saves_the_picture(
     image = matplotlib.image.imread(tmp_path / name)
     assert min(image.shape[:2]) > 100
     assert image.std() > 0.01, "there is something on it"
+
+
+def test_it_is_a_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["apd_minimal", "--help"])
+    monkeypatch.delitem(sys.modules, "apd_minimal.__main__")
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_module("apd_minimal", run_name="__main__")
+    assert caught.value.code == 0
+    assert "usage: python -m apd_minimal" in capsys.readouterr().out
 
 
 def test_an_unknown_argument_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -80,6 +80,12 @@ def test_the_same_components_in_another_order_match_wholly() -> None:
     assert [order[j] for j in match.second.tolist()] == match.first.tolist() and match.mean == 1
 
 
+def test_what_chance_does_as_well_is_not_above_it() -> None:
+    always = torch.ones(9, 2)
+    match = apd.metrics.match_use(always, always, by="overlap", n_draws=3)
+    assert match.mean == 1 and not match.above_chance.any()
+
+
 def test_opposite_components_do_not_match() -> None:
     first = some(1, 0)
     second = apd.Components({p: -t for p, t in first.A.items()}, first.B)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -102,6 +104,20 @@ def test_what_is_used_less_than_a_tenth_of_the_mean_becomes_zero_and_joins_nothi
     torch.testing.assert_close(flat[3], vector(drawn(2)))
 
 
+@pytest.mark.parametrize(("share", "used"), [(0.5, (3, 1, 2)), (1.0, (2, 2, 2)), (0.0, (3, 0, 3))])
+def test_what_is_used_exactly_as_rarely_as_allowed_is_not_dead(share: float, used: tuple[int, ...]) -> None:
+    """By either rule: dead is what is used less often, so that with a share of 0 nothing is."""
+    at = torch.arange(12)
+    mask = torch.stack([(at >= 4 * c) & (at < 4 * c + n) for c, n in enumerate(used)], 1)
+    # At a high price no two are merged: none of them point the same way, or are ever active together.
+    for merge in (merge_and_prune, partial(merge_by_bits, alpha=1e3)):
+        components = stacked(rank_one(0), rank_one(1), rank_one(2))
+        before = components.flat().clone()
+        changed = merge(components, mask[None].double(), dead_share=share)
+        assert not changed.any()
+        assert torch.equal(components.flat(), before)
+
+
 def test_a_use_counts_at_any_position() -> None:
     components = stacked(drawn(0), drawn(1))
     mask = torch.zeros(1, 4, 3, 2)
@@ -178,3 +194,11 @@ def test_lengths_and_cosines_a_few_components_at_a_time(monkeypatch: pytest.Monk
     torch.testing.assert_close(length, flat.norm(dim=1))
     expected = torch.nn.functional.cosine_similarity(flat[:, None], flat, dim=2)
     torch.testing.assert_close(table, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_compared_is_never_held_all_at_once() -> None:
+    """At rank one, factors are far smaller than the matrices: these are formed a million numbers at a time."""
+    components = apd.Components.random({"w": (512, 512)}, 9, rank=1)
+    held = [part.numel() for _, part in pieces(components)]
+    assert sum(held) == 9 * 512 * 512
+    assert max(held) == 2**20

@@ -373,3 +373,12 @@ def test_truths_that_do_not_fit() -> None:
         for c, t, message in bad:
             with pytest.raises(ValueError, match=message):
                 function(c, t)
+
+
+@pytest.mark.parametrize("n", [(2, 3), (0, 0)])
+def test_a_truth_has_the_same_mechanisms_for_every_path(n: tuple[int, int]) -> None:
+    parts = apd.Components.random({"a": (3, 2), "b": (2, 3)}, 2)
+    truth = {"a": torch.ones(n[0], 3, 2), "b": torch.ones(n[1], 2, 3)}
+    for measure in (metrics.ownership, metrics.mmcs, metrics.ml2r):
+        with pytest.raises(ValueError, match="the truth must have the same J mechanisms for every path, at least one"):
+            measure(parts, truth)

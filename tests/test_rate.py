@@ -108,6 +108,19 @@ def test_the_shortest_message_is_the_least_of_all_sums(alpha: float, seed: int) 
     assert alpha > 1 or 0.2 * B < found.active * B < 0.9 * B  # neither end
 
 
+def test_no_point_of_the_curve_beats_the_shortest_message() -> None:
+    """A valley that is narrower than a step of the curve may be missed, but not where the curve has a point."""
+    x = torch.ones(500, 1)
+    points = [round(500 * point.active) for point in curve(identity(1), features(1), x, divergence="kl")]
+    assert len(points) > 40
+    for n in (0, *points):
+
+        def valley(outputs: Tensor, wanted: Tensor, n: int = n) -> Tensor:
+            return (outputs.sum() - n).abs().clamp(0, 1).expand(len(outputs))
+
+        assert shortest(identity(1), features(1), x, 0.0, divergence=valley).message(0.0) == 0, n
+
+
 def test_a_mask_that_is_dearer_than_the_answer_is_not_sent() -> None:
     x = one_hot(torch.full((40,), 3.0), 4)
     found = shortest(identity(4), features(4), x, 8.0)
@@ -132,6 +145,20 @@ def test_a_divergence_of_ones_own_is_taken_as_it_is() -> None:
 
     for point in curve(identity(3), features(3), x, divergence=largest, points=5):
         assert point.error == pytest.approx(max(0, 1 - point.active), abs=1e-6)
+
+
+def test_of_equal_attributions_the_first_come_first() -> None:
+    """On every processor: which samples these are decides the error."""
+    seen: list[Tensor] = []
+
+    def noted(outputs: Tensor, wanted: Tensor) -> Tensor:
+        seen.append(outputs[:, 0])
+        return (outputs - wanted).abs().sum(1)
+
+    points = curve(identity(1), features(1), torch.ones(500, 1), divergence=noted)
+    assert len(seen) == len(points) > 40
+    for on, point in zip(seen, points, strict=True):
+        assert torch.equal(on, (torch.arange(500) < round(500 * point.active)).float())
 
 
 def test_the_curve_falls_to_the_components_own_error() -> None:
@@ -161,6 +188,7 @@ def test_components_that_do_not_sum_to_the_weights_never_get_there() -> None:
     assert Judge()(apd.Network(identity(4), [PATH]), half, x) == math.inf
     nothing = features(4).map(torch.zeros_like)
     assert costs(identity(4), nothing, x, [0.01]) == [NEVER]
+    assert NEVER.bits(0) == Judge(alpha=0)(apd.Network(identity(4), [PATH]), half, x) == math.inf, "also for free"
 
 
 def test_empty_components_are_neither_active_nor_in_use() -> None:

@@ -216,6 +216,11 @@ def test_the_checked_samples_have_many_densities_out_of_order(counts: list[int])
         assert found != sorted(found, reverse=True)
 
 
+def test_of_equal_density_the_same_samples_are_checked_on_every_processor() -> None:
+    """They stay in the order of the batch, which a sort that is not stable gives up."""
+    assert varied(torch.ones(1000, 3)).tolist() == [500, 999, 0, 1, 750]
+
+
 @pytest.mark.parametrize("alone", [True, False])
 def test_a_batch_norm_without_statistics_is_named(alone: bool) -> None:
     """Alone, one sample has no variance at all; with positions it has."""

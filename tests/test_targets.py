@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -138,3 +140,22 @@ def test_recipes_are_as_they_were_found() -> None:
     assert gated["minimality"] == gated["scrub"] == pytest.approx(50 * share)
     assert gated["top_k"] == pytest.approx(0.2217 / share)
     assert [value for _, value in gated["simplicity"]] == pytest.approx([10 * share, 10 * share, 0.0])
+
+
+@pytest.mark.parametrize(("length", "there"), [(0.011, True), (0.009, False)])
+def test_features_on_one_line_are_told_unless_they_are_far_shorter_than_the_longest(length: float, there: bool) -> None:
+    target = tms()
+    with torch.no_grad():
+        target.encode.weight.copy_(torch.tensor([[1.0, -length, 0, 0.6, 0.5], [0, 0, 0.9, 0.6, -0.5]]))
+    assert target.same_line == ([(0, 1)] if there else [])
+
+
+def test_without_a_gradient_weights_decay_by_a_hundredth_of_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rate falls from 5e-3 to 0 along a line; on inputs and biases that are zero there is no slope."""
+    monkeypatch.setattr(TMS, "data", lambda self, batch_size: lambda step, generator: torch.zeros(batch_size, 5))
+    seen: list[Tensor] = []
+    kept = [1 - 0.01 * 5e-3 * (1 - step / 400) for step in range(400)]
+    for steps in (1, 400):
+        seen.append(TMS().fit(steps=steps).encode.weight.detach().double())
+    torch.testing.assert_close(seen[1], seen[0] / kept[0] * math.prod(kept), rtol=1e-4, atol=1e-6)
+    assert math.prod(kept) < 0.991

@@ -101,3 +101,9 @@ def test_neighbours_on_one_line() -> None:
     target = apd.targets.TMS(5, 2)
     target.encode.weight.data = torch.tensor([[1.0, 0.0], [-2.0, 0.0], [0.0, 1.0], [1.0, 1.0], [-1.0, -1.0]]).T.clone()
     assert target.same_line == [(0, 1), (3, 4)]
+
+
+@pytest.mark.parametrize("size", [(6, 4), (9, 6), (8, 2), (12, 3)])
+def test_sizes_at_either_end_of_what_was_tried_are_not_doubted_for_that(size: tuple[int, int]) -> None:
+    for n, d, doubted in ((*size, False), (size[0] + (1 if size[0] == 4 * size[1] else -1), size[1], True)):
+        assert ("1.5 to 4 features for each" in apd.targets.TMS(n, d)._doubt(False)) is doubted

@@ -184,3 +184,14 @@ def test_a_search_in_which_nothing_can_be_compared_warns() -> None:
     with pytest.warns(UserWarning, match=r"no k reached an error of 1e-09 or less.*faithfulness"):
         found = tune(target(), batches, ["weight"], 8, epsilons=(1e-9,), **QUICK | {"steps": 1})
     assert all(row["bits"] == math.inf for row in found.tried)
+
+
+@pytest.mark.parametrize(("near", "away"), [(0.5, 0.4), (2.0, 2.5)])
+def test_the_second_place_to_look_is_more_than_a_factor_of_two_away(near: float, away: float) -> None:
+    rows = [{"k": k, "bits": bits} for k, bits in ((away, 3.0), (1.0, 1.0), (near, 2.0))]
+    for tried, second in ((rows, away), (rows[1:], 1.0)):  # nothing far away: the best once more
+        ks = torch.tensor(tuning._around(tried, 100.0), dtype=torch.double).log()
+        half = len(ks) // 2
+        assert ks[:half].mean().exp().item() == pytest.approx(1.0)
+        assert ks[half:].mean().exp().item() == pytest.approx(second)
+    assert max(tuning._around(rows, 0.9)) == 0.9

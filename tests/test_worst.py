@@ -78,6 +78,18 @@ def test_an_attack_of_more_steps_finds_at_least_as_much_and_more_than_chance() -
     assert (many.searched < many.exact).all()
 
 
+@pytest.mark.parametrize("on", [on for on in itertools.product((False, True), repeat=4) if any(on)])
+def test_any_corner_can_be_the_worst(on: tuple[bool, ...]) -> None:
+    """The error is the square of a sum, largest with the positive parts on and the negative ones off."""
+    target = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(target.weight)
+    A = torch.tensor([2.0 if there else -0.1 for there in on])[:, None, None]
+    components = apd.Components({"weight": A}, {"weight": torch.ones(4, 1, 1)})
+    found = worst(target, components, torch.ones(9, 1), torch.zeros(9, 4), n_draws=1)
+    torch.testing.assert_close(found.exact, torch.full((9,), 4.0 * sum(on) ** 2))
+    torch.testing.assert_close(found.ascended.amax(), torch.tensor(4.0 * sum(on) ** 2))
+
+
 def test_empty_components_cost_nothing_and_many_are_too_many() -> None:
     target, components, x = runs.tms(), decomposed(3), inputs()
     gates = torch.zeros(6, 3)

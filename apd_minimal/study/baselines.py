@@ -366,7 +366,7 @@ def match_directions(true: Tensor, found: Tensor, n_draws: int = 20, seed: int =
     """
     checks.tensor("true", true, "J", "d")
     checks.tensor("found", found, "F", true.shape[1])
-    n_draws, seed = checks.number("n_draws", n_draws, 1, whole=True), checks.number("seed", seed, 0, whole=True)
+    n_draws, seed = checks.number("n_draws", n_draws, 1, whole=True), checks.number("seed", seed, 0, 2**62, whole=True)
     true, found = (t.detach() / t.detach().norm(dim=1, keepdim=True).clamp_min(1e-12) for t in (true, found))
     generator = torch.Generator().manual_seed(seed)
 
@@ -391,7 +391,8 @@ def copies(true: Tensor, found: Tensor, least: float = 0.9) -> Tensor:
     checks.tensor("true", true, "J", "d")
     checks.tensor("found", found, "F", true.shape[1])
     least = checks.number("least", least, -1, 1)
-    return (torch.nn.functional.cosine_similarity(true[:, None], found[None], dim=2) >= least).sum(1)
+    alike = torch.nn.functional.cosine_similarity(true[:, None], found[None], dim=2) >= least
+    return (alike & found.any(1)).sum(1)
 
 
 def owners(components: Components, truth: Mapping[str, Tensor], least: float = 0.1) -> Tensor:

@@ -103,7 +103,7 @@ def match_weights(
         ValueError: restarts, weights of other names or shapes, no component in use, n_draws below 1.
     """
     _check(first, second)
-    n_draws, seed = checks.number("n_draws", n_draws, 1, whole=True), checks.number("seed", seed, 0, whole=True)
+    n_draws, seed = checks.number("n_draws", n_draws, 1, whole=True), checks.number("seed", seed, 0, 2**62, whole=True)
     empty = checks.number("empty", empty, 0)
     norms = [components.norms() for components in (first, second)]
     rows, columns = ((norm > empty * norm.max()).nonzero().flatten() for norm in norms)
@@ -158,7 +158,7 @@ def match_use(first: Tensor, second: Tensor, by: str = "correlation", n_draws: i
     flat("first", first)
     flat("second", second, len(first), "C'")
     checks.choice("by", by, ("correlation", "overlap"))
-    n_draws, seed = checks.number("n_draws", n_draws, 1, whole=True), checks.number("seed", seed, 0, whole=True)
+    n_draws, seed = checks.number("n_draws", n_draws, 1, whole=True), checks.number("seed", seed, 0, 2**62, whole=True)
     a, b = (_standard(t.detach().double()) if by == "correlation" else (t > 0).double() for t in (first, second))
     rows, columns = (t.any(0).nonzero().flatten() for t in (a, b))
     _check_in_use(rows, columns)

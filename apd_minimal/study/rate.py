@@ -54,8 +54,9 @@ class Cost:
         Args:
             alpha: bits for each unit of rank, 0 or above.
         """
+        alpha = checks.number("alpha", alpha, 0)
         names = self.active * math.log2(self.in_use) if self.in_use > 1 else 0.0
-        return checks.number("alpha", alpha, 0) * self.ranks + names
+        return alpha * self.ranks + names if self.ranks < math.inf else math.inf  # an error out of reach has no price
 
     def message(self, alpha: float = ALPHA) -> float:
         """Compute the mean bits of a sample and its answer: what is active, and the error, which must be in bits.
