@@ -124,8 +124,7 @@ def owned(target: Planted, noise: float = 0.0, tolerance: float = TOLERANCE) -> 
         tolerance: of planes and spans.
     """
     x = target.data(2048, noise)(0, torch.Generator().manual_seed(1))
-    rows = x if target.length else x.flatten(1)[:, None]  # a picture is one vector
-    groups = planes(rows, target.n, target.inputs, tolerance=tolerance)
+    groups = planes(target.rows(x), target.n, target.inputs, tolerance=tolerance)
     if not len(groups):
         return 0
     return int(target.ownership(apd.Components.from_matrices(cut(target, x, groups, tolerance))).owned.sum())
