@@ -77,7 +77,7 @@ def least_error(target: Planted, j: int, path: str, cosine: float = 0.99, sample
 
     moves = torch.stack([(outputs(piece) - outputs(-piece)).flatten() / (2 * STEP) for piece in pieces])
     energies, Q = torch.linalg.eigh(moves @ moves.T / y.square().sum())
-    length = sum(m.square().sum() for m in true.values()) * (1 / cosine**2 - 1)
+    length = torch.stack([m.square().sum() for m in true.values()]).sum() * (1 / cosine**2 - 1)
     return float(length * energies[0].clamp(min=0)), length.sqrt() * torch.einsum("k,kio->io", Q[:, 0], pieces)
 
 
