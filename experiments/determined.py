@@ -12,6 +12,7 @@ change of two weights at once costs ranks, since what is left over must be in an
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,7 +82,7 @@ def least_error(target: Planted, j: int, path: str, cosine: float = 0.99, sample
     return float(length * energies[0].clamp(min=0)), length.sqrt() * torch.einsum("k,kio->io", Q[:, 0], pieces)
 
 
-def measured(target: Planted) -> dict[str, dict[str, object]]:
+def measured(target: Planted) -> dict[str, dict[str, Any]]:
     """Measure both for every weight: directions that come in, all of them, and the least error of each mechanism."""
     seen = come_in(target)
     return {
