@@ -83,7 +83,7 @@ def least_error(target: Planted, j: int, path: str, cosine: float = 0.99, sample
 
 
 def measured(target: Planted) -> dict[str, dict[str, Any]]:
-    """Measure both for every weight: directions that come in, all of them, and the least error of each mechanism."""
+    """Measure both for every weight: directions that come in, all of them, and each mechanism's least error, or None."""
     seen = come_in(target)
     return {
         path: {
@@ -91,7 +91,8 @@ def measured(target: Planted) -> dict[str, dict[str, Any]]:
             "of": seen[path][1],
             # An expert has no part of the mechanisms of the other.
             "errors": [
-                least_error(target, j, path)[0] for j in range(target.n) if target.mechanisms()[path][j].abs().max() > 0
+                least_error(target, j, path)[0] if part.abs().max() > 0 else None
+                for j, part in enumerate(target.mechanisms()[path])
             ],
         }
         for path in target.weights
