@@ -83,7 +83,7 @@ def least_error(target: Planted, j: int, path: str, cosine: float = 0.99, sample
 
 
 def measured(target: Planted) -> dict[str, dict[str, Any]]:
-    """Measure both for every weight: directions that come in, all of them, and each mechanism's least error, or None."""
+    """Measure both for every weight: directions that come in, all of them, each mechanism's least error, or None."""
     seen = come_in(target)
     return {
         path: {

@@ -4,7 +4,8 @@ python -m experiments.digits [--only trained random ...] [--processes N]      (s
 
 Small convolutional networks that read drawn digits (experiments/drawn_digits.py), one for each seed. The settings are
 those of experiments/architectures.py with the batch of its first runs, with six mechanisms expected and one on a
-sample: a guess, since nobody knows. "Random" is the same network with every weight replaced by a random one of the same singular values.
+sample: a guess, since nobody knows. "Random" is the same network with every weight replaced by a random one of the same
+singular values.
 """
 
 from __future__ import annotations
