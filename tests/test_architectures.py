@@ -6,7 +6,17 @@ import pytest
 import torch
 
 import apd_minimal as apd
-from experiments.architectures import INSIDE, MADE, ORDER, open_together, settings, singular, without_mechanisms
+from apd_minimal.algorithm import begin
+from experiments.architectures import (
+    INSIDE,
+    MADE,
+    ORDER,
+    at_the_truth,
+    open_together,
+    settings,
+    singular,
+    without_mechanisms,
+)
 from experiments.digits import without_training
 from experiments.drawn_digits import Reader, digits
 from experiments.planted_kinds import KINDS
@@ -94,3 +104,16 @@ def test_a_reader_learns_and_its_random_twin_does_not() -> None:
         torch.testing.assert_close(
             torch.linalg.svdvals(reader.get_parameter(path).flatten(1)), before, atol=1e-4, rtol=1e-4
         )
+
+
+def test_a_run_can_start_at_the_truth() -> None:
+    target = MADE["MLP, all three"](seed=3)
+    x = target.data(256)(0, generator())
+    arguments = settings(target, target.weights, x, target.n, target.data().mean_active, 5)
+    del arguments["judge"]
+    run = begin(apd.Network(target, target.weights), target.data(32), apd.Config.from_dict(arguments))
+    before = target.ownership(run.components.restart(1).map(torch.Tensor.detach))
+    at_the_truth(run, target.truth)
+    after = target.ownership(run.components.restart(1).map(torch.Tensor.detach))
+    assert not before.owned.any() and after.owned.all()
+    assert run.advance()["faithfulness"][1] < 1e-10
