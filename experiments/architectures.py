@@ -23,7 +23,6 @@ from __future__ import annotations
 import copy
 import time
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -182,6 +181,11 @@ def run(job: Job, batch: int = BATCH) -> tuple[list[Row], Tensors]:
         "bits_dealt": judge(network, dealt, x),
     }
     return [row], {}
+
+
+def run_before(job: Job) -> tuple[list[Row], Tensors]:
+    """Take one network apart with the batch of the first recipe."""
+    return run(job, SMALL)
 
 
 # What was wrong: with as many samples in more steps, or in larger batches.
@@ -412,8 +416,8 @@ RUNS = Rows(
 BEFORE = replace(
     RUNS,
     jobs=lambda rows: earlier(),
-    run=partial(run, batch=SMALL),
-    settings=partial(settings_of, batch=SMALL),
+    run=run_before,
+    settings=lambda job: settings_of(job, SMALL),
     order=lambda job: (tuple(EARLIER).index(job[0]), job[1]),
 )
 TRIES = Rows(
