@@ -3,8 +3,9 @@
 python -m experiments.digits [--only trained random ...] [--processes N]      (some minutes of one core)
 
 Small convolutional networks that read drawn digits (experiments/drawn_digits.py), one for each seed. The settings are
-those of experiments/architectures.py as they stand, with six mechanisms expected and one on a sample: a guess, since
-nobody knows. "Random" is the same network with every weight replaced by a random one of the same singular values.
+those of experiments/architectures.py with the batch of its first runs, with six mechanisms expected and one on a
+sample: a guess, since nobody knows. "Random" is the same network with every weight replaced by a random one of the same
+singular values.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from experiments.experiment import Row, Rows, Study, Tensors, prefix
 
 Job = tuple[str, int]  # "trained" or "random", seed
 EXPECTED, ACTIVE, SHOWN = 6, 1.0, 8
+BATCH = architectures.SMALL
 EPSILONS = (0.03, 0.1, 0.3)
 
 
@@ -36,7 +38,7 @@ def jobs() -> list[Job]:
 
 def settings_of(job: Job) -> Row:
     """List the settings."""
-    return {**architectures.settings_of(("CNN", job[1], "planted")), "expected": EXPECTED, "active": ACTIVE}
+    return {**architectures.settings_of(("CNN", job[1], "planted"), BATCH), "expected": EXPECTED, "active": ACTIVE}
 
 
 @torch.no_grad()
@@ -73,7 +75,7 @@ def run(job: Job) -> tuple[list[Row], Tensors]:
     # There is no truth whose bits could be reached, and the outputs are no sums: larger errors are allowed.
     arguments["judge"] = Judge(EPSILONS)
     start = time.process_time()
-    found = apd.decompose(target, lambda _, g: digits(architectures.BATCH, g)[0], paths, progress=False, **arguments)
+    found = apd.decompose(target, lambda _, g: digits(BATCH, g)[0], paths, progress=False, **arguments)
     seconds = time.process_time() - start
     every, network = found.restarts, apd.Network(target, paths)
     assert every is not None and every.restarts is not None and found.scores is not None

@@ -115,17 +115,17 @@ def cut(target: Planted, x: Tensor, groups: Tensor, tolerance: float = TOLERANCE
     return {path: torch.stack(own).float() for path, own in parts.items()}
 
 
-def owned(target: Planted, noise: float = 0.0, tolerance: float = TOLERANCE) -> int:
+def owned(target: Planted, noise: float = 0.0, tolerance: float = TOLERANCE, tries: int = 8000) -> int:
     """Count the mechanisms that the cut owns.
 
     Args:
         target: the network.
         noise: in the inputs, as in `Planted.data`.
         tolerance: of planes and spans.
+        tries: planes that are tried.
     """
     x = target.data(2048, noise)(0, torch.Generator().manual_seed(1))
-    rows = x if target.length else x.flatten(1)[:, None]  # a picture is one vector
-    groups = planes(rows, target.n, target.inputs, tolerance=tolerance)
+    groups = planes(target.rows(x), target.n, target.inputs, tolerance=tolerance, tries=tries)
     if not len(groups):
         return 0
     return int(target.ownership(apd.Components.from_matrices(cut(target, x, groups, tolerance))).owned.sum())

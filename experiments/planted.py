@@ -65,7 +65,7 @@ class Planted(nn.Module):
         TypeError, ValueError: numbers out of range.
     """
 
-    inputs = 2  # dimensions of a mechanism's own inputs
+    inputs, outputs = 2, 2  # dimensions of a mechanism's own inputs and outputs
     length: tuple[int, ...] = ()  # positions of a sequence, or nodes of a graph
     most = 64
 
@@ -75,8 +75,9 @@ class Planted(nn.Module):
         self.probability = checks.number("probability", probability, **PROBABILITY)
         self.draws = torch.Generator().manual_seed(numbers(seed)[0])
         self.true: dict[str, Tensor] = {}
+        self.spaces: dict[str, tuple[Space, Space]] = {}  # per path, what the mechanisms read and write
         self.last: list[str] = []  # paths of the weights next to the outputs
-        self.x, self.y = self.rotated(self.inputs), self.rotated(2)
+        self.x, self.y = self.rotated(self.inputs), self.rotated(self.outputs)
         self.build()
         self.level()
 
@@ -139,6 +140,10 @@ class Planted(nn.Module):
         z = z * on.reshape(len(on), *[1] * len(self.length), self.n, 1)
         return torch.einsum("b...ja,jai->b...i", z, self.x)
 
+    def rows(self, x: Tensor) -> Tensor:
+        """View inputs as rows that each lie in the spaces of the mechanisms that are on: [B, positions, d]."""
+        return x if self.length else x.flatten(1)[:, None]  # a picture is one vector
+
     def rotated(self, a: int) -> Space:
         """Draw a space with `a` dimensions for each mechanism, rotated at random."""
         d = self.n * a
@@ -157,6 +162,7 @@ class Planted(nn.Module):
     def plant(self, path: str, into: Space, blocks: Tensor, out: Space) -> None:
         """Set a parameter to its sum of mechanisms, and keep these as the truth."""
         self.last += [path] if out is self.y else []
+        self.spaces[path] = into, out
         self.put(path, torch.einsum("jai,jab,jbo->jio", into, blocks, out))
 
     def put(self, path: str, mechanisms: Tensor) -> None:

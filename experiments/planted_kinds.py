@@ -118,10 +118,11 @@ class SSM(Planted):
     """
 
     length = (8,)
+    neurons = 3  # of a mechanism, after its states
 
     def build(self) -> None:
         """Make the layers."""
-        state, out = self.shuffled(2), self.shuffled(3)
+        state, out = self.shuffled(2), self.shuffled(self.neurons)
         self.into = self.linear("into", self.x, state, 0.7)
         self.decay = Decay(2 * self.n)
         slow = (torch.arange(self.n) % 2 == 0)[:, None, None]
@@ -263,6 +264,51 @@ class ThreeInputMLP(MLP):
     inputs = 3
 
 
+class SquareMLP(ThreeInputMLP):
+    """The same with three outputs for each mechanism as well, so that no direction of its neurons is read by nobody."""
+
+    outputs = 3
+
+
+class SquareSSM(SSM):
+    """The state-space model with as many neurons as states: a mean over time of three moves in two directions only."""
+
+    neurons = 2
+
+
+class OwnColourCNN(Planted):
+    """Two convolutions, a mean over four places and a head; a mechanism sees two colours of its own.
+
+    Its pictures are noise in these colours, so that a filter's patch of 3 by 3 moves in all directions; there is no
+    padding. Each layer has two channels for a mechanism, so that none is read by nobody.
+    """
+
+    side = 6
+
+    def build(self) -> None:
+        """Make the layers."""
+        n, patch = self.n, torch.eye(9)
+        middle, last = self.shuffled(2), self.shuffled(2)
+        seen, between = (torch.einsum("jac,pq->japcq", s, patch).reshape(n, 18, -1) for s in (self.x, middle))
+        self.first, self.second = (nn.Conv2d(2 * n, 2 * n, 3, bias=False) for _ in range(2))
+        self.plant("first.weight", seen, self.blocks(18, 2, 2 / 3), middle)
+        self.plant("second.weight", between, self.blocks(18, 2, 2 / 3), last)
+        self.head = self.linear("head", last, self.y)
+
+    def make(self, on: Tensor, generator: torch.Generator) -> Tensor:
+        """Draw pictures [B, 2 n, 6, 6]: at every place a random colour of each mechanism that is on."""
+        z = torch.randn(len(on), self.side, self.side, self.n, 2, generator=generator) * on[:, None, None, :, None]
+        return torch.einsum("bhwja,jac->bchw", z, self.x)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """View pictures as rows, one for each place: [B, 36, 2 n]."""
+        return x.flatten(2).mT
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map pictures [B, 2 n, 6, 6] to [B, 2 n]."""
+        return self.head(_bend(self.second(_bend(self.first(x)))).mean((2, 3)))
+
+
 class OneGateExperts(Experts):
     """The mixture of experts with three inputs for each mechanism and one gate: sigmoid(x R) goes to the first expert.
 
@@ -291,7 +337,13 @@ KINDS: dict[str, type[Planted]] = {
 }
 """The kinds of network by name."""
 
-DETERMINED: dict[str, type[Planted]] = {"MLP, three inputs": ThreeInputMLP, "experts, one gate": OneGateExperts}
+DETERMINED: dict[str, type[Planted]] = {
+    "MLP, three inputs": ThreeInputMLP,
+    "MLP, all three": SquareMLP,
+    "SSM, all two": SquareSSM,
+    "CNN, own colours": OwnColourCNN,
+    "experts, one gate": OneGateExperts,
+}
 """Variants whose data determine their mechanisms, where those of `KINDS` leave a part open (chapter 33)."""
 
 CNN.most = 12

@@ -19,11 +19,11 @@ def drawn(target: Planted, seed: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
     return on, source.make(on, generator)
 
 
-@pytest.mark.parametrize("kind", ["MLP", "SSM", "MLP, three inputs"])
+@pytest.mark.parametrize("kind", ["MLP", "SSM", "MLP, three inputs", "CNN, own colours"])
 def test_a_group_holds_the_samples_of_one_mechanism_alone(kind: str) -> None:
     target = MADE[kind](seed=3)
     on, x = drawn(target)
-    groups = planes.planes(x if target.length else x[:, None], target.n, target.inputs)
+    groups = planes.planes(target.rows(x), target.n, target.inputs)
     alone = {tuple((on * (on.sum(1, keepdim=True) == 1))[:, j].bool().tolist()) for j in range(target.n)}
     assert {tuple(group.tolist()) for group in groups} == alone
 
@@ -38,9 +38,9 @@ def test_the_parts_are_the_mechanisms(kind: str) -> None:
         torch.testing.assert_close(parts, target.mechanisms()[path], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MADE)
 def test_the_cut_owns_all_where_inputs_come_in_planes_and_nothing_where_they_do_not(kind: str) -> None:
-    target = KINDS[kind](seed=3)
+    target = MADE[kind](seed=3)
     assert planes.owned(target) == target.n
     if kind in ("MLP", "attention"):
         assert planes.owned(target, noise=0.01) == 0
