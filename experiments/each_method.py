@@ -32,7 +32,7 @@ from apd_minimal.importance import Importance
 from apd_minimal.study.rate import Judge
 from experiments import groups, modular
 from experiments.attributions import estimator_of
-from experiments.experiment import Row, Rows, Study, Tensors
+from experiments.experiment import Row, Rows, Study, Tensors, numbers
 from experiments.spd import after_warm_up
 
 Job = tuple[str, str, int]  # kind, method, seed
@@ -68,6 +68,13 @@ def settings_of(job: Job) -> Row:
     told = {"n_components": 5 if kind == "frequency" else 3, "top_k": 1.0, "restarts": RESTARTS, **groups.GENTLE}
     own = {"no k": {"components_each": 3}, "SPD": {"penalties": PENALTIES, **SPD}, "untrained": {}}
     return own.get(method, told) | {"batch": BATCH, "seed": seed + 1000}
+
+
+def stored_settings(job: Job) -> Row:
+    """Give the settings as they are stored, those of APD with what is left at its default."""
+    settings = settings_of(job)
+    whole = numbers(settings, batch=settings["batch"]) if job[1] in ESTIMATORS else settings
+    return dict(json.loads(json.dumps(whole)))
 
 
 def nothing_active(network: apd.Network, x: Tensor) -> float:
@@ -157,7 +164,7 @@ RUNS = Rows(
     fields=("kind", "method", "seed"),
     jobs=lambda rows: jobs(),
     run=run,
-    settings=lambda job: json.loads(json.dumps(settings_of(job))),
+    settings=stored_settings,
     order=lambda job: (KINDS.index(job[0]), METHODS.index(job[1]), job[2]),
 )
 STUDY = Study("each_method", {"runs": RUNS}, about=lambda processes: {"processes": processes}, compact=True)
