@@ -18,7 +18,8 @@ in "runs"; bilinear, graph and selective networks keep open pieces.
 "undetermined" says what the data of the first targets leave open. "planes" and "inside" are cuts without training.
 "six starts" are new networks of the kind on which three starts failed, with six (four of the five had been run once
 before by hand, with the same result), and then five new networks of every kind but the selective one, all with six: so
-that the goal is asked of one set of settings. They were listed before any of them was made. "harder" has inputs on which the cut by planes owns less, or needs a tolerance.
+that the goal is asked of one set of settings. They were listed before any of them was made. "harder" has inputs on
+which the cut by planes owns less, or needs a tolerance.
 """
 
 from __future__ import annotations
@@ -215,7 +216,7 @@ MORE: Row = {"restarts": 6}
 
 
 def more_starts() -> list[Job]:
-    """List the runs with six starts: the kind on which three failed, then every kind but the slowest, on new networks."""
+    """List the runs with six starts: the kind on which three failed, then new networks of every kind but the slowest."""
     every = [(kind, 8500 + i, "six starts") for kind in ORDER if kind != "selective SSM" for i in range(5)]
     return [*(("SSM, all two", 8490 + i, "six starts") for i in range(5)), *every]
 
