@@ -216,7 +216,7 @@ MORE: Row = {"restarts": 6}
 
 
 def more_starts() -> list[Job]:
-    """List the runs with six starts: the kind on which three failed, then new networks of every kind but the slowest."""
+    """List the runs with six starts: the kind on which three failed, then new networks of all kinds but the slowest."""
     every = [(kind, 8500 + i, "six starts") for kind in ORDER if kind != "selective SSM" for i in range(5)]
     return [*(("SSM, all two", 8490 + i, "six starts") for i in range(5)), *every]
 
