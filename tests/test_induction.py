@@ -22,15 +22,20 @@ BEFORE, TABLE, FINDS, FIRST = range(4)  # heads
 
 @st.composite
 def cases(draw: st.DrawFn, gap: float = 25.0) -> tuple[Induction, Tensor]:
-    """A network in double precision, and any tokens at all: repeats, marks and questions wherever they fall."""
+    """A network in double precision, and any tokens at all: repeats, marks and questions wherever they fall.
+
+    A lean network takes one marked letter for another, so that there is one mark in a sequence.
+    """
     bits = draw(st.integers(3, 4))
     circuits = draw(st.sets(st.sampled_from(CIRCUITS), min_size=1))
-    target = Induction(sorted(circuits), draw(st.integers(7, 2**bits)), bits, gap=gap, seed=draw(seeds)).double()
+    T, lean = draw(st.integers(7, 2**bits)), draw(st.booleans())
+    target = Induction(sorted(circuits), T, bits, gap=gap, seed=draw(seeds), lean=lean).double()
     generator = torch.Generator().manual_seed(draw(seeds))
     some = draw(st.integers(1, 2**bits))  # few letters come again more often
     letters = torch.randint(some, (16, target.positions), generator=generator)
     kind = torch.rand(letters.shape, generator=generator)
-    x = torch.where(kind < 0.7, letters, letters + 2**bits)
+    first = (kind >= 0.7).cumsum(1) == 1 if lean else True
+    x = torch.where((kind >= 0.7) & first, letters + 2**bits, letters)
     return target, torch.where(kind > 0.85, torch.tensor(2 * 2**bits), x)
 
 
@@ -82,7 +87,7 @@ def test_each_circuits_weights_alone_do_its_task_and_no_other(case: tuple[Induct
 
 @given(seed=seeds)
 def test_roles_are_needed_where_they_are_said_to_be_and_nowhere_else(seed: int) -> None:
-    target = Induction(seed=seed % 1000)
+    target = Induction(seed=seed % 1000, lean=bool(seed % 2))
     network, x = apd.Network(target, target.weights), sequences(target, seed)
     parts = apd.Components.from_matrices(target.mechanisms("role"), 4)
     uses, answers = target.uses(x), target.answers(x)
@@ -102,9 +107,9 @@ def test_roles_are_needed_where_they_are_said_to_be_and_nowhere_else(seed: int) 
         torch.testing.assert_close(network(x, parts, less.float()), left.sum(2), atol=0.05, rtol=0)
 
 
-@given(seed=seeds, gap=st.floats(4.6, 12))
-def test_heads_look_where_they_should(seed: int, gap: float) -> None:
-    target = Induction(gap=gap, seed=seed % 1000)
+@given(seed=seeds, gap=st.floats(4.6, 12), lean=st.booleans())
+def test_heads_look_where_they_should(seed: int, gap: float, lean: bool) -> None:
+    target = Induction(gap=gap, seed=seed % 1000, lean=lean)
     x = sequences(target, seed)
     patterns, n = target.patterns(x), 8
     assert (patterns[:, BEFORE].diagonal(-1, 1, 2) > 0.99).all()
@@ -121,21 +126,21 @@ def test_heads_look_where_they_should(seed: int, gap: float) -> None:
     off = (patterns - wanted).abs()
     # To nothing goes e^-gap, a little more where the letter before is itself written at 1 - e^-gap of its size.
     assert off.amax() < 1.4 * math.exp(-gap)
-    assert (patterns * (wanted == 0)).sum(-1).amax() < 8 * math.exp(-2 * gap)
+    assert (patterns * (wanted == 0)).sum(-1).amax() < 8.1 * math.exp(-2 * gap)  # at most eight wrong places
 
 
-@given(seed=seeds, positions=st.integers(7, 16))
-def test_patterns_in_closed_form(seed: int, positions: int) -> None:
-    target = Induction(positions=positions, bits=4, seed=seed).double()
+@given(seed=seeds, positions=st.integers(7, 16), lean=st.booleans())
+def test_patterns_in_closed_form(seed: int, positions: int, lean: bool) -> None:
+    target = Induction(positions=positions, bits=4, seed=seed, lean=lean).double()
     x = sequences(target, seed, 8)
     patterns, gap, T = target.patterns(x), 5.0, positions
 
     def clock(d: int) -> float:
-        return math.cos(2 * math.pi * d / T) + math.cos(4 * math.pi * d / T)
+        return math.cos(2 * math.pi * d / T) + (0 if lean else math.cos(4 * math.pi * d / T))
 
-    sharp = 3 * gap / (2 - max(clock(d) for d in range(1, T)))
+    sharp = 3 * gap / (clock(0) - max(clock(d) for d in range(1, T)))
     for t in range(T):
-        weights = [math.exp(sharp * (clock(t - 1 - s) - 2)) for s in range(t + 1)]
+        weights = [math.exp(sharp * (clock(t - 1 - s) - clock(0))) for s in range(t + 1)]
         wanted = torch.tensor(weights) / (sum(weights) + math.exp(-gap))
         torch.testing.assert_close(patterns[:, BEFORE, t, : t + 1], wanted.expand(8, -1).double(), atol=1e-5, rtol=0)
 
@@ -148,10 +153,13 @@ def test_mechanisms_sum_to_the_weights_with_the_ranks_of_what_they_read(
     truth, b = target.mechanisms(by), len(target.table)
     for path, whole in apd.Network(target, target.weights).weights.items():
         assert torch.equal(truth[path].sum(0), whole)
-    ranks = {  # place 4, letter b, mark or question 1
-        "induction: sender": {"0.k": 4, "0.v": b}, "induction: link": {"0.q": 4, "0.o": b, "1.k": b, "1.v": b},
+    lean = len(target.places[0]) == 3 * b + 4
+    place, both = (2, 1) if lean else (4, b + 1)
+    ranks = {  # place 4 or 2, letter b, mark or question 1
+        "induction: sender": {"0.k": place, "0.v": b},
+        "induction: link": {"0.q": place, "0.o": b, "1.k": b, "1.v": b},
         "induction: asker": {"1.q": b, "1.o": b}, "first: sender": {"1.k": 1, "1.v": b},
-        "first: asker": {"1.q": 1, "1.o": b}, "table": {"0.q": b + 1, "0.k": b + 1, "0.v": b, "0.o": b},
+        "first: asker": {"1.q": 1, "1.o": b}, "table": {"0.q": both, "0.k": both, "0.v": b, "0.o": b},
     }  # fmt: skip
     wanted: dict[str, dict[str, int]] = {}
     for role, own in ranks.items():

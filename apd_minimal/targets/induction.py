@@ -93,6 +93,8 @@ class Induction(nn.Module):
         probability: that a circuit is asked in a sequence of `data`, in (0, 1].
         gap: by which a score for the right place is above that for nothing; those for wrong ones are 2 gap below it.
         seed: of the turns and the table.
+        lean: no query or key of more rank than its head needs: positions are one clock, so that there are 3 b + 4
+            dimensions, and the head of the table looks for a mark, and no more for the same letter.
 
     Raises:
         TypeError, ValueError: no circuit, an unknown one, or a number out of range.
@@ -112,23 +114,26 @@ class Induction(nn.Module):
         probability: float = 1 / 3,
         gap: float = 5.0,
         seed: int = 0,
+        lean: bool = False,
     ) -> None:
         super().__init__()
+        n_clocks = 1 if checks.flag("lean", lean) else 2
         b = int(checks.number("bits", bits, 3, 10, whole=True))
         source = Sequences(2**b, positions, tuple(checks.kind("circuits", circuits, (tuple, list), "names")))
         self.circuits, self.positions = source.circuits, source.positions
         self.probability = checks.number("probability", probability, 0, 1, above=True)
         gap, T = checks.number("gap", gap, 0, above=True), self.positions
         generator = torch.Generator().manual_seed(numbers(seed)[0])
-        d, e = 3 * b + 6, b + 1
-        letter, before, answer, mark, asks, place = torch.eye(d).split([b, b, b, 1, 1, 4])  # directions of the stream
+        d, e = 3 * b + 2 + 2 * n_clocks, b - 1 + n_clocks
+        directions = torch.eye(d).split([b, b, b, 1, 1, 2 * n_clocks])  # of the stream
+        letter, before, answer, mark, asks, place = directions
         turn = _turn(d, generator)
         corners = 1.0 - 2 * (torch.arange(2**b)[:, None] // 2 ** torch.arange(b) % 2)  # [n, b]
         flips = 1.0 - 2 * torch.randint(2, (b,), generator=generator)
         table = flips.diag()[torch.randperm(b, generator=generator)]
-        angles = 2 * math.pi / T * torch.arange(T)[:, None] * torch.tensor([1.0, 2.0])
-        clocks = torch.stack([angles.cos(), angles.sin()], -1).flatten(1)  # [T, 4], of squared length 2
-        back = torch.linalg.pinv(clocks) @ clocks.roll(1, 0)  # [4, 4], turns both clocks back by one position
+        angles = 2 * math.pi / T * torch.arange(T)[:, None] * torch.tensor([1.0, 2.0])[:n_clocks]
+        clocks = torch.stack([angles.cos(), angles.sin()], -1).flatten(1)  # [T, 2 n_clocks], of length 1 for each
+        back = torch.linalg.pinv(clocks) @ clocks.roll(1, 0)  # turns all clocks back by one position
         self.register_buffer("corners", corners)
         self.register_buffer("table", table)
         self.register_buffer("embed", torch.cat([corners @ letter, corners @ letter + mark, asks]) @ turn)
@@ -137,20 +142,24 @@ class Induction(nn.Module):
 
         # What the heads read and write. Their scores for the right place are a gap above nothing, those for wrong ones
         # two below: what is looked at has a gradient of about e^-gap, and what is not one of e^-2gap.
-        near = 2 - float((clocks[1:] @ clocks[0]).max())  # two positions differ by at least so much
+        near = n_clocks - float((clocks[1:] @ clocks[0]).max())  # two positions differ by at least so much
         sharp = 3 * gap / near
         into = torch.eye(e)
-        code, one = letter.T @ into[:b], into[b:]  # the letter into a head's first b dimensions; a dimension for flags
-        both = code + math.sqrt(2) * mark.T @ one
+        code, one = letter.T @ into[:b], into[-1:]  # the letter into a head's first b dimensions; a dimension for flags
+        flag, hand = mark.T @ one, into[: 2 * n_clocks]
+        both = code + math.sqrt(2) * flag
         heads = {  # factor of the scores, q, k, what is written, nothing
-            # 2 sharp at the position before; at others 3 gap less
-            (0, 0): (sharp, place.T @ back @ into[:4], place.T @ into[:4], before, 2 * sharp - gap),
-            # 1.5 gap (b + 2) at the same letter if both are marked; else, or at others, 3 gap less
-            (0, 1): (1.5 * gap, both, both, table @ answer, (1.5 * b + 2) * gap),
+            # sharp for each clock at the position before; at others 3 gap less
+            (0, 0): (sharp, place.T @ back @ hand, place.T @ hand, before, n_clocks * sharp - gap),
+            # lean: 3 gap if both are marked, else 0
+            # otherwise 1.5 gap (b + 2) at the same letter if both are marked; else, or at others, 3 gap less
+            (0, 1): (3 * gap, flag, flag, table @ answer, 2 * gap)
+            if lean
+            else (1.5 * gap, both, both, table @ answer, (1.5 * b + 2) * gap),
             # 1.5 gap b where the letter before is this one; at others 3 gap less
             (1, 0): (1.5 * gap, code, before.T @ into[:b], answer, (1.5 * b - 1) * gap),
-            # 2 sharp at the first position; at others 3 gap less
-            (1, 1): (sharp, asks.T @ one, place.T @ clocks[:1].T @ one, answer, 2 * sharp - gap),
+            # sharp for each clock at the first position; at others 3 gap less
+            (1, 1): (sharp, asks.T @ one, place.T @ clocks[:1].T @ one, answer, n_clocks * sharp - gap),
         }
         self.blocks = nn.ModuleList(Heads(d, e, [heads[i, h][-1] for h in (0, 1)]) for i in (0, 1))
         with torch.no_grad():
