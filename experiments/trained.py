@@ -1,0 +1,188 @@
+"""Trained networks, whose parts nobody knows, taken apart by the call of chapter 33, and what can be measured then.
+
+There are two ways: "told" is the recipe of experiments/architectures.py with a number of components and a k that were
+guessed, "free" has no k (`apd_minimal.bottleneck`). Outputs are distributions, so that errors are divergences, and
+attributions are those of the answer's logit alone, as shares (`answer_shares`), one backward pass for each sample.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import apd_minimal as apd
+from apd_minimal import bottleneck
+from apd_minimal.losses import kl
+from apd_minimal.selection import FinalSelection
+from apd_minimal.study import controls, leakage, matching
+from apd_minimal.study.rate import Judge, costs
+from apd_minimal.targets.transformer import answer_shares
+from experiments import architectures
+from experiments.experiment import Row, scaled
+
+WAYS = ("told", "free")
+EPSILONS = (0.03, 0.1, 0.3)  # bits
+SHOWN = 8
+
+
+def arguments(way: str, network: apd.Network, x: Tensor, told: Row, seed: int) -> Row:
+    """Give the arguments of `decompose`.
+
+    Args:
+        way: one of `WAYS`.
+        network: the target.
+        x: a thousand or more inputs.
+        told: "components", and what was guessed or changed.
+        seed: of the decomposition.
+    """
+    C = told["components"]
+    rule: dict[str, Any] = bottleneck.settings(network, x, C, "kl")
+    if way == "told":
+        own = architectures.SETTINGS | {"top_k": scaled(architectures.K, told["active"])}
+        rule = own | {"faithfulness": rule["faithfulness"]}
+    else:
+        gains = tuple(told["gains"])
+        rule |= {"selection": bottleneck.Bottleneck(gain=gains), "restarts": len(gains)}
+    common = {"n_components": C, "seed": seed, "divergence": "kl", "attribution": answer_shares}
+    return rule | common | told["changes"] | {"judge": Judge(EPSILONS, divergence="kl", attribution=answer_shares)}
+
+
+def settings(way: str, told: Row, batch: int, seed: int) -> Row:
+    """List what a run's settings are made of, for its stored row."""
+    rule = f"{bottleneck.FAITHFULNESS:g} times the divergence with nothing active"
+    own = {**architectures.SETTINGS, "k": scaled(architectures.K, told["active"])} if way == "told" else {"lr": 1e-2}
+    return own | {"faithfulness": rule, "batch": batch, "seed": seed, "way": way} | told
+
+
+def taken_apart(
+    network: apd.Network, batches: Callable[[int, torch.Generator], Tensor], way: str, x: Tensor, told: Row, seed: int
+) -> tuple[apd.Decomposition, float]:
+    """Take a network apart; gives the result and the CPU seconds."""
+    start = time.process_time()
+    found = apd.decompose(
+        network.target,
+        batches,
+        list(network.weights),
+        output=network.output,
+        progress=False,
+        **arguments(way, network, x, told, seed),
+    )
+    return found, round(time.process_time() - start, 1)
+
+
+def in_use(components: apd.Components) -> list[int]:
+    """List the components that are longer than a hundredth of the longest."""
+    norms = components.norms()
+    found: list[int] = (norms > 0.01 * norms.max()).nonzero().flatten().tolist()
+    return found
+
+
+def shares(leaks: leakage.Leakage) -> dict[str, list[float]]:
+    """Give every test's score: of the components, of dealt parts, of the target, and by chance."""
+    return {name: [s.components, s.dealt, s.target, s.chance] for name, s in leaks.scores.items()}
+
+
+@torch.no_grad()
+def measured(
+    network: apd.Network, found: apd.Decomposition, x: Tensor, seed: int
+) -> tuple[Row, apd.Components, Tensor, Tensor]:
+    """Measure what can be measured without a truth.
+
+    Args:
+        network: the target.
+        found: its decomposition, with two restarts or more.
+        x: held-out inputs.
+        seed: of the controls.
+
+    Returns:
+        Row: the measures.
+        apd.Components: those that are in use.
+        Tensor: their attributions [B, C].
+        Tensor: their gates [B, C].
+    """
+    every = found.restarts
+    assert every is not None and every.restarts is not None
+    kept, final = in_use(found.components), found.final_selection
+    used = found.components.subset(kept)
+    order = sorted(range(every.restarts), key=found.scores.__getitem__)
+    second = every.restart(order[1]).map(Tensor.detach)
+    second = second.subset(in_use(second))
+    outputs = network(x)
+
+    def gated(components: apd.Components, selection: FinalSelection = final) -> tuple[Tensor, Tensor, float, float]:
+        scores = answer_shares(network, components, x)
+        gates = selection.gates(scores).float()
+        result = network(x, components, gates)
+        same = float((result.argmax(1) == outputs.argmax(1)).float().mean())
+        return scores, gates, same, float(kl(result, outputs).mean())
+
+    scores, gates, agreement, error = gated(used)
+    dealt = controls.dealt(used, seed, turned=True)
+    _, _, agreement_dealt, error_dealt = gated(dealt)
+    _, other_gates, _, _ = gated(second)
+    nothing = network(x, used, torch.zeros_like(gates))
+    whole = network(x, used)
+    weights = matching.match_weights(used, second)
+    row: Row = {
+        "in_use": len(kept),
+        "active": float(gates.sum(1).mean()),
+        "use": gates.mean(0).tolist(),
+        "agreement": agreement,
+        "agreement_dealt": agreement_dealt,
+        "agreement_whole": float((whole.argmax(1) == outputs.argmax(1)).float().mean()),
+        "agreement_nothing": float((nothing.argmax(1) == outputs.argmax(1)).float().mean()),
+        "constant": float(outputs.argmax(1).bincount().max() / len(x)),
+        "error": [error, error_dealt, float(kl(nothing, outputs).mean())],
+        "sum": float(apd.metrics.relative_faithfulness(used, network.weights)),
+        "ranks": {path: r.tolist() for path, r in used.ranks().items()},
+        "scores": found.scores,
+        "bits": [
+            [cost.bits() for cost in costs(network, parts, x, EPSILONS, divergence="kl", attribution=answer_shares)]
+            for parts in (used, dealt)
+        ],
+        "second start": matched(weights) | {"in_use": second.n_components},
+        "masks": {},
+        "leakage": {},
+    }
+    if all(0 < g.mean(0).max() and (g.mean(0) < 1).any() for g in (gates, other_gates)):
+        row["masks"] = matched(matching.match_use(gates, other_gates))
+    if len(kept) > 1:
+        leaks = leakage.leakage(
+            network, used, x, final, outputs="classes", control=dealt, attribution=answer_shares, seed=seed
+        )
+        row["leakage"] = shares(leaks)
+    return row, used, scores, gates
+
+
+def matched(found: matching.Matching) -> Row:
+    """Put a match of two starts in short."""
+    return {
+        "mean": found.mean,
+        "chance": float(found.chance.mean()),
+        "largest_chance": float(found.chance.mean(1).max()),
+        "pairs": len(found.first),
+        "above": int(found.above_chance.sum()),
+        "unmatched": found.unmatched,
+    }
+
+
+def by_group(values: Tensor, groups: Tensor, n: int) -> list[list[float]]:
+    """Average gates or attributions [B, C] over the samples of each of n groups: [C][n], 0 for a group without any."""
+    each = [values[groups == g].mean(0) if (groups == g).any() else values.new_zeros(values.shape[1]) for g in range(n)]
+    return [[round(v, 4) for v in line] for line in torch.stack(each, 1).tolist()]
+
+
+@torch.no_grad()
+def without_training(network: apd.Network, seed: int) -> nn.Module:
+    """Replace every decomposed weight by a random one of the same singular values, in place."""
+    generator = torch.Generator().manual_seed(seed)
+    for path, own in {site.path: site.rule for site in network.sites}.items():
+        parameter = network.target.get_parameter(path)
+        U, S, Vh = torch.linalg.svd(own.matrix(parameter), full_matrices=False)
+        U, V = (torch.linalg.qr(torch.randn(m.shape, generator=generator)).Q for m in (U, Vh.T))
+        parameter.copy_(own.weight(U @ S.diag() @ V.T))
+    return network.target
