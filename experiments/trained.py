@@ -74,11 +74,25 @@ def taken_apart(
     return found, round(time.process_time() - start, 1)
 
 
-def in_use(components: apd.Components) -> list[int]:
-    """List the components that are longer than a hundredth of the longest."""
+def parts_of(components: apd.Components) -> apd.Components:
+    """Keep the components that are longer than a hundredth of the longest."""
     norms = components.norms()
-    found: list[int] = (norms > 0.01 * norms.max()).nonzero().flatten().tolist()
-    return found
+    return components.map(Tensor.detach).subset((norms > 0.01 * norms.max()).nonzero().flatten().tolist())
+
+
+def dealt(parts: apd.Components, on: list[int], seed: int) -> apd.Components:
+    """Deal the directions of those that are ever on among themselves (`controls.dealt`); the others stay as they are.
+
+    Args:
+        parts: C components.
+        on: indices of those that are on for some sample.
+        seed: of the deal.
+    """
+    new = controls.dealt(parts.subset(on), seed, turned=True)
+    A, B = ({path: t.clone() for path, t in own.items()} for own in (parts.A, parts.B))
+    for path in parts.paths:
+        A[path][on], B[path][on] = new.A[path], new.B[path]
+    return apd.Components(A, B)
 
 
 def shares(leaks: leakage.Leakage) -> dict[str, list[float]]:
@@ -100,62 +114,61 @@ def measured(
 
     Returns:
         Row: the measures.
-        apd.Components: those that are in use.
+        apd.Components: those that are on for some sample, the most used first.
         Tensor: their attributions [B, C].
         Tensor: their gates [B, C].
     """
-    every = found.restarts
+    every, final = found.restarts, found.final_selection
     assert every is not None and every.restarts is not None
-    kept, final = in_use(found.components), found.final_selection
-    used = found.components.subset(kept)
     order = sorted(range(every.restarts), key=found.scores.__getitem__)
-    second = every.restart(order[1]).map(Tensor.detach)
-    second = second.subset(in_use(second))
     outputs = network(x)
 
-    def gated(components: apd.Components, selection: FinalSelection = final) -> tuple[Tensor, Tensor, float, float]:
-        scores = answer_shares(network, components, x)
-        gates = selection.gates(scores).float()
-        result = network(x, components, gates)
-        same = float((result.argmax(1) == outputs.argmax(1)).float().mean())
-        return scores, gates, same, float(kl(result, outputs).mean())
+    def gated(parts: apd.Components) -> tuple[Tensor, Tensor, Row]:
+        scores = answer_shares(network, parts, x)
+        gates = final.gates(scores).float()
+        result = network(x, parts, gates)
+        return scores, gates, {"agreement": same(result), "error": float(kl(result, outputs).mean())}
 
-    scores, gates, agreement, error = gated(used)
-    dealt = controls.dealt(used, seed, turned=True)
-    _, _, agreement_dealt, error_dealt = gated(dealt)
-    _, other_gates, _, _ = gated(second)
-    nothing = network(x, used, torch.zeros_like(gates))
-    whole = network(x, used)
-    weights = matching.match_weights(used, second)
-    row: Row = {
-        "in_use": len(kept),
+    def same(result: Tensor) -> float:
+        return float((result.argmax(1) == outputs.argmax(1)).float().mean())
+
+    parts = parts_of(found.components)
+    scores, gates, row = gated(parts)
+    use = gates.mean(0)
+    on = use.argsort(descending=True)[: int((use > 0).sum())].tolist()
+    control = dealt(parts, on, seed)
+    second = parts_of(every.restart(order[1]))
+    other = gated(second)[1]
+    both = parts.subset(on), second.subset((other.sum(0) > 0).nonzero().flatten().tolist())
+    row |= {
+        "left": parts.n_components,
+        "in_use": len(on),
         "active": float(gates.sum(1).mean()),
-        "use": gates.mean(0).tolist(),
-        "agreement": agreement,
-        "agreement_dealt": agreement_dealt,
-        "agreement_whole": float((whole.argmax(1) == outputs.argmax(1)).float().mean()),
-        "agreement_nothing": float((nothing.argmax(1) == outputs.argmax(1)).float().mean()),
+        "use": use[on].tolist(),
         "constant": float(outputs.argmax(1).bincount().max() / len(x)),
-        "error": [error, error_dealt, float(kl(nothing, outputs).mean())],
-        "sum": float(apd.metrics.relative_faithfulness(used, network.weights)),
-        "ranks": {path: r.tolist() for path, r in used.ranks().items()},
+        "dealt": gated(control)[2],
+        "whole": same(network(x, parts)),
+        "nothing": float(kl(network(x, parts, torch.zeros_like(gates)), outputs).mean()),
+        "sum": float(apd.metrics.relative_faithfulness(parts, network.weights)),
+        "sum_in_use": float(apd.metrics.relative_faithfulness(both[0], network.weights)),
+        "ranks": {path: r[on].tolist() for path, r in parts.ranks().items()},
         "scores": found.scores,
         "bits": [
-            [cost.bits() for cost in costs(network, parts, x, EPSILONS, divergence="kl", attribution=answer_shares)]
-            for parts in (used, dealt)
+            [cost.bits() for cost in costs(network, c, x, EPSILONS, divergence="kl", attribution=answer_shares)]
+            for c in (parts, control)
         ],
-        "second start": matched(weights) | {"in_use": second.n_components},
+        "weights": matched(matching.match_weights(*both)),
         "masks": {},
         "leakage": {},
     }
-    if all(0 < g.mean(0).max() and (g.mean(0) < 1).any() for g in (gates, other_gates)):
-        row["masks"] = matched(matching.match_use(gates, other_gates))
-    if len(kept) > 1:
+    if all((0 < g.mean(0)).any() and ((0 < g.mean(0)) & (g.mean(0) < 1)).any() for g in (gates, other)):
+        row["masks"] = matched(matching.match_use(gates, other))
+    if len(on) > 1:
         leaks = leakage.leakage(
-            network, used, x, final, outputs="classes", control=dealt, attribution=answer_shares, seed=seed
+            network, parts, x, final, outputs="classes", control=control, attribution=answer_shares, seed=seed
         )
         row["leakage"] = shares(leaks)
-    return row, used, scores, gates
+    return row, both[0], scores[:, on], gates[:, on]
 
 
 def matched(found: matching.Matching) -> Row:

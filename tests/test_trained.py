@@ -129,18 +129,23 @@ def test_measures_tell_two_parts_from_one_lump_and_from_dealt_parts() -> None:
     halves = torch.stack([torch.cat([W[:2], 0 * W[2:]]), torch.cat([0 * W[:2], W[2:]])])
     row, used, scores, gates = trained.measured(network, decomposed(halves, 1.0), x, 0)
     assert row["in_use"] == used.n_components == 2 and row["active"] == pytest.approx(1, abs=0.01)
-    assert row["agreement"] == row["agreement_whole"] == 1 > row["agreement_dealt"]
-    assert row["agreement_nothing"] < 0.6 and row["error"][0] < 1e-5 < row["error"][1] < row["error"][2]
-    assert row["second start"]["mean"] == pytest.approx(1) and row["second start"]["chance"] < 0.8
+    assert row["agreement"] == row["whole"] == 1 > row["dealt"]["agreement"]
+    assert row["error"] < 1e-5 < row["dealt"]["error"] < row["nothing"] and row["sum_in_use"] < 1e-9
+    assert row["weights"]["mean"] == pytest.approx(1) and row["weights"]["chance"] < 0.8
     assert row["masks"]["mean"] == pytest.approx(1) and row["masks"]["chance"] < 0.6
     its, own = (row["leakage"][f"another's mask: {what} answer"] for what in ("its", "own"))
     assert its[0] < 0.5 and own[2] == 1  # the mask of another half leaves nothing to answer with
     on = x.reshape(-1, 2, 2).sum(2) > 0
+    on = on[:, on.float().mean(0).argsort(descending=True)]
     assert torch.equal(gates.bool(), on)
     assert trained.by_group(gates, on[:, 1].long(), 3) == [[1, 0, 0], [0, 1, 0]]
     lump, *_ = trained.measured(network, decomposed(torch.stack([W, 0 * W]), 1.0), x, 0)
     assert lump["in_use"] == 1 and lump["leakage"] == {} and lump["masks"] == {}
+    # What is never on counts in the sum, and in nothing else; it is not dealt.
+    spare = torch.cat([halves[:1] + 0.5 * halves[1:], 0.5 * halves[1:]])
+    row, *_ = trained.measured(network, decomposed(torch.cat([halves, spare * 1e-1]), 1.0), x, 0)
+    assert row["left"] == 4 and row["in_use"] == 2 and row["sum"] > 0.001 > row["sum_in_use"]
     other = torch.linalg.qr(torch.randn(4, 4, generator=generator(2))).Q
     turned = torch.stack([halves[0] @ other, halves[1] @ other])
     apart, *_ = trained.measured(network, decomposed(halves, 1.0, turned), x, 0)
-    assert apart["second start"]["mean"] < 0.9
+    assert apart["weights"]["mean"] < 0.9
