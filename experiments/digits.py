@@ -1,6 +1,6 @@
 """Create data/digits.json: a trained network without a known truth, taken apart by the call of chapter 33.
 
-python -m experiments.digits [--only trained random ...] [--processes N]      (about a quarter of an hour of one core)
+python -m experiments.digits [--only trained random ...] [--processes N]      (about ten minutes of one core)
 
 Small convolutional networks that read drawn digits (experiments/drawn_digits.py), one for each seed, taken apart in two
 ways (experiments/trained.py). "Random" is the same network with every decomposed weight replaced by a random one of the
@@ -15,18 +15,16 @@ import torch
 import apd_minimal as apd
 from experiments.drawn_digits import Reader, digits
 from experiments.experiment import Row, Rows, Study, Tensors, prefix
-from experiments.trained import SHOWN, by_group, measured, settings, taken_apart, without_training
+from experiments.trained import SHOWN, WAYS, by_group, measured, settings, taken_apart, without_training
 
 Job = tuple[str, int, str]  # "trained" or "random", seed, way
 BATCH, SEEDS = 256, (8520, 8521, 8522)
-TOLD: Row = {"components": 20, "active": 2.0, "gains": (8.0, 8.0), "changes": {}}
+TOLD: Row = {"components": 20, "active": 2.0}
 
 
 def jobs() -> list[Job]:
     """List the runs."""
-    return [("trained", seed, way) for seed in SEEDS for way in ("told", "free")] + [
-        ("random", SEEDS[0], way) for way in ("told", "free")
-    ]
+    return [("trained", seed, way) for seed in SEEDS for way in WAYS] + [("random", SEEDS[0], "told")]
 
 
 def settings_of(job: Job) -> Row:
@@ -45,7 +43,7 @@ def run(job: Job) -> tuple[list[Row], Tensors]:
         network = apd.Network(target, list(target.weights))
     x, y = digits(2048, torch.Generator().manual_seed(20_000 + seed))
     found, seconds = taken_apart(network, lambda _, g: digits(BATCH, g)[0], way, x, TOLD, seed + 1000)
-    row, used, scores, gates = measured(network, found, x, seed)
+    row, scores, gates = measured(network, found, x, seed)
     strongest = scores.topk(SHOWN, dim=0).indices.T  # [C, SHOWN]
     row |= {
         "seconds": seconds,

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import apd_minimal as apd
 from apd_minimal.targets.transformer import answer_shares, last_position
-from experiments import architectures, digits, letters, reading, trained
+from experiments import architectures, digits, reading, trained
 from experiments.drawn_digits import Reader
 from experiments.reading import LETTERS, WINDOW, Writer
 
@@ -67,15 +67,17 @@ def test_the_call_is_that_of_the_chapter_but_for_what_is_said(way: str) -> None:
     assert ("top_k" in found, "selection" in found) == ((True, False) if way == "told" else (False, True))
     zero = network(x, apd.Components.random(network.shapes, 1, 1).map(torch.zeros_like))
     nothing = float(apd.losses.kl(zero, network(x)).detach().mean())
-    if "faithfulness" not in digits.TOLD["changes"]:
-        assert found["faithfulness"] == pytest.approx(60 * nothing, rel=1e-3)
+    assert found["faithfulness"] == pytest.approx(60 * nothing, rel=1e-3)
+    assert {name: found[name] for name in trained.CHANGES[way]} == trained.CHANGES[way]
     if way == "told":
-        changed = {"restarts", *digits.TOLD["changes"]}
-        assert {k: v for k, v in found.items() if k in architectures.SETTINGS and k not in changed} == {
-            k: v for k, v in architectures.SETTINGS.items() if k not in changed
-        }
-        last = digits.TOLD["changes"].get("top_k", [(0, 0.8 * digits.TOLD["active"])])[-1][1]
-        assert found["top_k"][-1][1] == pytest.approx(last)
+        same = set(architectures.SETTINGS) - set(trained.CHANGES[way])
+        assert {name: found[name] for name in same} == {name: architectures.SETTINGS[name] for name in same}
+        assert found["top_k"][-1][1] == pytest.approx(0.8 * digits.TOLD["active"])
+    else:
+        rule = apd.bottleneck.settings(network, x, digits.TOLD["components"], "kl")
+        same = set(rule) - set(trained.CHANGES[way]) - {"selection"}
+        assert {name: found[name] for name in same} == {name: rule[name] for name in same}
+        assert found["selection"].allowed == trained.ALLOWED
 
 
 def test_a_network_without_training_has_the_singular_values_and_another_function() -> None:
@@ -90,7 +92,9 @@ def test_a_network_without_training_has_the_singular_values_and_another_function
         after = apd.Network(target, list(target.weights), pick)
         assert (after(x) - outputs).square().mean() > 0.1 * (outputs - outputs.mean(0)).square().mean()
         for path, w in after.weights.items():
-            torch.testing.assert_close(torch.linalg.svdvals(w), torch.linalg.svdvals(before[path]), atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(
+                torch.linalg.svdvals(w), torch.linalg.svdvals(before[path]), atol=1e-4, rtol=1e-4
+            )
             assert (w - before[path]).norm() > 0.5 * w.norm()
 
 
@@ -127,8 +131,8 @@ def test_measures_tell_two_parts_from_one_lump_and_from_dealt_parts() -> None:
     network = apd.Network(target, ["layer.weight"])
     W, x = network.weights["layer.weight"], two(1000, generator())
     halves = torch.stack([torch.cat([W[:2], 0 * W[2:]]), torch.cat([0 * W[:2], W[2:]])])
-    row, used, scores, gates = trained.measured(network, decomposed(halves, 1.0), x, 0)
-    assert row["in_use"] == used.n_components == 2 and row["active"] == pytest.approx(1, abs=0.01)
+    row, scores, gates = trained.measured(network, decomposed(halves, 1.0), x, 0)
+    assert row["in_use"] == scores.shape[1] == gates.shape[1] == 2 and row["active"] == pytest.approx(1, abs=0.01)
     assert row["agreement"] == row["whole"] == 1 > row["dealt"]["agreement"]
     assert row["error"] < 1e-5 < row["dealt"]["error"] < row["nothing"] and row["sum_in_use"] < 1e-9
     assert row["weights"]["mean"] == pytest.approx(1) and row["weights"]["chance"] < 0.8
