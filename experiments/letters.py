@@ -5,7 +5,7 @@ python -m experiments.letters [--only trained untrained ...] [--processes N]    
 Transformers of one layer that learn the next character of the text that Python ships as its language reference
 (experiments/reading.py), one for each seed. Attention and neurons are taken apart, as they work for the character
 after the last of the window; gates are for a whole window. "Untrained" is the same network with every decomposed weight
-replaced by a random one of the same singular values. Settings were made on seeds 90 and 91 ("log" in data/digits.json).
+replaced by a random one of the same singular values. Settings were made on seed 90 ("log" in data/digits.json).
 """
 
 from __future__ import annotations

@@ -98,6 +98,15 @@ def test_a_network_without_training_has_the_singular_values_and_another_function
             assert (w - before[path]).norm() > 0.5 * w.norm()
 
 
+def test_what_is_never_on_is_not_dealt_and_the_sum_stays() -> None:
+    parts = apd.Components.random({"a": (6, 5), "b": (5, 4)}, 5, 2, generator=generator())
+    new = trained.dealt(parts, [1, 3, 4], 0)
+    for path in parts.paths:
+        torch.testing.assert_close(new.sum(path), parts.sum(path), atol=1e-5, rtol=0)
+        moved = (new.matrices(path) - parts.matrices(path)).flatten(1).norm(dim=1) > 1e-3
+        assert moved.tolist() == [False, True, False, True, True]
+
+
 class Two(nn.Module):
     """Two parts: each sample has numbers in one half of its inputs, and each half has two classes of its own."""
 
@@ -149,6 +158,13 @@ def test_measures_tell_two_parts_from_one_lump_and_from_dealt_parts() -> None:
     spare = torch.cat([halves[:1] + 0.5 * halves[1:], 0.5 * halves[1:]])
     row, *_ = trained.measured(network, decomposed(torch.cat([halves, spare * 1e-1]), 1.0), x, 0)
     assert row["left"] == 4 and row["in_use"] == 2 and row["sum"] > 0.001 > row["sum_in_use"]
+    result = decomposed(torch.cat([halves, spare * 1e-1]), 1.0)
+    control = trained.dealt(
+        result.components, (x.reshape(-1, 2, 2).sum(2) > 0).sum(0).argsort(descending=True).tolist(), 0
+    )
+    gates = result.final_selection.gates(answer_shares(network, control, x)).float()
+    error = apd.losses.kl(network(x, control, gates), network(x)).mean()
+    assert row["dealt"]["error"] == pytest.approx(float(error), rel=1e-4)
     other = torch.linalg.qr(torch.randn(4, 4, generator=generator(2))).Q
     turned = torch.stack([halves[0] @ other, halves[1] @ other])
     apart, *_ = trained.measured(network, decomposed(halves, 1.0, turned), x, 0)
