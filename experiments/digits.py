@@ -4,8 +4,8 @@ python -m experiments.digits [--only trained random ...] [--processes N]      (a
 
 Small convolutional networks that read drawn digits (experiments/drawn_digits.py), one for each seed, taken apart in two
 ways (experiments/trained.py). "Random" is the same network with every decomposed weight replaced by a random one of the
-same singular values. "log" has the runs on seed 90, and on the text of experiments/letters.py, by which the
-settings of both studies were made, and some that came afterwards; "before" is the one run with the first recipe, which had batches of 64.
+same singular values. "log" has the runs on seed 90, and on the text of experiments/letters.py, by which the settings of
+both studies were made, and some that came afterwards; "before" are the runs with the first recipe, batches of 64.
 """
 
 from __future__ import annotations
