@@ -17,9 +17,9 @@ from experiments.architectures import (
     singular,
     without_mechanisms,
 )
-from experiments.digits import without_training
 from experiments.drawn_digits import Reader, digits
 from experiments.planted_kinds import KINDS
+from experiments.trained import without_training
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -98,7 +98,7 @@ def test_a_reader_learns_and_its_random_twin_does_not() -> None:
     assert (scores.argmax(1) == y).float().mean() > 0.6
     assert (scores - scores.mean(0)).square().mean() == pytest.approx(1, rel=0.2)
     values = [torch.linalg.svdvals(reader.get_parameter(p).flatten(1)) for p in reader.weights[:2]]
-    without_training(reader, 3)
+    without_training(apd.Network(reader, list(reader.weights)), 3)
     assert (reader(x).argmax(1) == y).float().mean() < 0.4
     for path, before in zip(reader.weights[:2], values, strict=True):
         torch.testing.assert_close(
