@@ -2,15 +2,14 @@
 
 python -m experiments.pieces [--only "as it is" "usual inputs" ...] [--processes N]          (about an hour of one core)
 
-The target is chapter 36's, "lean": no query or key has more rank than its head needs. Eight components, one on at a
-time, at a high price of rank, become pieces of circuits. When that price has fallen to zero, k is 2 for a moment, then
-1.4 for a while, and three times pieces that are on together are merged by bits. From there on one is on at a time
-again. The judge picks among six starts. Inputs ask one circuit each.
+The target is chapter 36's, "lean": no query or key has more rank than its head needs. Inputs ask one circuit each.
+Eight components, one on at a time, at a high price of rank, become pieces of circuits. When that price has fallen, k is
+2 for a moment, and pieces that are on together are merged by bits. From there on one is on at a time again, and the
+others fade as fast as the error allows (`Held`), at a low price of rank. The judge picks among four starts.
 
-One thing is changed at a time, on three targets with four starts each: "full", the target that the chapter began with,
-whose circuits have more rank than they need; "usual inputs", on which any number of circuits is asked; "no merging".
-"random" has no circuits: every matrix is a random one of the same singular values. "groups" are those of chapter 37,
-with the same settings; only the rank of components is not bounded there.
+One thing is changed at a time, on three targets each: "full", the target that the chapter began with, whose circuits
+have more rank than they need; "usual inputs", on which any number of circuits is asked; "no merging"; "no fading".
+"random" has no circuits: every matrix is a random one of the same singular values.
 
 The settings were made on seeds 90, 91 and 8640, which are in "log", with what was tried before. All others are from
 8660 up, and each is run once. They were listed before any of these targets was made.
@@ -19,6 +18,7 @@ The settings were made on seeds 90, 91 and 8640, which are in "log", with what w
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,34 +26,70 @@ from torch import Tensor
 import apd_minimal as apd
 from apd_minimal.algorithm import begin, finish
 from apd_minimal.config import Config
+from apd_minimal.selection import TopK
 from apd_minimal.study import controls, matching
 from apd_minimal.study.rate import Judge
 from apd_minimal.targets.induction import Induction
 from apd_minimal.tidy.merge import merge_by_bits
-from experiments import groups, induction
+from experiments import induction
 from experiments.experiment import Row, Rows, Study, Tensors, numbers
 
 Job = tuple[str, int]  # what is changed, seed
-GroupJob = tuple[str, int]  # kind of groups, seed
 FIRST, BATCH = 8660, 256
-MERGED = 0.6  # progress at which pieces are merged first
 SETTINGS: Row = {
-    "n_components": 8, "rank": 4, "steps": 1500, "restarts": 6, "lr": 3e-2,
-    "faithfulness": 20.0, "minimality": 20.0, "scrub": 20.0, "simplicity": ((0.0, 100.0), (MERGED, 0.0)),
-    "top_k": ((0.0, 1.0), (0.59, 1.0), (MERGED, 2.0), (0.61, 1.4), (0.8, 1.4), (0.81, 1.0)),
-    "tidy_every": 0.1, "tidy_from": 0.59, "tidy_until": 0.85, "alpha": 0.5, "reseed_until": 0.0,
+    "n_components": 8, "rank": 4, "steps": 1500, "restarts": 4, "lr": 3e-2,
+    "faithfulness": 20.0, "minimality": 20.0, "scrub": 20.0,
+    "simplicity": ((0.0, 100.0), (0.6, 0.0), (0.65, 10.0), (0.9, 0.0)),
+    "top_k": ((0.0, 1.0), (0.59, 1.0), (0.6, 2.0), (0.61, 1.0)),
+    "tidy_every": 0.6, "tidy_from": 0.5, "tidy_until": 0.7, "alpha": 0.5, "reseed_until": 0.0,
 }  # fmt: skip
-FEWER: Row = {"restarts": 4}
+SINCE = 0.62  # progress from which the others fade; 1 for not at all
 CHANGES: dict[str, Row] = {
-    "as it is": {},
-    "full": FEWER,
-    "usual inputs": FEWER,
-    "no merging": FEWER | {"tidy_every": 0.0},
-    "random": FEWER,
+    name: {} for name in ("as it is", "full", "usual inputs", "no merging", "no fading", "random")
 }
-TARGETS = dict.fromkeys(CHANGES, 3) | {"as it is": 10}
+CHANGES["no merging"] = {"tidy_every": 0.0}
+TARGETS = dict.fromkeys(CHANGES, 3) | {"as it is": 10, "random": 2}
 EXACT = (0.001,)  # the judge's error: so small that no answer can be left out, as in the chapter
-GROUPS = ("apart", "shared")
+
+
+@dataclass
+class Held(TopK):
+    """The top k; and from a point of the run on the others are not off, but fade as fast as the error allows.
+
+    A head of which a part is missing looks at nothing, and then no gradient says what is missing. While the others are
+    on by a share, it looks at the right place, and more of it can be asked for.
+
+    Args:
+        since: progress from which it holds.
+        allowed: error of the sparse network, as a share of the error with nothing active, up to which the share falls.
+        rate: by which the share falls in a step, or rises.
+    """
+
+    since: float = SINCE
+    allowed: float = 0.2
+    rate: float = 0.005
+    observes = True
+
+    def start(self, n_restarts: int, n_components: int, like: Tensor) -> None:
+        """Begin with all on."""
+        super().start(n_restarts, n_components, like)
+        self.left = torch.ones(n_restarts, dtype=like.dtype, device=like.device)
+
+    def choose(self, scores: Tensor, t: float, share: float = 1.0) -> Tensor:
+        """Choose the k most attributed, and leave a share of the others."""
+        mask = super().choose(scores, t, share)
+        left = self.left.reshape(-1, *[1] * (scores.ndim - 1)).to(scores)
+        return torch.where(mask, 1.0, left.expand_as(scores)) if t >= self.since else mask
+
+    def observe(self, error: Tensor, nothing: Tensor, t: float) -> None:
+        """Let the share fall where the error is allowed, and rise where it is not."""
+        if t >= self.since:
+            step = torch.where(error < self.allowed * nothing, -self.rate, self.rate)
+            self.left = (self.left + step).clamp(0, 1)
+
+    def state(self) -> list[Tensor]:
+        """Give the shares, which are a part of the run."""
+        return [self.left]
 
 
 def jobs() -> list[Job]:
@@ -97,7 +133,9 @@ def run(job: Job) -> tuple[list[Row], Tensors]:
     score, began = induction.scores_of("sequence"), time.process_time()
     network, exact = apd.Network(target, target.weights), Judge(EXACT, attribution=score)
     source = target.data(BATCH) if change == "usual inputs" else induction.OneAtATime(known, BATCH)
-    started = begin(network, source, Config.from_dict(settings_of(job)), attribution=score)
+    settings = settings_of(job)
+    selection = Held(settings["top_k"], since=1.0 if change == "no fading" else SINCE)
+    started = begin(network, source, Config.from_dict(settings), attribution=score, selection=selection)
     started.judge = exact
     found = finish(started, None, 500, None, False, None)
     seconds = time.process_time() - began
@@ -146,61 +184,14 @@ def run(job: Job) -> tuple[list[Row], Tensors]:
     return [row], {}
 
 
-def group_jobs() -> list[GroupJob]:
-    """List the runs on groups."""
-    return [(kind, FIRST + i) for kind in GROUPS for i in range(5)]
-
-
-def group_settings(job: GroupJob) -> Row:
-    """Give the settings of a run on groups: the same, but for ranks, which are not bounded."""
-    return {**SETTINGS, "rank": None, "seed": job[1] + 1000}
-
-
-def run_groups(job: GroupJob) -> tuple[list[Row], Tensors]:
-    """Take one network of group operations apart by the same recipe, and count what is owned."""
-    kind, seed = job
-    target, judge, began = groups.target_of(kind, seed), Judge(EXACT), time.process_time()
-    truth, network = target.mechanisms(groups.by_of(kind)), apd.Network(target, target.weights)
-    settings = group_settings(job)
-    found = apd.decompose(target, target.data(BATCH), target.weights, judge=judge, progress=False, **settings)
-    seconds, every = time.process_time() - began, found.restarts
-    assert every is not None and every.restarts is not None and found.scores is not None
-    x = target.data(2048)(0, torch.Generator().manual_seed(20_000 + seed))
-    own = apd.metrics.ownership(found.components, truth)
-    dealt = controls.dealt(found.components, seed)
-    row: Row = {
-        "in_use": int((found.components.norms() > 0).sum()),
-        "owned": own.owned.tolist(),
-        "cosine": [round(v, 4) for v in own.cosine.tolist()],
-        "owned_by_restart": [
-            apd.metrics.ownership(every.restart(r), truth).owned.tolist() for r in range(every.restarts)
-        ],
-        "dealt_owned": apd.metrics.ownership(dealt, truth).owned.tolist(),
-        "dealt_cosine": apd.metrics.ownership(dealt, truth).cosine.mean().item(),
-        "scores": [induction.finite(s) for s in found.scores],
-        "bits": induction.finite(judge(network, found.components, x)),
-        "bits_of_the_truth": judge(network, apd.Components.from_matrices(truth), x),
-        "seconds": round(seconds, 1),
-    }
-    return [row], {}
-
-
 RUNS = Rows(
     fields=("change", "seed"),
     jobs=lambda rows: jobs(),
     run=run,
-    settings=lambda job: numbers(settings_of(job), batch=BATCH),
+    settings=lambda job: numbers(settings_of(job), batch=BATCH, since=1.0 if job[0] == "no fading" else SINCE),
     order=lambda job: (list(CHANGES).index(job[0]), job[1]),
 )
-ON_GROUPS = Rows(
-    fields=("kind", "seed"),
-    jobs=lambda rows: group_jobs(),
-    run=run_groups,
-    settings=lambda job: numbers(group_settings(job), batch=BATCH),
-)
-STUDY = Study(
-    "pieces", {"runs": RUNS, "groups": ON_GROUPS}, about=lambda processes: {"processes": processes}, compact=True
-)
+STUDY = Study("pieces", {"runs": RUNS}, about=lambda processes: {"processes": processes}, compact=True)
 
 if __name__ == "__main__":
     STUDY.main(__doc__)
