@@ -701,7 +701,7 @@ KINDS: dict[str, Strategy] = {
     **{
         name: flag()
         for name in (
-            "per_output per_position remainder return_convergence_delta return_std_error recompute progress nonempty "
+            "lean per_output per_position remainder return_convergence_delta return_std_error recompute progress nonempty "
             "identity show_neurons per_sample unit_norm"
         ).split()
     },
