@@ -701,8 +701,8 @@ KINDS: dict[str, Strategy] = {
     **{
         name: flag()
         for name in (
-            "lean per_output per_position remainder return_convergence_delta return_std_error recompute progress nonempty "
-            "identity show_neurons per_sample unit_norm"
+            "per_output per_position remainder return_convergence_delta return_std_error recompute progress nonempty "
+            "identity show_neurons per_sample unit_norm lean"
         ).split()
     },
     # Settings of `Config`.
