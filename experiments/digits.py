@@ -15,11 +15,10 @@ import torch
 import apd_minimal as apd
 from experiments.drawn_digits import Reader, digits
 from experiments.experiment import Row, Rows, Study, Tensors, prefix
-from experiments.trained import SHOWN, WAYS, by_group, measured, settings, taken_apart, without_training
+from experiments.trained import BATCH, SHOWN, TOLD, WAYS, by_group, measured, settings, taken_apart, without_training
 
 Job = tuple[str, int, str]  # "trained" or "random", seed, way
-BATCH, SEEDS = 256, (8520, 8521, 8522)
-TOLD: Row = {"components": 20, "active": 2.0}
+SEEDS = (8520, 8521, 8522)
 
 
 def jobs() -> list[Job]:

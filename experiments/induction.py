@@ -43,6 +43,7 @@ from apd_minimal.study.rate import Judge
 from apd_minimal.targets.induction import CIRCUIT_OF, CIRCUITS, Induction
 from experiments import architectures
 from experiments.experiment import Row, Rows, Study, Tensors, numbers
+from experiments.modular import like
 
 Job = tuple[str, str, int]  # gates, start, seed
 TRUTHS = {"sequence": "circuit", "position": "role"}  # gates, and what is cheapest under them
@@ -98,9 +99,7 @@ def without_circuits(target: Induction, seed: int) -> Induction:
     generator = torch.Generator().manual_seed(seed)
     for layer in target.layers:
         for part in (layer.q, layer.k, layer.v, layer.o):
-            U, S, Vh = torch.linalg.svd(part.weight, full_matrices=False)
-            U, V = (torch.linalg.qr(torch.randn(m.shape, generator=generator)).Q for m in (U, Vh.T))
-            part.weight.copy_(U @ S.diag() @ V.T)
+            part.weight.copy_(like(part.weight, generator))
         layer.nothing.zero_()  # else most of them would look at nothing
     return target
 

@@ -17,11 +17,10 @@ import apd_minimal as apd
 from apd_minimal.targets.transformer import last_position
 from experiments.experiment import Row, Rows, Study, Tensors
 from experiments.reading import LETTERS, Writer, table_loss, windows, words
-from experiments.trained import SHOWN, by_group, measured, settings, taken_apart, without_training
+from experiments.trained import BATCH, SHOWN, TOLD, by_group, measured, settings, taken_apart, without_training
 
 Job = tuple[str, int, str]  # "trained" or "untrained", seed, way
-BATCH, SEEDS = 256, (8530, 8531)
-TOLD: Row = {"components": 20, "active": 2.0}
+SEEDS = (8530, 8531)
 
 
 def jobs() -> list[Job]:

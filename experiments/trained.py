@@ -22,8 +22,10 @@ from apd_minimal.study.rate import Judge, costs
 from apd_minimal.targets.transformer import answer_shares
 from experiments import architectures
 from experiments.experiment import Row, scaled
+from experiments.modular import like
 
-STEPS, RESTARTS = 1000, 2
+STEPS, RESTARTS, BATCH = 1000, 2, 256
+TOLD: Row = {"components": 20, "active": 2.0}  # how many there are, and are on: a guess
 ALLOWED = ((0.0, 0.3), (0.3, 0.3), (0.6, 0.1))
 # What is other than in the recipes, by way: nothing is merged where k is told, and where it is not, more error is left.
 CHANGES: dict[str, Row] = {
@@ -199,7 +201,5 @@ def without_training(network: apd.Network, seed: int) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     for path, own in {site.path: site.rule for site in network.sites}.items():
         parameter = network.target.get_parameter(path)
-        U, S, Vh = torch.linalg.svd(own.matrix(parameter), full_matrices=False)
-        U, V = (torch.linalg.qr(torch.randn(m.shape, generator=generator)).Q for m in (U, Vh.T))
-        parameter.copy_(own.weight(U @ S.diag() @ V.T))
+        parameter.copy_(own.weight(like(own.matrix(parameter), generator)))
     return network.target

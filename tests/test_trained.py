@@ -61,8 +61,8 @@ def test_the_call_is_that_of_the_chapter_but_for_what_is_said(way: str) -> None:
     reader = Reader(3)
     network = apd.Network(reader, list(reader.weights))
     x, _ = digits.digits(256, generator())
-    found = trained.arguments(way, network, x, digits.TOLD, 7)
-    assert found["n_components"] == digits.TOLD["components"] and found["seed"] == 7
+    found = trained.arguments(way, network, x, trained.TOLD, 7)
+    assert found["n_components"] == trained.TOLD["components"] and found["seed"] == 7
     assert found["divergence"] == "kl" and found["attribution"] is answer_shares
     assert ("top_k" in found, "selection" in found) == ((True, False) if way == "told" else (False, True))
     zero = network(x, apd.Components.random(network.shapes, 1, 1).map(torch.zeros_like))
@@ -72,9 +72,9 @@ def test_the_call_is_that_of_the_chapter_but_for_what_is_said(way: str) -> None:
     if way == "told":
         same = set(architectures.SETTINGS) - set(trained.CHANGES[way])
         assert {name: found[name] for name in same} == {name: architectures.SETTINGS[name] for name in same}
-        assert found["top_k"][-1][1] == pytest.approx(0.8 * digits.TOLD["active"])
+        assert found["top_k"][-1][1] == pytest.approx(0.8 * trained.TOLD["active"])
     else:
-        rule = apd.bottleneck.settings(network, x, digits.TOLD["components"], "kl")
+        rule = apd.bottleneck.settings(network, x, trained.TOLD["components"], "kl")
         same = set(rule) - set(trained.CHANGES[way]) - {"selection"}
         assert {name: found[name] for name in same} == {name: rule[name] for name in same}
         assert found["selection"].allowed == trained.ALLOWED
