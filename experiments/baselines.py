@@ -8,8 +8,8 @@ them: sizes are those of APD's recipe, and the sparsity is chosen for each by bi
 
 from __future__ import annotations
 
+import json
 import math
-import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -22,7 +22,7 @@ import apd_minimal as apd
 from apd_minimal.study import baselines, controls
 from apd_minimal.targets import TMS, ResidualMLP
 from experiments import residual
-from experiments.experiment import Row, Rows, Study, Tensors, of, taken_apart
+from experiments.experiment import DATA, Row, Rows, Study, Tensors, of, taken_apart
 
 SIZES = {"tms-5-2": (5, 2), "tms-40-10": (40, 10), "tms-5-2-identity": (5, 2)}
 SEEDS = {
@@ -39,10 +39,13 @@ FIT: dict[str, Any] = {"steps": 1000, "lr": 1e-2}
 LARGE: dict[str, Any] = {"steps": 400, "lr": 1e-2}  # of the residual MLPs, whose stream has 1,000 numbers
 LARGE_GRID = (1.0, 1.5, 2.5)
 EPSILONS = apd.rate.EPSILONS
-LONGER = {  # what is trained again with ten times the steps, on the first three seeds
-    "tms-40-10": ("SAE, TopK", "SAE, BatchTopK", "transcoder"),
-    "50": ("SAE, BatchTopK, layer 0", "transcoder"),
-    "25-25": ("crosscoder",),
+AUTOENCODERS, TRANSCODERS = ("SAE, L1", "SAE, TopK", "SAE, BatchTopK"), ("transcoder", "transcoder with skip")
+EQUAL_SECONDS: dict[str, tuple[range, tuple[str, ...]]] = {  # what is chosen again, with as many seconds as APD took
+    "tms-5-2": (SEEDS["tms-5-2"], AUTOENCODERS + TRANSCODERS),
+    "tms-40-10": (SEEDS["tms-40-10"], AUTOENCODERS + TRANSCODERS),
+    "tms-5-2-identity": (SEEDS["tms-5-2-identity"], (*AUTOENCODERS, "crosscoder", *TRANSCODERS)),
+    "50": (SEEDS["50"][:3], ("SAE, BatchTopK, layer 0", *TRANSCODERS)),
+    "25-25": (SEEDS["25-25"][:3], ("SAE, BatchTopK, layer 0", "SAE, BatchTopK, layer 1", "crosscoder")),
 }
 WIDER: dict[str, dict[str, tuple[float, ...]]] = {  # where the choice above fell on an end of the grid
     "tms-40-10": {
@@ -137,13 +140,21 @@ def directions(true: Tensor, found: Tensor) -> Row:
 
 
 def chosen(
-    target: Target, seed: int, x: Tensor, method: str, size: int, grid: Sequence[float] | None = None
+    target: Target,
+    seed: int,
+    x: Tensor,
+    method: str,
+    size: int,
+    grid: Sequence[float] | None = None,
+    **changed: Any,
 ) -> tuple[Row, baselines.Chosen]:
     """Train a dictionary for each sparsity, keep that of the fewest bits, and measure its bits on other inputs."""
     how = dictionaries(target)[method]
     usual, settings = (GRID[how["kind"]], FIT) if isinstance(target, TMS) else (LARGE_GRID, LARGE)
     batches = target.recipe["batches"]
-    found = baselines.choose(target, batches, n_features=size, grid=grid or usual, seed=seed, **how, **settings)
+    found = baselines.choose(
+        target, batches, n_features=size, grid=grid or usual, seed=seed, **how, **(settings | changed)
+    )
     costs = baselines.costs(target, found.best, x, how["reads"], how.get("writes"), EPSILONS)
     row = {"sparsity": found.sparsity, "bits": rounded(c.bits() for c in costs), "seconds": round(found.seconds, 1)}
     return row, found
@@ -291,25 +302,26 @@ def wider_run(job: tuple[str, int, str, float]) -> tuple[list[Row], Tensors]:
     return [{"bits_to_choose": rounded(found.tried[0]["bits"])} | row | by_truth(target, method, found.best)], {}
 
 
-def ten_times(name: str) -> Row:
-    """Give the settings of a dictionary's training, with ten times the steps."""
-    settings = LARGE if name in residual.SIZES else FIT
-    return settings | {"steps": 10 * settings["steps"]}
+def apd_seconds(name: str, seed: int) -> float:
+    """Look up the CPU seconds that APD took on a target."""
+    table = json.loads((DATA / ("residual.json" if name in residual.SIZES else "tms.json")).read_text())
+    fields = {"target": name.removesuffix("-identity"), "seed": seed}
+    if name not in residual.SIZES:
+        fields |= {"identity": name.endswith("identity"), "rotated": False, "recipe": "ours"}
+    (row,) = (r for r in table["runs"] if fields.items() <= r.items())
+    return float(row["seconds"])
 
 
-def longer_run(job: tuple[str, int, str]) -> tuple[list[Row], Tensors]:
-    """Train one dictionary again with ten times the steps, and the sparsity that was chosen for it."""
+def equal_run(job: tuple[str, int, str]) -> tuple[list[Row], Tensors]:
+    """Choose a dictionary again, with so many steps that all its trainings take as long as APD took."""
     name, seed, method = job
     target, _ = loaded(name, seed)
     before = next(r for r in STUDY.stored()["runs"] if (r["target"], r["seed"]) == (name, seed))["methods"][method]
-    how, seconds = dictionaries(target)[method], time.process_time()
-    own = baselines.fit(
-        target, target.recipe["batches"], n_features=target.recipe["n_components"], sparsity=before["sparsity"],
-        seed=seed, **how, **ten_times(name),
-    )  # fmt: skip
-    row: Row = {"seconds": round(time.process_time() - seconds, 1)}
-    costs = baselines.costs(target, own, held_out(target, seed), how["reads"], how.get("writes"), EPSILONS)
-    return [row | {"bits": rounded(c.bits() for c in costs)} | by_truth(target, method, own)], {}
+    usual, budget = (LARGE if name in residual.SIZES else FIT)["steps"], apd_seconds(name, seed)
+    steps = math.ceil(usual * max(1.0, budget / before["seconds"]))
+    x, size = held_out(target, seed), target.recipe["n_components"]
+    row, found = chosen(target, seed, x, method, size, steps=steps)
+    return [{"steps": steps, "apd_seconds": budget} | row | by_truth(target, method, found.best)], {}
 
 
 def operations(train: Callable[[int], None], n: int) -> float:
@@ -373,11 +385,12 @@ SPLITTING = Rows(
     run=split_run,
     settings=lambda job: FIT | {"grid": GRID},
 )
-LONG = Rows(
+EQUAL = Rows(
     fields=("target", "seed", "method"),
-    jobs=lambda rows: [(n, seed, m) for n, methods in LONGER.items() for seed in SEEDS[n][:3] for m in methods],
-    run=longer_run,
-    settings=lambda job: ten_times(job[0]),
+    jobs=lambda rows: [(n, s, m) for n, (seeds, own) in EQUAL_SECONDS.items() for s in seeds for m in own],
+    run=equal_run,
+    settings=lambda job: LARGE | {"grid": LARGE_GRID} if job[0] in residual.SIZES else FIT | {"grid": GRID},
+    order=lambda job: (list(EQUAL_SECONDS).index(job[0]), *job[1:]),
 )
 WIDE = Rows(
     fields=("target", "seed", "method", "sparsity"),
@@ -385,7 +398,7 @@ WIDE = Rows(
     run=wider_run,
     settings=lambda job: FIT,
 )
-PARTS = {"runs": RUNS, "splitting": SPLITTING, "longer": LONG, "wider": WIDE}
+PARTS = {"runs": RUNS, "splitting": SPLITTING, "equal": EQUAL, "wider": WIDE}
 STUDY = Study("baselines", PARTS, {"work": work}, about=lambda processes: {"processes": processes}, compact=True)
 
 if __name__ == "__main__":

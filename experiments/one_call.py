@@ -1,0 +1,119 @@
+"""Create data/one_call.json: circuits of three kinds taken apart by one call, with one recipe (chapter 38).
+
+python -m experiments.one_call [--only induction apart shared ...] [--processes N]      (a hundred minutes of one core)
+
+The targets are those of chapters 36 and 37: induction beside two other circuits ("induction", lean), and products in
+three groups, on disjoint vocabularies ("apart") or on shared tokens with a switch ("shared"). In "shared, no irreps"
+and "induction, random" every matrix is a random one of the same singular values: these are controls.
+
+The call is that of experiments/pieces.py. It does not know how many mechanisms there are: eight starts have eight
+components, six starts have four, and of the fourteen the judge keeps one. Attributions, the judge, the losses and all
+other settings are the same for all kinds. Two things differ: the inputs are each target's own, and components are of
+rank four in induction, of any rank in groups.
+
+Settled on seeds 90, 91 and 92 of groups, where starts with four components came in ("log" has these runs), and on those
+of experiments/pieces.py. Reported are new ones, from 8670 up, each run once.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor
+
+import apd_minimal as apd
+from apd_minimal.batch import Batches
+from apd_minimal.study import controls
+from apd_minimal.targets import GroupOperations
+from apd_minimal.targets.induction import Induction
+from experiments import groups, induction, pieces
+from experiments.experiment import Row, Rows, Study, Tensors, numbers
+
+Job = tuple[str, int, int]  # kind, number of components, seed
+FIRST, BATCH = 8670, 256
+TARGETS = {"shared": 10, "apart": 10, "induction": 10, "shared, no irreps": 2, "induction, random": 2}
+STARTS = {4: 6, 8: 8}  # by the number of components
+
+
+def jobs() -> list[Job]:
+    """List the runs."""
+    return [(kind, n, FIRST + i) for kind, targets in TARGETS.items() for i in range(targets) for n in STARTS]
+
+
+def target_of(kind: str, seed: int) -> Induction | GroupOperations:
+    """Make a target."""
+    if not kind.startswith("induction"):
+        return groups.target_of(kind, seed)
+    target = Induction(seed=seed, lean=True)
+    return induction.without_circuits(target, seed) if "random" in kind else target
+
+
+def source(target: Induction | GroupOperations) -> Batches:
+    """Give the inputs: for induction, sequences that ask one circuit each; a pair is a question for one group."""
+    return induction.OneAtATime(target, BATCH) if isinstance(target, Induction) else target.data(BATCH)
+
+
+def mechanisms(target: Induction | GroupOperations) -> dict[str, Tensor]:
+    """Give the true mechanisms: three circuits, or three groups."""
+    return target.mechanisms() if isinstance(target, Induction) else target.mechanisms("group")
+
+
+def settings_of(job: Job) -> Row:
+    """Give the settings of a run."""
+    kind, n_components, seed = job
+    changed = {"n_components": n_components, "restarts": STARTS[n_components], "seed": seed + 1000}
+    return pieces.SETTINGS | changed | ({} if kind.startswith("induction") else {"rank": None})
+
+
+def run(job: Job) -> tuple[list[Row], Tensors]:
+    """Take one target apart with so many components, and measure every start."""
+    kind, _, seed = job
+    target, score, began = target_of(kind, seed), induction.scores_of("sequence"), time.process_time()
+    network, batches, truth = apd.Network(target, target.weights), source(target), mechanisms(target)
+    found = apd.decompose(
+        target, batches, target.weights, attribution=score, judge=pieces.judged, progress=False, **settings_of(job)
+    )
+    seconds, parts, every = time.process_time() - began, found.components, found.restarts
+    assert every is not None and every.restarts is not None and found.scores is not None
+    x = batches(0, torch.Generator().manual_seed(20_000 + seed))
+    own = apd.metrics.ownership(parts, truth)
+    dealt = controls.dealt(parts, seed)
+    other = apd.metrics.ownership(parts, mechanisms(target_of(kind, seed + 50)))
+
+    def judged(matrices: dict[str, Tensor]) -> float:
+        return pieces.judged(network, apd.Components.from_matrices(matrices), x)
+
+    return [
+        {
+            "in_use": int((parts.norms() > 0).sum()),
+            "relative_faithfulness": apd.metrics.relative_faithfulness(parts, network.weights).item(),
+            "scores": [induction.finite(s) for s in found.scores],
+            "owned_by_restart": [
+                apd.metrics.ownership(every.restart(r), truth).owned.tolist() for r in range(every.restarts)
+            ],
+            "owned": own.owned.tolist(),
+            "cosine": [round(v, 4) for v in own.cosine.tolist()],
+            "dealt_owned": apd.metrics.ownership(dealt, truth).owned.tolist(),
+            "dealt_cosine": apd.metrics.ownership(dealt, truth).cosine.mean().item(),
+            "another_cosine": other.cosine.mean().item(),
+            "score": induction.finite(pieces.judged(network, parts, x)),
+            "score_of_the_truth": judged(truth),
+            "score_of_one_lump": judged({path: m.sum(0, keepdim=True) for path, m in truth.items()}),
+            "score_dealt": induction.finite(pieces.judged(network, dealt, x)),
+            "seconds": round(seconds, 1),
+        }
+    ], {}
+
+
+RUNS = Rows(
+    fields=("kind", "n_components", "seed"),
+    jobs=lambda rows: jobs(),
+    run=run,
+    settings=lambda job: numbers(settings_of(job), batch=BATCH),
+    order=lambda job: (list(TARGETS).index(job[0]), job[2], job[1]),
+)
+STUDY = Study("one_call", {"runs": RUNS}, about=lambda processes: {"processes": processes}, compact=True)
+
+if __name__ == "__main__":
+    STUDY.main(__doc__)

@@ -1,0 +1,78 @@
+"""Dictionaries with as many seconds as APD took: what the budget is, and what is done with it."""
+
+from __future__ import annotations
+
+import json
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from apd_minimal.targets import TMS
+from experiments import baselines
+
+
+@pytest.mark.parametrize(
+    ("name", "study", "more"),
+    [
+        ("tms-40-10", "tms", {"identity": False}),
+        ("tms-5-2-identity", "tms", {"identity": True}),
+        ("50", "residual", {}),
+    ],
+)
+def test_the_budget_is_what_apd_took_on_this_target(name: str, study: str, more: dict[str, Any]) -> None:
+    """One row of the study of the target fits, of the book's own recipe."""
+    seed = baselines.SEEDS[name][0]
+    rows = json.loads((baselines.DATA / f"{study}.json").read_text())["runs"]
+    wanted = more | {"target": name.removesuffix("-identity"), "seed": seed}
+    fits = [
+        r for r in rows if wanted.items() <= r.items() and r.get("recipe", "ours") == "ours" and not r.get("rotated")
+    ]
+    assert [r["seconds"] for r in fits] == [baselines.apd_seconds(name, seed)]
+
+
+@pytest.mark.parametrize(("budget", "steps"), [(2.0, 1000), (4.0, 1000), (10.0, 2500), (4.001, 1001)])
+def test_steps_grow_with_the_budget_and_never_shrink(
+    budget: float, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before, 1,000 steps for each sparsity took 4 seconds in all."""
+    asked: list[dict[str, Any]] = []
+    methods = {"SAE, TopK": {"seconds": 4.0}}
+    monkeypatch.setattr(
+        type(baselines.STUDY), "stored", lambda self: {"runs": [{"target": "tms-5-2", "seed": 10, "methods": methods}]}
+    )
+    monkeypatch.setattr(baselines, "apd_seconds", lambda name, seed: budget)
+    monkeypatch.setattr(baselines, "by_truth", lambda *args: {})
+    monkeypatch.setattr(baselines, "loaded", lambda name, seed: (TMS(5, 2), None))
+
+    def chosen(*args: Any, **settings: Any) -> Any:
+        asked.append(settings)
+        return {"seconds": 1.0}, SimpleNamespace(best=None)
+
+    monkeypatch.setattr(baselines, "chosen", chosen)
+    ((row,), _) = baselines.equal_run(("tms-5-2", 10, "SAE, TopK"))
+    assert asked == [{"steps": steps}] and row["steps"] == steps and row["apd_seconds"] == budget
+    assert steps == math.ceil(1000 * max(1, budget / 4))
+
+
+def test_more_steps_are_more_steps_of_every_sparsity(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same grid and the same rate as before; only the steps change."""
+    asked: dict[str, Any] = {}
+
+    def choose(*args: Any, **settings: Any) -> Any:
+        asked.update(settings)
+        return SimpleNamespace(best=None, sparsity=1, seconds=1.0)
+
+    monkeypatch.setattr(baselines.baselines, "choose", choose)
+    monkeypatch.setattr(baselines.baselines, "costs", lambda *args: [])
+    baselines.chosen(TMS(5, 2), 0, torch.zeros(1, 5), "SAE, TopK", 5, steps=77)
+    assert (asked["steps"], asked["grid"], asked["lr"]) == (77, baselines.GRID["topk"], baselines.FIT["lr"])
+
+
+def test_every_dictionary_of_the_table_is_among_them() -> None:
+    """But for that of an untrained network, which is a control."""
+    for name, (_, methods) in baselines.EQUAL_SECONDS.items():
+        target = baselines.loaded(name, baselines.SEEDS[name][0])[0]
+        assert set(methods) == {m for m in baselines.dictionaries(target) if "untrained" not in m}

@@ -1,0 +1,68 @@
+"""The study with one call for three kinds of circuits: its targets, its one recipe, and what its judge prefers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import apd_minimal as apd
+from apd_minimal.study import controls
+from apd_minimal.targets.induction import Induction
+from experiments import one_call, pieces
+
+KINDS = ("shared", "apart", "induction")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_judge_prefers_the_truth_to_a_lump_to_two_and_to_dealt_parts(kind: str) -> None:
+    target = one_call.target_of(kind, 3)
+    network, truth = apd.Network(target, target.weights), one_call.mechanisms(target)
+    x = one_call.source(target)(0, torch.Generator().manual_seed(0))
+
+    def judged(components: apd.Components) -> float:
+        return pieces.judged(network, components, x)
+
+    exact = apd.Components.from_matrices(truth)
+    lump = apd.Components.from_matrices({path: m.sum(0, keepdim=True) for path, m in truth.items()})
+    two = {path: torch.stack([m[0], m[1] + m[2]]) for path, m in truth.items()}
+    others = [judged(apd.Components.from_matrices(two)), judged(lump), judged(controls.dealt(exact, 0))]
+    assert 0 < judged(exact) < min(others)
+
+
+def test_the_recipe_is_one() -> None:
+    """Only the seed, the number of components and of starts, and the rank differ between jobs."""
+    free = ("seed", "n_components", "restarts", "rank")
+    of = [one_call.settings_of(job) for job in one_call.jobs()]
+    assert all(
+        {k: v for k, v in s.items() if k not in free} == {k: v for k, v in of[0].items() if k not in free} for s in of
+    )
+    assert {(s["n_components"], s["restarts"]) for s in of} == set(one_call.STARTS.items())
+    for kind in one_call.TARGETS:
+        assert {n for k, n, _ in one_call.jobs() if k == kind} == set(one_call.STARTS)
+
+
+def test_no_target_is_one_that_settings_were_made_on() -> None:
+    seeds = {seed for _, _, seed in one_call.jobs()}
+    assert not seeds & {90, 91, 92, 8640} and not seeds & {seed for _, seed in pieces.jobs()}
+
+
+@pytest.mark.parametrize(("kind", "random"), [("shared", "shared, no irreps"), ("induction", "induction, random")])
+def test_the_control_has_random_matrices_of_the_same_singular_values(kind: str, random: str) -> None:
+    target, control = one_call.target_of(kind, 3), one_call.target_of(random, 3)
+    first, second = (apd.Network(t, t.weights).weights for t in (target, control))
+    for path, own in one_call.mechanisms(target).items():
+        assert not torch.allclose(first[path], second[path], atol=0.01)
+        if kind == "induction":
+            values = [torch.linalg.svdvals(w[path]) for w in (first, second)]
+            torch.testing.assert_close(*values, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(own.sum(0), first[path], atol=1e-5, rtol=1e-4)
+    for path, own in one_call.mechanisms(control).items():
+        torch.testing.assert_close(own.sum(0), second[path], atol=1e-5, rtol=1e-4)
+
+
+def test_inputs_of_induction_ask_one_circuit_each() -> None:
+    target = one_call.target_of("induction", 3)
+    assert isinstance(target, Induction)
+    x = one_call.source(target)(0, torch.Generator().manual_seed(0))
+    assert len(x) == one_call.BATCH
+    assert (target.says(x) != 0).any(-1).any(1).sum(1).eq(1).all()
