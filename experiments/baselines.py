@@ -57,7 +57,7 @@ WIDER: dict[str, dict[str, tuple[float, ...]]] = {  # where the choice above fel
     },
     "tms-5-2": {"SAE, L1": (0.003, 0.01, 0.03, 0.1, 0.3, 1.0), "transcoder with skip": (0.2, 0.4, 0.7)},
 }
-SPLIT = {"tms-5-2": (range(10, 13), (1, 2, 4, 8)), "tms-40-10": (range(20, 21), (1, 2, 4))}
+SPLIT = {"tms-5-2": (range(10, 13), (1, 2, 4, 8)), "tms-40-10": (range(20, 23), (1, 2, 4, 8))}
 Target = TMS | ResidualMLP
 
 
@@ -264,7 +264,7 @@ def split_run(job: tuple[str, int, int]) -> tuple[list[Row], Tensors]:
     assert isinstance(target, TMS)
     n, x, truth, W = factor * target.n_features, held_out(target, seed), target.mechanisms(), true_directions(target)[0]
     found: Row = {}
-    for label in ("SAE, L1", "SAE, BatchTopK"):
+    for label in AUTOENCODERS:
         row, chose = chosen(target, seed, x, label, n)
         own = chose.best
         codes = own.encode(baselines.activations(target, x, "output of encode")[0])
@@ -278,8 +278,8 @@ def split_run(job: tuple[str, int, int]) -> tuple[list[Row], Tensors]:
     made = as_weights(target, chose.best)
     found["transcoder"] = row | {"owners": baselines.owners(made, truth).tolist()}
     variants: dict[str, Row] = {"APD": {}, "APD, no merging": {"tidy_every": 0.0}}
-    if target.n_features > 5:  # the large one takes a minute and more for each run
-        variants = {"APD": {}} if factor <= 2 else {}
+    if target.n_features > 5 and factor > 4:  # minutes for each run
+        variants = {}
     for label, changed in variants.items():
         result, seconds = taken_apart(target, target.recipe | {"n_components": n} | changed, seed=seed)
         components = result.components

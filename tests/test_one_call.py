@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -43,7 +45,21 @@ def test_the_recipe_is_one() -> None:
 
 def test_no_target_is_one_that_settings_were_made_on() -> None:
     seeds = {seed for _, _, seed in one_call.jobs()}
-    assert not seeds & {90, 91, 92, 8640} and not seeds & {seed for _, seed in pieces.jobs()}
+    assert not seeds & {90, 91, 92, 8640}
+    assert {seed for kind, _, seed in one_call.jobs() if kind == "induction"} == {
+        seed for change, seed in pieces.jobs() if change == "as it is"
+    }
+
+
+def test_what_is_taken_from_the_other_study_is_the_same_run() -> None:
+    """The settings of a row that is copied are those that it would be made with, and it has what others have."""
+    stored = {(r["change"], r["seed"]): r for r in pieces.STUDY.stored()["runs"]}
+    for job in one_call.jobs():
+        if job[:2] == ("induction", 8):
+            row = stored["as it is", job[2]]
+            assert row["settings"] == json.loads(json.dumps(one_call.RUNS.settings(job)))  # type: ignore[misc]
+            assert one_call.as_in_pieces(job[2])["scores"] == row["scores"]
+            assert len(row["scores"]) == one_call.STARTS[8]
 
 
 @pytest.mark.parametrize(("kind", "random"), [("shared", "shared, no irreps"), ("induction", "induction, random")])
