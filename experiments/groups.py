@@ -9,7 +9,7 @@ of the representations and another basis of the embedding, so that each is anoth
   by two, on disjoint vocabularies of 24 tokens.
 - "shared": the same three on the same 24 tokens; a switch says which of them multiplies.
 - "irrep": S4 alone with all four of its representations; each is open on a fifth of the samples. "irrep, S3",
-  "irrep, D5" and "irrep, A4" are other groups alone, five targets each, from seed 8710.
+  "irrep, D5", "irrep, A4" and "irrep, S5" (three of six) are other groups alone, five targets each, from seed 8710.
 - "apart, all" and "shared, all": small groups with all their representations; these fill the space of the tokens.
 - "shared, no irreps": the control. The same switches, and every representation's weights replaced by random ones with
   the same singular values.

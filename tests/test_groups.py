@@ -330,13 +330,13 @@ def test_scores_by_divergence_of_cuts_that_are_known() -> None:
     for row in study.causal(task, net, parts, True):
         assert row["right"] == row["right_without_on_others"] == 1
         assert row["alone"] < 1e-6 < 0.01 < min(row["without"], row["alone_on_others"])
-        assert row["without_on_others"] < 1e-6 and row["right_on_others"] <= 0.2 and row["right_without"] <= 0.2
+        assert row["without_on_others"] < 1e-6 and row["right_on_others"] <= 0.2 and row["right_without"] < 0.5
     lump = {path: parts.matrices(path).sum(0, keepdim=True) for path in parts.paths}
     nothing = {path: m.repeat(4, 1, 1) * torch.tensor([1.0, 0, 0, 0])[:, None, None] for path, m in lump.items()}
     rows = study.causal(task, net, apd.Components.from_matrices(nothing, 54), True)
     assert sum(row["right"] == 1 for row in rows) == 1
     (whole,) = [row for row in rows if row["right"] == 1]
-    assert whole["right_on_others"] == 1 and whole["right_without_on_others"] <= 0.2
+    assert whole["right_on_others"] == 1 and whole["right_without_on_others"] < 0.5
     assert whole["without_on_others"] > 0.01
 
 
