@@ -9,7 +9,8 @@ cosets of one subgroup, of the best one, on the left or on the right. Both witho
 by their squared length. The same of the parts that a decomposition finds, with three components (the settings and seeds
 of experiments/groups.py) and with as many as there are irreps; "chance" is of random functions. "energies" say how much
 of every part lies in which irrep of which group. "redrawn" is the coset share of random functions, each in the irrep
-of a trained neuron.
+of a trained neuron. "learned": five networks that see seven tenths of the pairs of S4, looked at while they learn; the
+other pairs are held out (settings tried on seed 90, once).
 """
 
 from __future__ import annotations
@@ -163,23 +164,64 @@ def run(job: Job) -> tuple[list[Row], Tensors]:
     return [row], {}
 
 
+def redrawn_share(task: GroupOperations, weights: dict[str, Tensor], seed: int) -> float:
+    """Give the coset share of random functions, each in the irrep of a neuron and as long."""
+    generator, found = torch.Generator().manual_seed(seed), []
+    for t, _, functions in functions_of(task, weights):
+        within = spaces(task.groups[t])
+        inside = torch.stack([(Q.T @ functions.double()).square().sum(0) for Q in within["irrep"]])
+        like = torch.zeros_like(functions, dtype=torch.double)
+        for i, Q in enumerate(within["irrep"]):
+            own = inside.argmax(0) == i
+            random = Q @ torch.randn(Q.shape[1], int(own.sum()), generator=generator, dtype=torch.double)
+            like[:, own] = random / random.norm(dim=0) * inside[i, own].sqrt()
+        found.append(mean_share(like, within["coset"]))
+    return round(sum(found) / len(found), 4)
+
+
 def redrawn() -> list[float]:
-    """Give, for each network, the coset share of random functions, each in the irrep of a neuron and as long."""
+    """Give `redrawn_share` for each network of "runs"."""
     means = []
     for seed in range(groups.FIRST, groups.FIRST + 5):
-        task, generator = groups.task_of("trained", seed), torch.Generator().manual_seed(seed)
-        weights, found = apd.Network(groups.network_of("trained", seed), list(PATHS)).weights, []
-        for t, _, functions in functions_of(task, weights):
-            within = spaces(task.groups[t])
-            inside = torch.stack([(Q.T @ functions.double()).square().sum(0) for Q in within["irrep"]])
-            like = torch.zeros_like(functions, dtype=torch.double)
-            for i, Q in enumerate(within["irrep"]):
-                own = inside.argmax(0) == i
-                random = Q @ torch.randn(Q.shape[1], int(own.sum()), generator=generator, dtype=torch.double)
-                like[:, own] = random / random.norm(dim=0) * inside[i, own].sqrt()
-            found.append(mean_share(like, within["coset"]))
-        means.append(round(sum(found) / len(found), 4))
+        weights = apd.Network(groups.network_of("trained", seed), list(PATHS)).weights
+        means.append(redrawn_share(groups.task_of("trained", seed), weights, seed))
     return means
+
+
+def split(n_pairs: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Draw the pairs to train on, and those that are held out: seven tenths and three."""
+    order = torch.randperm(n_pairs, generator=torch.Generator().manual_seed(seed))
+    held = round(0.3 * n_pairs)
+    return order[held:], order[:held]
+
+
+def learned(task: GroupOperations, answers: Tensor, seed: int, steps: int) -> Iterator[tuple[int, groups.OneLayer]]:
+    """Train a network of squaring neurons on a part of the pairs of one group: yields it before every step."""
+    x, shown = task.inputs(), split(len(answers), seed)[0]
+    net = groups.OneLayer(x.shape[1], task.n_tokens, True, seed, 128)
+    optimiser = torch.optim.AdamW(net.parameters(), lr=1e-2, weight_decay=1.0, betas=(0.9, 0.98))
+    for step in range(steps + 1):
+        yield step, net
+        optimiser.zero_grad()
+        torch.nn.functional.cross_entropy(net(x[shown]), answers[shown]).backward()
+        optimiser.step()
+
+
+def run_learned(job: tuple[str, int]) -> tuple[list[Row], Tensors]:
+    """Look at such a network on the way."""
+    name, seed = job
+    task = GroupOperations([name], embedding=False, seed=seed)
+    x, answers, (shown, held) = task.inputs(), task.answers(), split(len(task.inputs()), seed)
+    looks: list[Row] = []
+    for step, net in learned(task, answers, seed, 3000):
+        if step % 500 == 0:
+            right = (net(x).argmax(1) == answers).double()
+            weights = apd.Network(net, list(PATHS)).weights
+            row = {"step": step, "shown": float(right[shown].mean()), "held": float(right[held].mean())}
+            looks.append(row | looked_at(task, weights) | {"redrawn": redrawn_share(task, weights, seed)})
+    energy = energies(task, apd.Components.from_matrices({p: w[None] for p, w in weights.items()}, 2 * task.n_tokens))
+    of_irreps = [round(v, 4) for v in (energy[0] / energy.sum()).tolist()]
+    return [{"looks": looks, "chance": chance(task), "energies": of_irreps}], {}
 
 
 RUNS = Rows(
@@ -188,8 +230,17 @@ RUNS = Rows(
     run=run,
     settings=lambda job: numbers(groups.settings_of(job)) if job[1] else {},
 )
+LEARNED = Rows(
+    fields=("group", "seed"),
+    jobs=lambda rows: [("S4", groups.FIRST + 10 + i) for i in range(5)],
+    run=run_learned,
+)
 STUDY = Study(
-    "irreps", {"runs": RUNS}, {"redrawn": redrawn}, about=lambda processes: {"processes": processes}, compact=True
+    "irreps",
+    {"runs": RUNS, "learned": LEARNED},
+    {"redrawn": redrawn},
+    about=lambda processes: {"processes": processes},
+    compact=True,
 )
 
 if __name__ == "__main__":

@@ -319,3 +319,50 @@ def test_training_learns_all_three_operations_and_untrained_has_none() -> None:
         y = study.network_of(kind, 0, **({"steps": 1500} if kind == "trained" else {}))(x)
         right = float((y.argmax(1) == task.answers()).double().mean())
         assert low <= right <= high
+
+
+def test_scores_by_divergence_of_cuts_that_are_known() -> None:
+    """By answers: exact cuts say nothing of other operations and take nothing from them; a lump says everything."""
+    task = study.task_of("answers", 4)
+    net = study.OneLayer(2 * task.n_tokens, task.n_tokens, True, 0, len(task.owner))
+    net.load_state_dict({name: dict(task.named_parameters())[name].detach() for name in dict(net.named_parameters())})
+    parts = study.cuts(task, net)["tokens"]
+    for row in study.causal(task, net, parts, True):
+        assert row["right"] == row["right_without_on_others"] == 1
+        assert row["alone"] < 1e-6 < 0.01 < min(row["without"], row["alone_on_others"])
+        assert row["without_on_others"] < 1e-6 and row["right_on_others"] <= 0.2 and row["right_without"] < 0.5
+    lump = {path: parts.matrices(path).sum(0, keepdim=True) for path in parts.paths}
+    nothing = {path: m.repeat(4, 1, 1) * torch.tensor([1.0, 0, 0, 0])[:, None, None] for path, m in lump.items()}
+    rows = study.causal(task, net, apd.Components.from_matrices(nothing, 54), True)
+    assert sum(row["right"] == 1 for row in rows) == 1
+    (whole,) = [row for row in rows if row["right"] == 1]
+    assert whole["right_on_others"] == 1 and whole["right_without_on_others"] < 0.5
+    assert whole["without_on_others"] > 0.01
+
+
+def test_networks_learn_answers_and_untrained_ones_do_not() -> None:
+    for kind, low, high in (("answers", 1.0, 1.0), ("answers, untrained", 0.0, 0.3)):
+        task, net = study.task_of(kind, 0), study.network_of(kind, 0, steps=600)
+        assert not net.squares and net.hidden.weight.shape == (64, 2 * task.n_tokens)
+        assert low <= float((net(task.inputs()).argmax(1) == task.answers()).double().mean()) <= high
+
+
+def test_new_targets_of_one_group() -> None:
+    dimensions = {"irrep, S3": [1, 2], "irrep, D5": [1, 2, 2], "irrep, A4": [2, 3], "irrep, S5": [1, 4, 4]}
+    for kind, n in study.ONE_GROUP.items():
+        target = study.target_of(kind, 3)
+        assert target.owner.bincount().tolist() == [2 * d**3 for d in dimensions[kind]]
+        truth = target.mechanisms(study.by_of(kind))
+        assert len(truth["hidden.weight"]) == n == study.MECHANISMS[kind] == len(dimensions[kind])
+        assert study.settings_of((kind, n, 3)) == study.settings_of(("irrep", n, 3)) | {"top_k": pytest.approx(0.2 * n)}
+        seeds = {seed for own, _, seed in study.jobs() if own == kind}
+        assert seeds == set(range(8710, 8715))
+    assert study.settings_of(("irrep", 4, 3))["top_k"] == 0.8
+
+
+def test_settings_of_networks_that_were_trained_on_answers() -> None:
+    for kind, divided in (("answers", False), ("answers, untrained", False), ("trained, one each", True)):
+        own = study.settings_of((kind, 3, 5))
+        assert own["per_sample"] and own["top_k"] == 1 and own["tidy_every"] == 0 and own["seed"] == 1005
+        assert (own["minimality"] == 60) == divided
+    assert "per_sample" not in study.settings_of(("trained", 3, 5))  # stored rows are as they were

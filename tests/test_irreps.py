@@ -84,3 +84,35 @@ def test_looking_at_a_network_written_by_irreps() -> None:
     assert found["irrep"] == 1 > found["coset"]
     by_chance = irreps.chance(target)
     assert 4 / 9 < by_chance["irrep"] < 0.75 and 4 / 9 < by_chance["coset"] < 0.85
+
+
+def test_random_functions_of_an_irrep_that_is_constant_on_cosets() -> None:
+    """The sign is constant on the cosets of the even elements, whatever is drawn; the plane of a triangle is not."""
+    for place, low, high in ((0, 1 - 1e-9, 1 + 1e-9), (1, 0.5, 0.95)):
+        target = GroupOperations(["S3"], [(place,)], embedding=False, seed=2)
+        weights = {path: target.get_parameter(path).detach().T for path in (HIDDEN, OUT)}
+        assert low < irreps.redrawn_share(target, weights, 0) < high
+
+
+def test_held_out_pairs_are_never_shown() -> None:
+    task = GroupOperations(["S4"], embedding=False, seed=3)
+    answers = task.answers()
+    shown, held = irreps.split(len(answers), 3)
+    assert (len(shown), len(held)) == (403, 173)
+    assert torch.equal(torch.cat([shown, held]).sort().values, torch.arange(576))
+    weights = []
+    for other in (None, held, shown):
+        told = answers.clone()
+        if other is not None:
+            told[other] = (told[other] + 1) % 24
+        *_, (_, net) = irreps.learned(task, told, 3, 5)
+        weights.append(net.out.weight.detach().clone())
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+def test_a_network_of_s4_answers_pairs_that_it_was_not_shown() -> None:
+    task = GroupOperations(["S4"], embedding=False, seed=90)
+    *_, (_, net) = irreps.learned(task, task.answers(), 90, 400)
+    held = irreps.split(576, 90)[1]
+    right = (net(task.inputs()[held]).argmax(1) == task.answers()[held]).double().mean()
+    assert right > 0.5
