@@ -153,6 +153,7 @@ def causes(method: str, target: Any, components: apd.Components, seed: int) -> R
     if isinstance(target, ResidualMLP) and not method.startswith(("APD", "cut")):
         model = model.short
     held = (batches(target) if isinstance(target, Circuit) else target.data(1024))(0, torch.Generator().manual_seed(8))
+    made: list[baselines.Dictionary] | None = None
     if method in ("APD", "APD dealt", "truth", "cut"):
         if method == "truth":
             components = apd.Components.from_matrices(target.truth)
@@ -163,7 +164,8 @@ def causes(method: str, target: Any, components: apd.Components, seed: int) -> R
         kept = (components.norms() > 0.01 * components.norms().max()).nonzero().flatten().tolist()
         rules: dict[str, Tensor] = {"": scores(Weights(model, components), kept, inputs)}
     elif method.startswith("crosscoder"):
-        crossed = Crossed(model, made := dictionaries(method, target, seed))
+        made = dictionaries(method, target, seed)
+        crossed = Crossed(model, made)
         on = (crossed.all_codes(held) > 0).any(0).nonzero().flatten().tolist()
         rules = {"": scores(crossed, [((f,), (f,)) for f in on], inputs)}
     else:
