@@ -13,9 +13,9 @@ rules are stored. "Random" dictionaries had one step of training. Dealt componen
 found ones. The "cut" needs no training: samples on which as few inputs as possible are on, and of each weight what
 moves in the stream on them (`causal.cut`); one more part is the rest.
 
-"judged" has the dictionaries of the first three residual MLPs again, with nothing changed but the sparsity: BatchTopK,
-whose k is chosen for each dictionary of each network by bits (`baselines.choose`, the grid of chapter 30), without a
-truth.
+"judged" has dictionaries of the first residual MLP again (of the crosscoder: of the first two; there was no time for
+more), with nothing changed but the sparsity: BatchTopK, whose k is chosen for each dictionary of each network by bits
+(`baselines.choose`, the grid of chapter 30), without a truth.
 """
 
 from __future__ import annotations
@@ -225,7 +225,12 @@ RESIDUALS = Rows(
     residual_run,
     order=order,
 )
-AGAIN = Rows(("method", "seed"), lambda rows: [(m, s) for m in SPARSITY for s in RESIDUAL[:3]], judged_run, order=order)
+AGAIN = Rows(
+    ("method", "seed"),
+    lambda rows: [(m, s) for m in SPARSITY for s in RESIDUAL[: 2 if m == "crosscoder" else 1]],
+    judged_run,
+    order=order,
+)
 PARTS = {"apd": APD, "circuit": CIRCUIT, "residual": RESIDUALS, "judged": AGAIN}
 STUDY = Study("whole_computations", PARTS, compact=True)
 
