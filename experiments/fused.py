@@ -8,9 +8,10 @@ weight of its own for every head of each. All three compute the same. The call i
 and what is found is carried back to the four weights before it is compared with the mechanisms. Seeds from 8480, fixed
 before, each run once.
 
-Three ways came later, on the first network alone (there was no time for more): "reordered" has the heads in another order, "mapped" multiplies each
-head's queries by a matrix and its keys by the inverse, which stretches them by two along two directions and by a half
-along two others, and "another start" is the control: "apart" with other random numbers.
+Three ways came later, on the first network alone (there was no time for more): "reordered" has the heads in another
+order, "mapped" multiplies each head's queries by a matrix and its keys by the inverse, which stretches them by two
+along two directions and by a half along two others, and "another start" is the control: "apart" with other random
+numbers.
 """
 
 from __future__ import annotations
