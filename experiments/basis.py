@@ -1,11 +1,14 @@
 """Create data/basis.*: one function in many bases, taken apart in each (chapter 31).
 
-python -m experiments.basis [--only apd | paths] [--processes N]       (about 15 minutes of one core)
+python -m experiments.basis [--only apd | paths | balanced] [--processes N]       (about 20 minutes of one core)
 
 The targets are TMS 5-2 of data/tms.*, seeds 10 to 14, each as a network with an encoder and a decoder of its own
 (`basis_networks.Coder`), and the settings of APD are the recipe of TMS 5-2 as it stands, in every basis. Nothing was
 tuned. "Another start" is the control: the same basis, and another seed of the decomposition. The first row of each
 target has the settings and the start of data/whole.json. Components are stored as found, in their own basis.
+
+"balanced" came later, on the first three targets, with the start of the runs as trained: two changes that no rotation
+is, and the same after the two matrices were balanced by what is in them (`basis_networks.balanced`).
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from torch import Tensor
 import apd_minimal as apd
 from apd_minimal import algorithm
 from experiments import spd
-from experiments.basis_networks import OPTIMISERS, Change, Coder, apart, change, geometric, mechanisms
+from experiments.basis_networks import OPTIMISERS, Change, Coder, apart, balanced, change, geometric, mechanisms
 from experiments.experiment import Row, Rows, Study, Tensors, factors, numbers, ownership_lists, prefix, taken_apart
 
 SEEDS = range(10, 15)
@@ -86,6 +89,20 @@ def run(job: tuple[str, int]) -> tuple[list[Row], Tensors]:
     return [row], factors(result.components.map(Tensor.detach), prefix(job))
 
 
+def balanced_run(job: tuple[str, int]) -> tuple[list[Row], Tensors]:
+    """Take one target apart whose hidden numbers were changed, as it is or balanced first."""
+    name, seed = job
+    tms = spd.stored_target("tms-5-2", seed)
+    moved = change(name.removesuffix(", balanced"), tms.n_features, tms.d_hidden, seed)
+    if name.endswith(", balanced"):
+        moved = balanced(tms, moved)
+    network = Coder(tms, moved)
+    result, seconds = taken_apart(network, recipe(tms, job) | {"weights": network.weights})
+    rotated = float((moved.M @ moved.M.T - torch.eye(tms.d_hidden)).norm())
+    row = {"seconds": seconds, "scores": result.scores, "from_a_rotation": rotated}
+    return [row | ownership_lists(owned(in_plain(result.components, network, moved), tms))], {}
+
+
 def path(job: tuple[str, str, int]) -> tuple[list[Row], Tensors]:
     """Train from one start in two bases, by one optimiser."""
     optimiser, name, seed = job
@@ -106,8 +123,14 @@ APD = Rows(
     settings=lambda job: numbers(recipe(apd.targets.TMS(5, 2), job)),
     order=lambda job: (BASES.index(job[0]), job[1]),
 )
+BALANCED = Rows(
+    fields=("basis", "seed"),
+    jobs=lambda rows: [(n, s) for s in SEEDS[:3] for n in ("scaled 4, balanced", "mixed 4", "mixed 4, balanced")],
+    run=balanced_run,
+    settings=lambda job: numbers(recipe(apd.targets.TMS(5, 2), job)),
+)
 PATHS = Rows(("optimiser", "change", "seed"), path_jobs, path, order=partial(tuple))
-STUDY = Study("basis", {"apd": APD, "paths": PATHS})
+STUDY = Study("basis", {"apd": APD, "paths": PATHS, "balanced": BALANCED})
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

@@ -56,7 +56,8 @@ def change(name: str, n: int, d: int, seed: int) -> Change:
 
     Args:
         name: "plain", "inputs rotated", "hidden rotated", "scaled 4" (h times 4), "stretched 4" (the first half of the
-            hidden numbers times 4, the others divided by 4); everything else changes nothing.
+            hidden numbers times 4, the others divided by 4), "mixed 4" (such a stretch between two rotations);
+            everything else changes nothing.
         n: inputs.
         d: hidden numbers.
         seed: of the rotation.
@@ -71,6 +72,8 @@ def change(name: str, n: int, d: int, seed: int) -> Change:
         M = M * float(size)
     elif kind == "stretched":
         M = torch.diag(torch.where(torch.arange(d) < d / 2, float(size), 1 / float(size)).double())
+    elif kind == "mixed":
+        M = orthogonal(d, seed) @ change(f"stretched {size}", n, d, seed).M @ orthogonal(d, seed + 1)
     return Change(Q, M)
 
 
@@ -78,6 +81,22 @@ def whole_matrices(tms: apd.targets.TMS) -> dict[str, Tensor]:
     """Give the encoder [n, d] and the decoder [d, n] of a TMS, the one the transpose of the other."""
     W = tms.encode.weight.detach().T
     return {"encode": W, "decode": W.T}
+
+
+def balanced(tms: apd.targets.TMS, change: Change) -> Change:
+    """Follow a change of the hidden numbers by the one that balances the two matrices: W^T W = V V^T after both.
+
+    It is read off the changed matrices alone, whose hidden numbers it maps by a symmetric positive matrix.
+    """
+    W, V = (L @ m.double() @ R for path, m in whole_matrices(tms).items() for L, R in [change.matrices(path)])
+    G, H = W.T @ W, V @ V.T
+    half, inverse = _power(G, 0.5), _power(G, -0.5)
+    return Change(change.Q, change.M @ _power(inverse @ _power(half @ H @ half, 0.5) @ inverse, 0.5))
+
+
+def _power(S: Tensor, power: float) -> Tensor:
+    values, vectors = torch.linalg.eigh(S)
+    return vectors @ torch.diag(values**power) @ vectors.T
 
 
 def mechanisms(tms: apd.targets.TMS) -> dict[str, Tensor]:

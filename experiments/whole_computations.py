@@ -1,6 +1,6 @@
 """Create data/whole_computations.*: causal tests of mechanisms that span two layers (chapter 32).
 
-python -m experiments.whole_computations [--only apd | circuit | residual] [--processes N]   (ten minutes of one core)
+python -m experiments.whole_computations [--only apd | circuit | residual | judged] [--processes N]   (half an hour)
 
 Planted circuits (`circuits.Circuit`), seeds 7700 to 7704: APD (`SETTINGS`, found on seed 100 in nine runs; the one with
 the largest cosines was taken, in which one of four mechanisms was owned), and dictionaries of what each layer writes.
@@ -12,10 +12,15 @@ Scores are those of `causal.scores`; features of two layers are stitched by ever
 rules are stored. "Random" dictionaries had one step of training. Dealt components have the ranks and the sum of the
 found ones. The "cut" needs no training: samples on which as few inputs as possible are on, and of each weight what
 moves in the stream on them (`causal.cut`); one more part is the rest.
+
+"judged" has dictionaries of the first residual MLP again (of the crosscoder: of the first two; there was no time for
+more), with nothing changed but the sparsity: BatchTopK, whose k is chosen for each dictionary of each network by bits
+(`baselines.choose`, the grid of chapter 30), without a truth.
 """
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
@@ -50,6 +55,7 @@ METHODS = (
     "APD", "APD dealt", "truth", "cut", "SAE", "SAE random", "transcoder", "transcoder random", "crosscoder", "neurons",
 )  # fmt: skip
 SPARSITY = {"SAE": ("topk", 2), "transcoder": ("topk", 3), "crosscoder": ("topk", 2)}
+JUDGED, GRID = " judged", (1.0, 1.5, 2.5)  # methods whose k is chosen for each network, and of which values
 
 
 def batches(target: Circuit) -> Any:
@@ -96,11 +102,19 @@ def dictionaries(method: str, target: Any, seed: int) -> list[baselines.Dictiona
     settings: dict[str, Any] = {"kind": kind, "sparsity": k, "steps": 2000, "seed": seed}
     if "random" in method:
         settings |= {"steps": 1, "revive": 0}
-    if method == "crosscoder":
-        return [baselines.fit(target, data, places, 2 * size, **settings)]
+    if method.endswith(JUDGED):
+        settings = {"kind": "batch_topk", "grid": GRID, "steps": 2000, "seed": seed}
+
+    def fit(*arguments: Any, **more: Any) -> baselines.Dictionary:
+        if method.endswith(JUDGED):
+            return baselines.choose(target, data, *arguments, **more).best
+        return baselines.fit(target, data, *arguments, **more)
+
+    if method.startswith("crosscoder"):
+        return [fit(places, 2 * size, **settings)]
     reads = [f"output of read.{i}" for i in range(2)] if method.startswith("transcoder") else places
     more: list[dict[str, Any]] = [{"writes": place} if method.startswith("transcoder") else {} for place in places]
-    return [baselines.fit(target, data, read, size, **settings, **m) for read, m in zip(reads, more, strict=True)]
+    return [fit(read, size, **settings, **m) for read, m in zip(reads, more, strict=True)]
 
 
 def many(target: Any) -> Tensor:
@@ -139,6 +153,7 @@ def causes(method: str, target: Any, components: apd.Components, seed: int) -> R
     if isinstance(target, ResidualMLP) and not method.startswith(("APD", "cut")):
         model = model.short
     held = (batches(target) if isinstance(target, Circuit) else target.data(1024))(0, torch.Generator().manual_seed(8))
+    made: list[baselines.Dictionary] | None = None
     if method in ("APD", "APD dealt", "truth", "cut"):
         if method == "truth":
             components = apd.Components.from_matrices(target.truth)
@@ -148,8 +163,9 @@ def causes(method: str, target: Any, components: apd.Components, seed: int) -> R
             components = controls.dealt(components, seed=seed, turned=True)
         kept = (components.norms() > 0.01 * components.norms().max()).nonzero().flatten().tolist()
         rules: dict[str, Tensor] = {"": scores(Weights(model, components), kept, inputs)}
-    elif method == "crosscoder":
-        crossed = Crossed(model, dictionaries(method, target, seed))
+    elif method.startswith("crosscoder"):
+        made = dictionaries(method, target, seed)
+        crossed = Crossed(model, made)
         on = (crossed.all_codes(held) > 0).any(0).nonzero().flatten().tolist()
         rules = {"": scores(crossed, [((f,), (f,)) for f in on], inputs)}
     else:
@@ -163,6 +179,9 @@ def causes(method: str, target: Any, components: apd.Components, seed: int) -> R
     chance = float(rules[name].mean(1).mean())  # a group drawn at random
     last = own[: target.J] if isinstance(target, Circuit) else own
     facts = {"rule": name, "rules": each, "groups": rules[name].shape[1], "at_random": chance}
+    if method.endswith(JUDGED):
+        assert made is not None
+        facts["k"] = [own.sparsity for own in made]
     tests = {test: own[:, i].tolist() for i, test in enumerate(("ablate", "keep", "swap"))}
     row = facts | tests | {"mean": float(last.mean())}
     if method == "cut" and isinstance(target, Circuit):
@@ -177,6 +196,13 @@ def circuit_run(job: tuple[str, int]) -> tuple[list[Row], Tensors]:
         of("whole_computations", f"{seed}/")[0] if method.startswith("APD") else apd.Components.random({"-": (1, 1)}, 1)
     )
     return [causes(method, Circuit(seed), components, seed)], {}
+
+
+def judged_run(job: tuple[str, int]) -> tuple[list[Row], Tensors]:
+    """Measure one kind of dictionary on one residual MLP, its k chosen by bits; seconds are those of all of it."""
+    start, (method, seed) = time.process_time(), job
+    (row,), none = residual_run((method + JUDGED, seed))
+    return [row | {"seconds": round(time.process_time() - start, 1)}], none
 
 
 def residual_run(job: tuple[str, int]) -> tuple[list[Row], Tensors]:
@@ -199,7 +225,14 @@ RESIDUALS = Rows(
     residual_run,
     order=order,
 )
-STUDY = Study("whole_computations", {"apd": APD, "circuit": CIRCUIT, "residual": RESIDUALS}, compact=True)
+AGAIN = Rows(
+    ("method", "seed"),
+    lambda rows: [(m, s) for m in SPARSITY for s in RESIDUAL[: 2 if m == "crosscoder" else 1]],
+    judged_run,
+    order=order,
+)
+PARTS = {"apd": APD, "circuit": CIRCUIT, "residual": RESIDUALS, "judged": AGAIN}
+STUDY = Study("whole_computations", PARTS, compact=True)
 
 if __name__ == "__main__":
     STUDY.main(__doc__)

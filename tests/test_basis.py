@@ -185,3 +185,17 @@ def test_a_residual_mlp_in_another_basis_is_the_same_function(name: str) -> None
         torch.testing.assert_close(moved(x), own(x), atol=1e-5, rtol=1e-5)
     for path in own.weights:
         assert (moved.get_parameter(path) - own.get_parameter(path)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("name", ["scaled 4", "stretched 4", "mixed 4", "hidden rotated"])
+def test_balancing_leads_back_to_a_rotation_of_tied_weights(name: str) -> None:
+    moved = networks.change(name, N, D, 7)
+    change = networks.balanced(model(), moved)
+    W, V = (L @ m.double() @ R for p, m in networks.whole_matrices(model()).items() for L, R in [change.matrices(p)])
+    torch.testing.assert_close(W.T @ W, V @ V.T)
+    torch.testing.assert_close(change.M @ change.M.T, torch.eye(D).double())
+    own = torch.linalg.inv(moved.M) @ change.M  # what was done to the changed weights: symmetric and positive
+    torch.testing.assert_close(own, own.T)
+    assert torch.linalg.eigvalsh(own).min() > 0
+    if name == "mixed 4":  # neither a rotation to begin with nor one at right angles to the axes
+        assert (moved.M @ moved.M.T - torch.eye(D).double()).norm() > 1

@@ -8,6 +8,7 @@ from torch import Tensor
 
 import apd_minimal as apd
 from apd_minimal.targets import ResidualMLP
+from experiments import whole_computations as study
 from experiments.causal import Crossed, Features, Model, Parts, Weights, best, cut, effects, plainest, scores, stitched
 from experiments.circuits import PATHS, Circuit, bend
 from experiments.whole_computations import one_at_a_time
@@ -173,3 +174,22 @@ def test_stitching_joins_the_most_similar() -> None:
     active = [torch.tensor([True, True, True, False]), torch.tensor([True, True])]
     assert stitched(similar, active) == [((0, 1), (0,)), ((), (1,)), ((2,), ())]
     assert stitched(similar, active, onto=0) == [((0,), (0,)), ((1,), (1,)), ((2,), ())]
+
+
+def test_where_k_is_judged_nothing_else_is_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    from apd_minimal.study import baselines
+
+    target, asked = ResidualMLP(7, 40, (3, 4), seed=1), dict[str, list[tuple[tuple[object, ...], dict[str, object]]]]()
+
+    def note(name: str, *arguments: object, **settings: object) -> object:
+        asked.setdefault(name, []).append((arguments[2:], settings))
+        return baselines.Chosen(best=None, sparsity=1.0, tried=[], seconds=0.0)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(study.baselines, "fit", lambda *a, **s: note("fixed", *a, **s))
+    monkeypatch.setattr(study.baselines, "choose", lambda *a, **s: note("judged", *a, **s))
+    for method in study.SPARSITY:
+        for name in (method, method + study.JUDGED):
+            study.dictionaries(name, target, 3)
+    for (places, fixed), (others, judged) in zip(asked["fixed"], asked["judged"], strict=True):
+        assert places == others and judged.pop("grid") == study.GRID and judged.pop("kind") == "batch_topk"
+        assert fixed.pop("kind") == "topk" and fixed.pop("sparsity") in (2, 3) and fixed == judged
