@@ -30,7 +30,7 @@ from apd_minimal.targets import GroupOperations, ModularArithmetic
 Squares = ModularArithmetic | GroupOperations
 HIDDEN, OUT = "hidden.weight", "out.weight"
 DEGREE = 3
-AT_ONCE = 64  # inputs, for memory
+AT_ONCE = 16  # inputs, for memory
 MONOMIALS = torch.tensor(  # row a, column k: the Bernstein coefficient a of t^k
     [[1, 0, 0, 0], [1, 1 / 3, 0, 0], [1, 2 / 3, 1 / 3, 0], [1, 1, 1, 1]], dtype=torch.double
 )
@@ -80,34 +80,43 @@ def product(target: Squares, parts: dict[str, Tensor], x: Tensor) -> Tensor:
     return torch.einsum("ncdh,eho->ncdeo", squares, P[OUT])
 
 
-def bernstein(T: Tensor, needed: Tensor) -> Tensor:
-    """Give the outputs' Bernstein coefficients in the free gates: [N, 4^F, n_out], the last free gate runs first.
+def monomials(T: Tensor, needed: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum what comes with the same product of free gates: powers [K, F] and outputs [N, K, n_out].
 
     Args:
         T: as `trilinear` gives it.
         needed: whose gate is 1, bool [C]; the other F are free.
     """
     triples = torch.tensor(list(itertools.product(range(len(needed)), repeat=DEGREE)))
-    table = torch.ones(1, len(triples), dtype=torch.double)
-    for f in (~needed).nonzero().flatten():
-        powers = (triples == f).sum(1)  # of this gate in every product of three
-        table = (table[:, None] * MONOMIALS[:, powers]).flatten(0, 1)
-    return table @ T.flatten(1, 3)
+    powers = nn.functional.one_hot(triples, len(needed)).sum(1)[:, ~needed]
+    digits = 4 ** torch.arange(powers.shape[1])
+    products, place = (powers @ digits).unique(return_inverse=True)
+    sizes = T.new_zeros(len(T), len(products), T.shape[-1]).index_add_(1, place, T.flatten(1, 3))
+    return products[:, None] // digits % 4, sizes
 
 
-def by_intervals(T: Tensor, needed: Tensor, wanted: Tensor) -> Tensor:
-    """Bound the squared error by interval arithmetic: every product of free gates is anywhere in [0, 1], [N].
+def bernstein(powers: Tensor, sizes: Tensor) -> Tensor:
+    """Give the outputs' Bernstein coefficients in the free gates: [N, 4^F, n_out], the last free gate runs first.
 
     Args:
-        T: as `trilinear` gives it.
-        needed: bool [C].
+        powers: of the free gates in every monomial [K, F].
+        sizes: the monomials' outputs [N, K, n_out].
+    """
+    table = torch.ones(1, len(powers), dtype=torch.double)
+    for power in powers.T:
+        table = (table[:, None] * MONOMIALS[:, power]).flatten(0, 1)
+    return table @ sizes
+
+
+def by_intervals(powers: Tensor, sizes: Tensor, wanted: Tensor) -> Tensor:
+    """Bound the squared error by interval arithmetic: every monomial is anywhere in [0, 1], [N].
+
+    Args:
+        powers: of the free gates in every monomial [K, F].
+        sizes: the monomials' outputs [N, K, n_out].
         wanted: the right outputs [N, n_out].
     """
-    triples = torch.tensor(list(itertools.product(range(len(needed)), repeat=DEGREE)))
-    powers = nn.functional.one_hot(triples, len(needed)).sum(1)[:, ~needed]  # of the free gates
-    products, place = (powers @ 4 ** torch.arange(powers.shape[1])).unique(return_inverse=True)
-    sizes = T.new_zeros(len(T), len(products), T.shape[-1]).index_add_(1, place, T.flatten(1, 3))
-    fixed = products == 0
+    fixed = powers.sum(1) == 0
     start, moves = sizes[:, fixed].sum(1) - wanted, sizes[:, ~fixed]
     ends = torch.stack([start + moves.clamp(max=0).sum(1), start + moves.clamp(min=0).sum(1)])
     return ends.square().amax(0).mean(1)
@@ -130,28 +139,27 @@ def halve(coefficients: Tensor, axis: int, n_free: int) -> Tensor:
 
 def of_one_pattern(T: Tensor, needed: Tensor, wanted: Tensor, factor: float, rounds: int) -> Bounds:
     """Bound the squared error of inputs that need the same components; see `bounds`."""
-    n_free = int((~needed).sum())
-    boxes = bernstein(T, needed) - wanted[:, None]
-    own = torch.arange(len(boxes))  # the input of every box
-    at = vertices(n_free)
+    n_free, at = int((~needed).sum()), vertices(int((~needed).sum()))
+    powers, sizes = monomials(T, needed)
+    boxes, own = bernstein(powers, sizes) - wanted[:, None], torch.arange(len(T))  # the input of every box
     errors = boxes.square().mean(2)
-    seen, first = errors[:, at].amax(1), errors.amax(1)
-    corner, settled = seen, torch.zeros_like(seen)
+    corner, first = errors[:, at].amax(1), errors.amax(1)
+    seen, settled = corner, torch.zeros_like(corner)
     for turn in range(rounds + 1):
-        upper = boxes.square().mean(2).amax(1)
-        open_ = upper > factor * seen[own] + 1e-12
+        upper = errors.amax(1)
+        seen = seen.scatter_reduce(0, own, errors[:, at].amax(1), "amax")
+        open_ = (upper > factor * seen[own] + 1e-12) & (turn < rounds)
         settled = settled.scatter_reduce(0, own[~open_], upper[~open_], "amax")
-        if turn == rounds or not open_.any() or not n_free:
-            settled = settled.scatter_reduce(0, own[open_], upper[open_], "amax")
+        if not open_.any():
             break
         boxes, own = halve(boxes[open_], turn % n_free, n_free), own[open_].repeat(2)
-        seen = seen.scatter_reduce(0, own, boxes[:, at].square().mean(2).amax(1), "amax")
-    return Bounds(corner, seen, settled.maximum(seen), first, by_intervals(T, needed, wanted))
+        errors = boxes.square().mean(2)
+    return Bounds(corner, seen, settled, first, by_intervals(powers, sizes, wanted))
 
 
 @torch.no_grad()
 def bounds(
-    target: Squares, components: apd.Components, x: Tensor, needed: Tensor, factor: float = 1.01, rounds: int = 30
+    target: Squares, components: apd.Components, x: Tensor, needed: Tensor, factor: float = 1.02, rounds: int = 10
 ) -> Bounds:
     """Bound the mean squared error against the target's outputs over all masks in [0, 1] that leave on what is needed.
 
