@@ -3,7 +3,7 @@
 python -m experiments.verified [--processes N]                                 (twenty minutes of one core)
 
 Ten targets of data/modular.json, the first five of the ten with tasks and of the ten with frequencies, are taken apart
-again, with either weights of the losses, and five of each of two kinds of data/groups.json. (There the pick is what has
+again, with either weights of the losses. (There the pick is what has
 fewer bits.) They have 3 and 5 components, so that every input (with every setting of the switches) can be run with
 every mask. A component is needed where the mechanism that it is matched with is at work. Errors are squared errors over
 the variance of the target's outputs over all inputs:
@@ -18,7 +18,9 @@ the variance of the target's outputs over all inputs:
 - "attack": the worst that an attack of 20 steps of 0.1 meets (`apd_minimal.study.worst`), the mean over inputs;
 - "own_alone", "own_worst", "own_bound", "own_bound_input": the same with what APD's attributions choose in place of
   what is needed, those above the threshold that the k most attributed set on 2,048 samples of the data; "own_same" is
-  the share of inputs on which this is what is needed.
+  the share of inputs on which this is what is needed;
+- "faithfulness" and "cosine": of the sum with the weights, and of the parts with the mechanisms; "turned": neurons that
+  the owner of their mechanism reads with the wrong sign.
 
 Beside what was found stand the truth, the start with the most bits, and dealt parts. Nothing was tuned.
 """
@@ -104,6 +106,14 @@ def chosen(network: apd.Network, components: apd.Components, x: Tensor, samples:
     return selection.active(scores[0], selection.threshold(scores[1]))[0]
 
 
+def turned(components: apd.Components, truth: dict[str, Tensor], owner: Tensor) -> int:
+    """Count neurons that the owner of their mechanism reads with the wrong sign, which a square does not see."""
+    wanted = truth[HIDDEN].sum(0)  # [d_in, neurons]
+    of_neuron = owner[truth[HIDDEN].norm(dim=1).argmax(0)]
+    read = components.matrices(HIDDEN).detach()[of_neuron, :, torch.arange(len(of_neuron))]
+    return int(((read * wanted.T).sum(1) < 0).sum())
+
+
 def verified(target: Squares, components: apd.Components, truth: dict[str, Tensor], top_k: float = 1.0) -> Row:
     """Run all inputs with all masks, and bound what gates between 0 and 1 can do.
 
@@ -135,6 +145,7 @@ def verified(target: Squares, components: apd.Components, truth: dict[str, Tenso
     return row | {
         "faithfulness": apd.metrics.relative_faithfulness(components, network.weights).item(),
         "cosine": owned.cosine.mean().item(),
+        "turned": turned(components, truth, owned.owner),
     }
 
 

@@ -84,6 +84,21 @@ def test_a_worst_mask_between_zero_and_one_is_seen_by_the_bound_alone() -> None:
     assert row["corners"] == 0 and row["bound"] > 0.9
 
 
+def test_a_neuron_that_is_read_with_the_wrong_sign_passes_at_corners_and_not_between() -> None:
+    _, target = targets()[0]
+    truth = target.mechanisms("task")
+    parts = {path: t.clone() for path, t in truth.items()}
+    i = int(truth["hidden.weight"][0].norm(dim=0).argmax())
+    parts["hidden.weight"][0, :, i] *= -1
+    parts["hidden.weight"][1, :, i] += 2 * truth["hidden.weight"][0, :, i]
+    row = verified.verified(target, apd.Components.from_matrices(parts, 12), truth)
+    assert row["turned"] == 1 and row["faithfulness"] < 1e-9
+    assert max(row["alone"], row["worst_input"], row["attack"]) < 1e-9
+    assert row["bound_input"] > 0.02 and row["bound"] < 1.05 * row["seen"]
+    whole = verified.verified(target, apd.Components.from_matrices(truth, 12), truth)
+    assert whole["turned"] == 0
+
+
 def test_what_attributions_choose_is_not_told_what_is_needed() -> None:
     _, target = targets()[0]
     truth = target.mechanisms("task")
