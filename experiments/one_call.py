@@ -7,9 +7,9 @@ three groups, on disjoint vocabularies ("apart") or on shared tokens with a swit
 
 The call is that of experiments/pieces.py. It does not know how many mechanisms there are: eight starts have eight
 components, six starts have four, and of the fourteen the judge keeps one. (On induction the six were not run, for want
-of time. On a seed on which settings were made none of four such starts owned anything.) Attributions, the judge, the losses and all
-other settings are the same for all kinds. Two things differ: the inputs are each target's own, and components are of
-rank four in induction, of any rank in groups.
+of time. On a seed on which settings were made none of four such starts owned anything.) Attributions, the judge, the
+losses and all other settings are the same for all kinds. Two things differ: the inputs are each target's own, and
+components are of rank four in induction, of any rank in groups.
 
 Settled on seeds 90, 91 and 92 of groups, where starts with four components came in ("log" has these runs), and on those
 of experiments/pieces.py. Reported are other ones, each run once: groups from 8670 up, and for induction the ten of
