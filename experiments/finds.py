@@ -175,37 +175,56 @@ def roles_of(target: Induction, components: apd.Components, seed: int) -> tuple[
     return best, row
 
 
+def tested(target: Induction, components: apd.Components, owner: list[int], seed: int) -> Row:
+    """Test components by what they do.
+
+    Args:
+        target: with all circuits.
+        components: C of them.
+        owner: the component of each circuit.
+        seed: of the sequences.
+    """
+    network = apd.Network(target, target.weights)
+    inputs: dict[str, Batches] = {"one": induction.OneAtATime(target, 1024), "usual": target.data(1024)}
+    roles, cut = roles_of(target, components, seed)
+    return {
+        "roles": cut,
+        "scrubbing": {
+            kind: scrubbed(network, components, source(0, torch.Generator().manual_seed(30_000 + seed)), seed)
+            for kind, source in inputs.items()
+        },
+        "moved": induction.moved(target, components, ON, seed),
+        "where": where(target, components, owner, seed),
+        "roles_moved": induction.moved(target, roles, ON, seed),
+    }
+
+
+def untrained(target: Induction, seed: int) -> Row:
+    """Give the same tests of the truth, and the roles that come of a cut by heads and of the whole network."""
+    truth = target.mechanisms()
+    heads = apd.Components.from_matrices(induction.heads(target))
+    lump = apd.Components.from_matrices({path: m.sum(0, keepdim=True) for path, m in truth.items()})
+    return {
+        "truth": tested(target, apd.Components.from_matrices(truth), [0, 1, 2], seed),
+        "heads": {"roles": roles_of(target, heads, seed)[1]},
+        "lump": {"roles": roles_of(target, lump, seed)[1]},
+    }
+
+
 def tests(job: Job) -> tuple[list[Row], Tensors]:
     """Test what was kept, and controls, by what they do."""
     _, seed = job
     target = pieces.target_of(("as it is", seed))
-    network, truth = apd.Network(target, target.weights), target.mechanisms()
     found, _ = of("finds", f"again/{seed}/")
-    parts = {
-        "found": found,
-        "dealt": controls.dealt(found, seed),
-        "truth": apd.Components.from_matrices(truth),
-        "heads": apd.Components.from_matrices(induction.heads(target)),
-        "lump": apd.Components.from_matrices({path: m.sum(0, keepdim=True) for path, m in truth.items()}),
+    owner = apd.metrics.ownership(found, target.mechanisms()).owner.tolist()
+    row: Row = {
+        "relative_faithfulness": apd.metrics.relative_faithfulness(
+            found, apd.Network(target, target.weights).weights
+        ).item(),
+        "found": tested(target, found, owner, seed),
+        "dealt": tested(target, controls.dealt(found, seed), owner, seed),
     }
-    owner = apd.metrics.ownership(found, truth).owner.tolist()
-    inputs: dict[str, Batches] = {"one": induction.OneAtATime(target, 1024), "usual": target.data(1024)}
-    row: Row = {"relative_faithfulness": apd.metrics.relative_faithfulness(found, network.weights).item()}
-    for name, components in parts.items():
-        roles, cut = roles_of(target, components, seed)
-        row[name] = {"roles": cut}
-        if name in ("heads", "lump"):
-            continue
-        row[name] |= {
-            "scrubbing": {
-                kind: scrubbed(network, components, source(0, torch.Generator().manual_seed(30_000 + seed)), seed)
-                for kind, source in inputs.items()
-            },
-            "moved": induction.moved(target, components, ON, seed),
-            "where": where(target, components, [0, 1, 2] if name == "truth" else owner, seed),
-            "roles_moved": induction.moved(target, roles, ON, seed),
-        }
-    return [row], {}
+    return [row | untrained(target, seed)], {}
 
 
 def positions_settings(seed: int) -> Row:
