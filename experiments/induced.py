@@ -102,10 +102,10 @@ class Doing:
         return self.network(self.x, self.components, gates, remainder=rest)
 
     @torch.no_grad()
-    def error(self, gates: Tensor, rest: bool = False) -> Tensor:
-        """Compute the error on each task as a share of silence's, at most 1: [3]."""
-        found = by_task(errors(self.run(gates, rest), self.wanted), self.asked)
-        return (found / by_task(self.silence, self.asked)).clamp(max=1)
+    def error(self, gates: Tensor, rest: bool = False, cut: bool = True) -> Tensor:
+        """Compute the error on each task as a share of silence's, at most 1 if it is cut: [3]."""
+        found = by_task(errors(self.run(gates, rest), self.wanted), self.asked) / by_task(self.silence, self.asked)
+        return found.clamp(max=1) if cut else found
 
     @torch.no_grad()
     def same(self, gates: Tensor) -> Tensor:
@@ -118,13 +118,16 @@ class Doing:
         return torch.stack([self.error(1 - e, rest=True) for e in eye]), torch.stack([self.error(e) for e in eye])
 
 
-def owners(gone: Tensor) -> list[int]:
+def owners(gone: Tensor, relative: bool = False) -> list[int]:
     """Assign each component to the task that its absence harms most, or to none, -1, where that is little.
 
     Args:
         gone: errors without each component, [C, 3].
+        relative: divide by what a task's error is without a component on average, so that a task which suffers from
+            everything does not get everything.
     """
     most, task = gone.max(1)
+    task = (gone / gone.mean(0).clamp_min(1e-12)).argmax(1) if relative else task
     return torch.where(most >= HARM, task, -1).tolist()
 
 
@@ -137,6 +140,41 @@ def group_tests(doing: Doing, owner: list[int]) -> list[list[float]]:
         others = torch.arange(len(CIRCUITS)) != task
         rows.append([float(v) for v in (gone[task], gone[others].mean(), alone[task], alone[others].mean())])
     return rows
+
+
+@torch.no_grad()
+def by_rule(net: TwoLayers, components: apd.Components, seed: int) -> Row:
+    """Ask whose each component is by three rules, and whether the four tests of `group_tests` depend on the rule.
+
+    "Cut" is the rule of `measure`: errors are cut at 1, and of tasks that are harmed equally the first one gets the
+    component. "Uncut" does not cut them, so that there are no ties. "Relative" divides them by the task's mean.
+
+    Args:
+        net: the target.
+        components: C of them.
+        seed: of the sequences, those of `measure`.
+
+    Returns:
+        Row: owners and tests by rule; and of all components together the uncut error, the share of positions with the
+        target's own answer, the median divergence, and the share of its sum in the largest twentieth, by task.
+    """
+    x = net.data(2048)(0, torch.Generator().manual_seed(20_000 + seed))
+    fit, test = (Doing(net, components, half) for half in x.chunk(2))
+    all_on = torch.ones(components.n_components)
+    gone = torch.stack([fit.error(1 - e, rest=True, cut=False) for e in torch.eye(components.n_components)])
+    owner = {"cut": owners(gone.clamp(max=1)), "uncut": owners(gone), "relative": owners(gone, relative=True)}
+    each = errors(test.run(all_on), test.wanted)
+    by_size = [each[test.asked == task].sort(descending=True).values for task in range(len(CIRCUITS))]
+    return {
+        "gone": gone.tolist(),
+        "rules": {name: {"owner": o, "groups": group_tests(test, o)} for name, o in owner.items()},
+        "all": {
+            "error": test.error(all_on, cut=False).tolist(),
+            "same": test.same(all_on).tolist(),
+            "median": [float(v.median()) for v in by_size],
+            "largest": [float(v[: max(1, len(v) // 20)].sum() / v.sum().clamp_min(1e-12)) for v in by_size],
+        },
+    }
 
 
 class Looking(TwoLayers):
@@ -290,32 +328,53 @@ def settings_of(job: Job) -> Row:
     return SETTINGS | {"seed": job[1] + 1000}
 
 
-def run(job: Job) -> tuple[list[Row], Tensors]:
-    """Train one network, take it apart, and measure components and controls."""
-    kind, seed = job
-    net, settings = target_of(kind, seed), settings_of(job)
-    network, began = apd.Network(net, net.weights), time.process_time()
+def taken_apart(job: Job) -> tuple[TwoLayers, apd.Components, float]:
+    """Train one network and take it apart: the network, what was found, and the seconds that this took."""
+    net, began = target_of(*job), time.process_time()
     judge = Judge(EPSILONS, divergence="kl", attribution=attribution)
     result = apd.decompose(
         net, net.data(BATCH), net.weights, divergence="kl", attribution=attribution, judge=judge, progress=False,
-        **settings,
+        **settings_of(job),
     )  # fmt: skip
-    seconds = time.process_time() - began
-    x = net.data(4096)(0, torch.Generator().manual_seed(30_000 + seed))
-    right = (net(x).argmax(-1) == net.answers(x)).float()
-    asked, found = net.asked(x), result.components.map(Tensor.detach)
-    k = settings["top_k"][-1][1] if isinstance(settings["top_k"], tuple) else settings["top_k"]
-    parts = {
+    return net, result.components.map(Tensor.detach), time.process_time() - began
+
+
+def parts_of(network: apd.Network, found: apd.Components, seed: int) -> dict[str, apd.Components]:
+    """Give what was found, and its controls."""
+    return {
         "found": found,
         "dealt": controls.dealt(found, seed),
         "turned": controls.dealt(found, seed, turned=True),
         "heads": heads(network.weights),
     }
+
+
+def rules_of(net: TwoLayers, found: apd.Components, seed: int) -> Row:
+    """Measure ownership by several rules, for what was found and its controls."""
+    parts = parts_of(apd.Network(net, net.weights), found, seed)
+    return short({name: by_rule(net, c, seed) for name, c in parts.items()})
+
+
+def run_rules(job: Job) -> tuple[list[Row], Tensors]:
+    """Take one network apart once more, as `run` does, and ask whose the components are."""
+    net, found, _ = taken_apart(job)
+    return [rules_of(net, found, job[1])], {}
+
+
+def run(job: Job) -> tuple[list[Row], Tensors]:
+    """Train one network, take it apart, and measure components and controls."""
+    _, seed = job
+    net, found, seconds = taken_apart(job)
+    network, settings = apd.Network(net, net.weights), settings_of(job)
+    x = net.data(4096)(0, torch.Generator().manual_seed(30_000 + seed))
+    right = (net(x).argmax(-1) == net.answers(x)).float()
+    asked = net.asked(x)
+    k = settings["top_k"][-1][1] if isinstance(settings["top_k"], tuple) else settings["top_k"]
     row: Row = {
         "accuracy": [right[asked == t].mean().item() for t in range(4)],
         "attention": attention(net, x),
         "relative_faithfulness": apd.metrics.relative_faithfulness(found, network.weights).item(),
-        **{name: measure(net, c, k, seed) for name, c in parts.items()},
+        **{name: measure(net, c, k, seed) for name, c in parts_of(network, found, seed).items()},
         "seconds": round(seconds, 1),
     }
     return [short(row)], {}
@@ -337,7 +396,14 @@ RUNS = Rows(
     settings=lambda job: numbers(settings_of(job), batch=BATCH),
     order=lambda job: (list(SEEDS).index(job[0]), job[1]),
 )
-STUDY = Study("induced", {"runs": RUNS}, about=lambda processes: {"processes": processes}, compact=True)
+RULES = Rows(
+    fields=("kind", "seed"),
+    jobs=lambda rows: [("trained", FIRST), ("trained", FIRST + 2), ("labels", FIRST)],
+    run=run_rules,
+    settings=lambda job: numbers(settings_of(job), batch=BATCH),
+    order=lambda job: (list(SEEDS).index(job[0]), job[1]),
+)
+STUDY = Study("induced", {"runs": RUNS, "rules": RULES}, about=lambda processes: {"processes": processes}, compact=True)
 
 if __name__ == "__main__":
     STUDY.main(__doc__)

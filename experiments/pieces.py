@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 import apd_minimal as apd
+from apd_minimal.batch import Batches
 from apd_minimal.selection import batch_top_k
 from apd_minimal.study import controls, matching
 from apd_minimal.study.rate import Judge
@@ -95,15 +96,23 @@ def by_use(network: apd.Network, components: apd.Components, x: Tensor, k: float
     return stacked.restart(0)
 
 
+def taken_apart(job: Job) -> tuple[Induction, Batches, apd.Decomposition]:
+    """Take one target apart: the target, its inputs, and what was found."""
+    target = target_of(job)
+    source = target.data(BATCH) if job[0] == "usual inputs" else induction.OneAtATime(target, BATCH)
+    found = apd.decompose(
+        target, source, target.weights, attribution=induction.scores_of("sequence"), judge=judged, progress=False,
+        **settings_of(job),
+    )  # fmt: skip
+    return target, source, found
+
+
 def run(job: Job) -> tuple[list[Row], Tensors]:
     """Take one target apart from random starts, and measure."""
     change, seed = job
-    target, score, began = target_of(job), induction.scores_of("sequence"), time.process_time()
+    score, began = induction.scores_of("sequence"), time.process_time()
+    target, source, found = taken_apart(job)
     network, exact = apd.Network(target, target.weights), Judge(EXACT, attribution=score)
-    source = target.data(BATCH) if change == "usual inputs" else induction.OneAtATime(target, BATCH)
-    found = apd.decompose(
-        target, source, target.weights, attribution=score, judge=judged, progress=False, **settings_of(job)
-    )
     seconds = time.process_time() - began
     parts, every = found.components, found.restarts
     assert every is not None and every.restarts is not None and found.scores is not None

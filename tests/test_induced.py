@@ -128,6 +128,28 @@ def test_owners_need_harm() -> None:
     assert study.owners(gone) == [0, -1, 2, 0]
 
 
+def test_a_task_that_suffers_from_everything_does_not_get_everything_by_the_relative_rule() -> None:
+    gone = torch.tensor([[3.0, 0.2, 0.0], [2.0, 1.5, 0.1], [4.0, 1.2, 1.3], [0.05, 0.02, 0.01]])
+    assert study.owners(gone.clamp(max=1)) == [0, 0, 0, -1]  # ties go to the first task
+    assert study.owners(gone) == [0, 0, 0, -1]  # and it is harmed most anyway
+    assert study.owners(gone, relative=True) == [0, 1, 2, -1]
+    assert study.owners(torch.tensor([[1.4, 2.0, 0.0]])) == [1]
+    assert study.owners(torch.tensor([[1.4, 2.0, 0.0]]).clamp(max=1)) == [0]
+
+
+def test_all_rules_agree_where_each_head_serves_one_task(net: TwoLayers) -> None:
+    cut = study.heads(apd.Network(net, net.weights).weights)
+    seen = study.by_rule(net, cut, 1)
+    for rule in seen["rules"].values():
+        assert rule["owner"] == [2, 0, 0, 1]
+        assert [v for tests in rule["groups"] for v in tests] == pytest.approx([1, 0, 0, 1] * 3, abs=0.02)
+    assert max(seen["all"]["error"]) < 1e-3 and min(seen["all"]["same"]) == 1
+    assert max(map(max, seen["gone"])) >= 1  # not cut: without its head, a task is silent or worse
+    some = study.by_rule(net, cut.subset([TABLE, FIRST]), 1)["all"]
+    assert some["error"][0] > 0.9 and some["same"][0] < 0.5
+    assert some["median"][0] > 1 > some["median"][2]
+
+
 def test_what_is_missing_stays_when_a_component_is_taken_out(net: TwoLayers) -> None:
     cut = study.heads(apd.Network(net, net.weights).weights)
     some = cut.subset([TABLE, FIRST])  # nothing of induction
