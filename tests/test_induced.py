@@ -144,7 +144,7 @@ def test_all_rules_agree_where_each_head_serves_one_task(net: TwoLayers) -> None
         assert rule["owner"] == [2, 0, 0, 1]
         assert [v for tests in rule["groups"] for v in tests] == pytest.approx([1, 0, 0, 1] * 3, abs=0.02)
     assert max(seen["all"]["error"]) < 1e-3 and min(seen["all"]["same"]) == 1
-    assert max(map(max, seen["gone"])) >= 1  # not cut: without its head, a task is silent or worse
+    assert max(map(max, seen["gone"])) > 0.999  # not cut: without its head, a task is silent or worse
     some = study.by_rule(net, cut.subset([TABLE, FIRST]), 1)["all"]
     assert some["error"][0] > 0.9 and some["same"][0] < 0.5
     assert some["median"][0] > 1 > some["median"][2]
