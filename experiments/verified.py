@@ -3,10 +3,10 @@
 python -m experiments.verified [--processes N]                                 (twenty minutes of one core)
 
 Ten targets of data/modular.json, the first five of the ten with tasks and of the ten with frequencies, are taken apart
-again, with either weights of the losses. (There the pick is what has fewer bits.) They have 3 and 5 components, so
-that every input (with every setting of the switches) can be run with every mask. A component is needed where the
-mechanism that it is matched with is at work. Errors are squared errors over the variance of the target's outputs over
-all inputs:
+again, with either weights of the losses, and five of each of two kinds of data/groups.json. (There the pick is what has
+fewer bits.) They have 3 and 5 components, so that every input (with every setting of the switches) can be run with
+every mask. A component is needed where the mechanism that it is matched with is at work. Errors are squared errors over
+the variance of the target's outputs over all inputs:
 
 - "alone": only what is needed is on;
 - "scrubbed": the mean over all masks of zeros and ones that leave on what is needed;
@@ -39,11 +39,12 @@ from apd_minimal.study import controls
 from apd_minimal.study.rate import Judge
 from apd_minimal.study.worst import Corners
 from apd_minimal.targets import GroupOperations
-from experiments import modular
+from experiments import groups, modular
 from experiments.every_mask import HIDDEN, Squares, bounds
 from experiments.experiment import Row, Rows, Study, Tensors, numbers
 
 KINDS = ("task", "frequency")
+GROUPS = ("apart", "shared")
 SEEDS = 5
 SAMPLES = 2048  # of the data, for the threshold of attributions
 STEPS, SIZE = 20, 0.1  # of the attack, as bushnaq2026 evaluates
@@ -148,17 +149,28 @@ def verified(target: Squares, components: apd.Components, truth: dict[str, Tenso
     }
 
 
+def case_of(job: Job) -> tuple[Squares, dict[str, Tensor], Row]:
+    """Give a target, its mechanisms, and the settings of the decomposition."""
+    kind, seed, _ = job
+    if kind in GROUPS:
+        of_groups = groups.target_of(kind, seed)
+        return of_groups, of_groups.mechanisms(groups.by_of(kind)), settings_of(job)
+    target = modular.target_of(kind, seed)
+    return target, modular.truth_of(kind, target), settings_of(job)
+
+
 def settings_of(job: Job) -> Row:
-    """Give the settings of the decomposition."""
+    """Give the settings."""
     kind, seed, weights = job
+    if kind in GROUPS:
+        return groups.settings_of((kind, groups.MECHANISMS[kind], seed))
     return modular.settings_of((kind, modular.MECHANISMS[kind], seed, weights))
 
 
 def run(job: Job) -> tuple[list[Row], Tensors]:
     """Take one target apart, and verify what was found and its controls."""
-    kind, seed, _ = job
-    target, settings = modular.target_of(kind, seed), settings_of(job)
-    truth = modular.truth_of(kind, target)
+    seed = job[1]
+    target, truth, settings = case_of(job)
     found = apd.decompose(target, target.data(256), target.weights, judge=Judge(), progress=False, **settings)
     every = found.restarts
     assert every is not None and found.scores is not None
@@ -177,11 +189,15 @@ def run(job: Job) -> tuple[list[Row], Tensors]:
     return rows, {}
 
 
+def jobs() -> list[Job]:
+    """List the targets."""
+    every = [(kind, modular.FIRST + i, weights) for i in range(SEEDS) for kind in KINDS for weights in modular.WEIGHTS]
+    return every + [(kind, groups.FIRST + i, "gentle") for i in range(SEEDS) for kind in GROUPS]
+
+
 RUNS = Rows(
     fields=("kind", "seed", "weights"),
-    jobs=lambda rows: [
-        (k, modular.FIRST + i, weights) for i in range(SEEDS) for k in KINDS for weights in modular.WEIGHTS
-    ],
+    jobs=lambda rows: jobs(),
     run=run,
     settings=lambda job: numbers(settings_of(job)),
 )

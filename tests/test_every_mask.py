@@ -120,9 +120,10 @@ def test_one_free_gate_has_a_closed_form(a: float, b: float) -> None:
     """All of the network, and a times what it reads with b times what it writes: (1 + a g)^2 (1 + b g) the outputs."""
     target = ModularArithmetic([ModularTask(5)])
     W = {path: w.detach() for path, w in apd.Network(target, [HIDDEN, OUT]).weights.items()}
-    parts = {HIDDEN: torch.stack([W[HIDDEN], a * W[HIDDEN]]), OUT: torch.stack([W[OUT], b * W[OUT]])}
+    share = {HIDDEN: a, OUT: b}
+    parts = {path: torch.stack([w, 0 * w, share[path] * w]) for path, w in W.items()}  # the second gate does nothing
     components, x = apd.Components.from_matrices(parts, 10), target.inputs()
-    needed = torch.tensor([True, False]).expand(len(x), -1)
+    needed = torch.tensor([True, False, False]).expand(len(x), -1)
     found = bounds(target, components, x, needed)
     size = target(x).detach().double().square().mean(1)
     g = torch.linspace(0, 1, 100_001, dtype=torch.double)
