@@ -265,7 +265,7 @@ def split_run(job: tuple[str, int, int]) -> tuple[list[Row], Tensors]:
     n, x, truth, W = factor * target.n_features, held_out(target, seed), target.mechanisms(), true_directions(target)[0]
     found: Row = {}
     small = target.n_features <= 5  # in a plane nothing can be told from chance
-    for label in AUTOENCODERS[:: 2 if small else 1]:
+    for label in ("SAE, L1", "SAE, BatchTopK") if small else AUTOENCODERS:
         row, chose = chosen(target, seed, x, label, n)
         own = chose.best
         codes = own.encode(baselines.activations(target, x, "output of encode")[0])

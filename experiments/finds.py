@@ -28,7 +28,6 @@ from apd_minimal.batch import Batches
 from apd_minimal.study import controls
 from apd_minimal.study.rate import Judge
 from apd_minimal.targets.induction import CIRCUIT_OF, Induction
-from apd_minimal.tidy.merge import merge_by_bits
 from experiments import induction, pieces
 from experiments.experiment import DATA, Row, Rows, Study, Tensors, factors, numbers, of
 
@@ -78,8 +77,7 @@ def scrubbed(network: apd.Network, components: apd.Components, x: Tensor, seed: 
 
 def on_at_positions(network: apd.Network, components: apd.Components, x: Tensor) -> Tensor:
     """Say which components are on where, boolean [B, T, C]: the most attributed, as many as the truth has."""
-    scores = induction.attribution(network, components, x, per_position=True)
-    return scores >= scores.flatten().topk(int(ON * scores[..., 0].numel())).values[-1]
+    return induction.most_attributed(induction.attribution(network, components, x, per_position=True), ON)
 
 
 @torch.no_grad()
@@ -129,22 +127,6 @@ def by_matrices(components: apd.Components) -> apd.Components:
     return whole.subset((whole.norms() > 0).nonzero().flatten().tolist())
 
 
-def merged(network: apd.Network, components: apd.Components, x: Tensor, k: float) -> apd.Components:
-    """Merge pieces that are on together at positions, by bits: nothing is trained.
-
-    Args:
-        network: the target.
-        components: C pieces.
-        x: sequences.
-        k: pieces that are on at a position, on average.
-    """
-    scores = induction.attribution(network, components, x, per_position=True)
-    least = scores.flatten().topk(int(k * scores[..., 0].numel())).values[-1]
-    stacked = components.map(lambda t: t.detach()[None].clone())
-    merge_by_bits(stacked, (scores >= least)[None].float(), pieces.SETTINGS["alpha"])
-    return stacked.restart(0)
-
-
 def roles_of(target: Induction, components: apd.Components, seed: int) -> tuple[apd.Components, Row]:
     """Cut components by matrices and merge the pieces by use; the judge says with how many on.
 
@@ -159,7 +141,7 @@ def roles_of(target: Induction, components: apd.Components, seed: int) -> tuple[
     network, source = apd.Network(target, target.weights), induction.OneAtATime(target, 512)
     x, held_out = (source(0, torch.Generator().manual_seed(start + seed)) for start in (20_000, 30_000))
     judge, cut = Judge(pieces.EXACT, attribution=induction.scores_of("position")), by_matrices(components)
-    each = [merged(network, cut, x, k) for k in TRIED]
+    each = [pieces.by_use(network, cut, x, k, "position") for k in TRIED]
     bits = [judge(network, c, held_out) for c in each]
     owned = [int(apd.metrics.ownership(c, target.mechanisms("role")).owned.sum()) for c in each]
     best = each[min(range(len(each)), key=bits.__getitem__)]

@@ -93,6 +93,11 @@ def scores_of(gates: str) -> Any:
     return partial(attribution, per_position=gates == "position")
 
 
+def most_attributed(scores: Tensor, k: float) -> Tensor:
+    """Say which scores [..., C] are among the largest, k of the C on average; those that equal the last are, too."""
+    return scores >= scores.flatten().topk(int(k * scores[..., 0].numel())).values[-1]
+
+
 @torch.no_grad()
 def without_circuits(target: Induction, seed: int) -> Induction:
     """Replace every matrix by a random one of the same singular values."""

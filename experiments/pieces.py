@@ -80,7 +80,9 @@ def judged(network: apd.Network, components: apd.Components, x: Tensor) -> float
     return Judge(EXACT, attribution=score)(network, components, x) + PRICE * float(error)
 
 
-def by_use(network: apd.Network, components: apd.Components, x: Tensor, k: float) -> apd.Components:
+def by_use(
+    network: apd.Network, components: apd.Components, x: Tensor, k: float, gates: str = "sequence"
+) -> apd.Components:
     """Merge components that are on together, as a run does at its one merging: nothing is trained.
 
     Args:
@@ -88,11 +90,11 @@ def by_use(network: apd.Network, components: apd.Components, x: Tensor, k: float
         components: C of them.
         x: inputs.
         k: how many are on, on average.
+        gates: "sequence" or "position": where they are on together.
     """
-    scores = induction.attribution(network, components, x)
-    least = scores.flatten().topk(int(k * len(x))).values[-1]
+    on = induction.most_attributed(induction.scores_of(gates)(network, components, x), k)
     stacked = components.map(lambda t: t.detach()[None].clone())
-    merge_by_bits(stacked, (scores >= least)[None].float(), SETTINGS["alpha"])
+    merge_by_bits(stacked, on[None].float(), SETTINGS["alpha"])
     return stacked.restart(0)
 
 

@@ -19,6 +19,7 @@ KINDS = ("shared", "apart", "induction")
 def test_the_judge_prefers_the_truth_to_a_lump_to_two_and_to_dealt_parts(kind: str) -> None:
     target = one_call.target_of(kind, 3)
     network, truth = apd.Network(target, target.weights), one_call.mechanisms(target)
+    assert {len(m) for m in truth.values()} == {3}  # circuits, or groups (not their irreps)
     x = one_call.source(target)(0, torch.Generator().manual_seed(0))
 
     def judged(components: apd.Components) -> float:

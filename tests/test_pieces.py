@@ -29,7 +29,7 @@ def test_the_judge_prefers_the_truth_to_a_lump_and_to_a_circuit_in_two() -> None
     # With one component on, the cut circuit is silent: its share of the answers is the error.
     bits = pieces.Judge(pieces.EXACT, attribution=induction.scores_of("sequence"))
     priced = judged(in_two) - bits(network, apd.Components.from_matrices(in_two, 6), x)
-    assert priced == pytest.approx(pieces.PRICE / 3, rel=0.2)
+    assert priced == pytest.approx(100 / 3, rel=0.2)  # an error of everything costs 100 bits
 
 
 def test_pieces_that_are_on_together_come_together_untrained() -> None:
