@@ -26,7 +26,6 @@ import apd_minimal as apd
 from apd_minimal.study import controls
 from apd_minimal.study.rate import Judge
 from apd_minimal.targets import Group, GroupOperations, Pairs
-from apd_minimal.targets.groups import _span as span
 from experiments import groups
 from experiments.experiment import Row, Rows, Study, Tensors, numbers
 from experiments.groups import HIDDEN, OUT, PATHS
@@ -66,7 +65,7 @@ def constant_on(group: Group, own: list[int], left: bool) -> Tensor:
 def spaces(group: Group) -> dict[str, list[Tensor]]:
     """Give the spaces of functions in which a function is looked for, by kind."""
     cosets = [constant_on(group, own, left) for own in subgroups(group) for left in (True, False)]
-    return {"irrep": [span(group, [i]) for i in range(len(group.irreps))], "coset": cosets}
+    return {"irrep": [group.span([i]) for i in range(len(group.irreps))], "coset": cosets}
 
 
 def shares(functions: Tensor, within: list[Tensor]) -> Tensor:
@@ -109,7 +108,7 @@ def energies(task: GroupOperations, components: apd.Components) -> Tensor:
         total = torch.zeros(len(task.groups), max(len(g.irreps) for g in task.groups), dtype=torch.double)
         for t, _, functions in functions_of(task, parts):
             for i in range(len(task.groups[t].irreps)):
-                total[t, i] += (span(task.groups[t], [i]).T @ functions.double()).square().sum()
+                total[t, i] += (task.groups[t].span([i]).T @ functions.double()).square().sum()
         rows.append(torch.cat([row[: len(g.irreps)] for row, g in zip(total, task.groups, strict=True)]))
     return torch.stack(rows)
 

@@ -381,6 +381,7 @@ VALID: dict[str, tuple[Any, dict[str, Any]]] = {  # name: (self or None, argumen
     "targets.GatedInputs.__call__": (apd.targets.GatedInputs(2), {"step": 0, "generator": generator()}),
     "targets.Group": (None, {"name": "S3"}),
     "targets.Group.certify": (GROUP, {"u": NEURONS, "v": NEURONS, "w": torch.ones(4, 6)}),
+    "targets.Group.span": (GROUP, {"irreps": [1, 0]}),
     "targets.GroupOperations": (None, {"groups": ["S3"]}),
     "targets.GroupOperations.forward": (OPERATIONS, {"x": OPERATIONS.inputs()}),
     "targets.GroupOperations.inputs": (OPERATIONS, {}),
@@ -1008,6 +1009,7 @@ OWN_KINDS: dict[str, dict[str, Strategy]] = {
         "v": tensor(NEURONS, 0, 1),
         "w": tensor(torch.ones(4, 6), 0, 1),
     },
+    "targets.Group.span": {"irreps": st.sampled_from([[], [2], (0, -1), (0, 0), [0.5], ["0"], [None], 0, "S3", None])},
     "targets.GroupOperations": {
         "groups": st.one_of(but(list, tuple), NOTHING, st.sampled_from([[], [5], ["S6"], ["S3", None], ["", "S3"]])),
         "irreps": st.sampled_from([[], [()], [(2,)], [(0, 0)], [0], [None], ["0"], 5, "S3"]),

@@ -183,6 +183,35 @@ def test_the_embedding_spans_what_the_irreps_read(names: list[str], seed: int) -
         torch.testing.assert_close(y[rows][:, tokens], scores(group, [i]).flatten(0, 1).float(), atol=1e-5, rtol=0)
 
 
+@given(name=st.sampled_from([*NAMES, "D7"]), data=st.data())
+def test_a_span_holds_all_entries_of_its_irreps_and_no_more(name: str, data: st.DataObject) -> None:
+    group = Group(name)
+    some = data.draw(st.lists(st.integers(0, len(group.irreps) - 1), min_size=1, unique=True))
+    Q = group.span(some)
+    torch.testing.assert_close(Q.T @ Q, torch.eye(Q.shape[1]).double(), atol=1e-9, rtol=0)
+    entries = torch.cat([group.irreps[i].flatten(1) for i in some], 1)
+    torch.testing.assert_close(Q @ (Q.T @ entries), entries, atol=1e-9, rtol=0)
+    assert int(torch.linalg.matrix_rank(entries, atol=1e-8)) == Q.shape[1]
+    assert torch.equal(Q, torch.cat([group.span((i,)) for i in some], 1))  # in the order given
+
+
+@pytest.mark.parametrize(
+    ("irreps", "error", "message"),
+    [
+        (0, TypeError, "irreps must be a list of places in Group.irreps, got 0"),
+        ([0.5], ValueError, "irreps must be a whole number at least 0 and at most 1, got 0.5"),
+        ([-1], ValueError, "irreps must be at least 0 and at most 1, got -1"),
+        ((0, 2), ValueError, "irreps must be at least 0 and at most 1, got 2"),
+        (["0"], TypeError, "irreps must be a whole number"),
+        ([], ValueError, r"irreps must be some places in Group.irreps, each once, got \[\]"),
+        ([1, 1], ValueError, r"each once, got \[1, 1\]"),
+    ],
+)
+def test_irreps_that_a_group_does_not_have_span_nothing(irreps: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        Group("S3").span(irreps)  # type: ignore[arg-type]
+
+
 def test_batches_come_from_the_table() -> None:
     target = GroupOperations(["S3"], switches="irrep", probability=0.3)
     x = target.data(4000)(0, torch.Generator().manual_seed(0))

@@ -86,6 +86,31 @@ class Group:
         """What each representation counts in the sum, its dimension, or half of it if it is two over the complex."""
         return [rho.shape[1] / round(_character(rho).square().mean().item()) for rho in self.irreps]
 
+    def span(self, irreps: Sequence[int]) -> Tensor:
+        """Write down orthonormal functions of the elements that span the entries of some representations.
+
+        An irrep of dimension d has d times its weight of them: d^2, or half as many if it is two over the complex. All
+        irreps together have n - 1, and span what sums to zero.
+
+        Args:
+            irreps: places in `Group.irreps`, one or more, each of them once.
+
+        Returns:
+            Tensor: [n, D] in double precision, irrep by irrep in the order given.
+
+        Raises:
+            TypeError, ValueError: no list of whole numbers, none, one twice, or one that has no irrep.
+        """
+        checks.kind("irreps", irreps, (list, tuple), "a list of places in Group.irreps")
+        places = [checks.number("irreps", i, 0, len(self.irreps) - 1, whole=True) for i in irreps]
+        if not places or len(set(places)) < len(places):
+            raise ValueError(f"irreps must be some places in Group.irreps, each once, got {checks.given(irreps)}")
+        columns, weights = [], self.weights
+        for rho, weight in ((self.irreps[i], weights[i]) for i in places):
+            rows = int(weight)  # of a rotation that is two representations over the complex, one row says all
+            columns.append((rho.shape[1] / self.order) ** 0.5 * rho[:, :rows].flatten(1))
+        return torch.cat(columns, 1)
+
     def certify(self, u: Tensor, v: Tensor, w: Tensor) -> Certificate:
         """Bound how many products scores[a, b, c] = sum_i (u[a, i] + v[b, i])^2 w[i, c] may get wrong, without a pair.
 
@@ -137,15 +162,6 @@ POWERS = list(itertools.product(range(3), repeat=2))
 
 def _character(rho: Tensor) -> Tensor:
     return rho.diagonal(dim1=1, dim2=2).sum(1)
-
-
-def _span(group: Group, places: Sequence[int]) -> Tensor:
-    """Orthonormal functions of the elements that span the entries of some representations: [n, D]."""
-    columns = []
-    for rho, weight in ((group.irreps[i], group.weights[i]) for i in places):
-        rows = int(weight)  # of a rotation that is two representations over the complex, one row says all
-        columns.append((rho.shape[1] / group.order) ** 0.5 * rho[:, :rows].flatten(1))
-    return torch.cat(columns, 1)
 
 
 def _turns(angles: Tensor) -> Tensor:
@@ -295,7 +311,7 @@ class GroupOperations(nn.Module):
             [spread(N)]
             if switches == "group"
             else [
-                _span(g, own)[tokens.argsort()]
+                g.span(own)[tokens.argsort()]
                 for g, own, tokens in zip(self.groups, kept, [t - t.min() for t in self.tokens], strict=True)
             ]
         )
