@@ -337,7 +337,6 @@ VALID: dict[str, tuple[Any, dict[str, Any]]] = {  # name: (self or None, argumen
     "importance.leaky_clamp": (None, {"value": torch.rand(4, 3)}),
     "leakage.leakage": (None, ATTRIBUTION | {"top_k": 1.0}),
     "leakage.nearer": (None, {"own": torch.rand(4), "its": torch.rand(4)}),
-    "leakage.dealt": (None, {"components": components()}),
     "controls.dealt": (None, {"components": components()}),
     "leakage.information": (None, {"mask": LABELS[:, None].float(), "label": LABELS}),
     "losses.faithfulness": (
@@ -946,8 +945,7 @@ OWN_KINDS: dict[str, dict[str, Strategy]] = {
         "control": bad_components(alone=True).filter(lambda c: c is not None),
     },
     "leakage.nearer": {"own": tensor(torch.rand(4)), "its": tensor(torch.rand(4))},
-    "leakage.dealt": (DEALT := {"components": bad_components(alone=True, fit=False), "turned": flag()}),
-    "controls.dealt": DEALT,
+    "controls.dealt": {"components": bad_components(alone=True, fit=False), "turned": flag()},
     "leakage.information": {
         "mask": tensor(torch.ones(12, 3), 1).filter(lambda t: not isinstance(t, Tensor) or t.ndim < 3),
         "label": tensor(LABELS, finite=False),

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import apd_minimal as apd
-from apd_minimal.study.leakage import Leakage, _only_ordered, dealt, information, leakage
+from apd_minimal.study.controls import dealt
+from apd_minimal.study.leakage import Leakage, _only_ordered, information, leakage
 
 K = 6
 

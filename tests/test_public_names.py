@@ -19,7 +19,7 @@ NAMES = {
     "data": "SparseFeatures",
     "diagnose": "Diagnosis diagnose",
     "importance": "Importance leaky_clamp",
-    "leakage": "Information Leakage Score dealt information leakage nearer",
+    "leakage": "Information Leakage Score information leakage nearer",
     "losses": "DIVERGENCES faithfulness hidden kl minimality mse sample_errors simplicity simplicity_exact",
     "metrics": "Matching Ownership Scrubbing cosines description_length match_use match_weights ml2r mmcs output_error "
     "ownership relative_faithfulness responsible scrubbing",
@@ -49,6 +49,16 @@ def test_public_names() -> None:
             assert own <= set(names.split()), f"{module.__name__} has new names: list them here"
 
 
+def test_a_public_name_has_one_home() -> None:
+    homes: dict[str, list[str]] = {}
+    for module_name, names in NAMES.items():
+        for name in names.split() if module_name else ():
+            thing = getattr(getattr(apd, module_name), name)
+            if callable(thing):
+                homes.setdefault(f"{thing.__module__}.{thing.__qualname__}", []).append(module_name)
+    assert not {name: modules for name, modules in homes.items() if len(modules) > 1}
+
+
 def parameters(function: object) -> list[str]:
     return list(inspect.signature(function).parameters)  # type: ignore[arg-type]
 
@@ -76,7 +86,7 @@ def test_arguments() -> None:
         parameters(apd.leakage.leakage)
         == "target components x top_k outputs blank tasks at seed attribution control".split()
     )
-    assert parameters(apd.leakage.dealt) == "components seed turned threshold".split()
+    assert parameters(apd.controls.dealt) == "components seed turned threshold".split()
     assert parameters(apd.leakage.information) == "mask label given seed".split()
     assert parameters(apd.metrics.scrubbing) == "target components x top_k at seed attribution anti spared".split()
     assert parameters(apd.Decomposition.load) == ["folder", "target"]

@@ -19,7 +19,7 @@ from ..components import Components, usable
 from ..losses import kl, mse
 from ..network import Network, as_network
 from ..selection import FinalSelection, Selection, final_selection
-from .controls import dealt as dealt
+from .controls import dealt
 from .information import Information as Information
 from .information import information as information
 from .information import whole_numbers
@@ -37,7 +37,7 @@ class Score:
 
     Attributes:
         components: of the sparse network.
-        dealt: of the control, the same parts dealt to components at random (`dealt`), which choose masks of their own.
+        dealt: of the control (`controls.dealt`), the same parts dealt at random, which choose masks of their own.
         target: of the target on the same inputs; masks mean nothing to it.
         chance: of the best constant output.
     """
@@ -213,7 +213,7 @@ def leakage(
         at: where the gradient attributions are taken, "target" or "components".
         seed: of the pairs, the halves, the control and the predictor's samples.
         attribution: (network, components, x) -> [B, C] or [B, positions, C], as in `decompose`; None for gradients.
-        control: components to compare with; None for `dealt`, turned where dealing alone would change nothing.
+        control: components to compare with; None for `controls.dealt`, turned where dealing alone would change nothing.
 
     Returns:
         Leakage: one score for each test, and bits.
