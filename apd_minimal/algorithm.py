@@ -119,14 +119,17 @@ def decompose(
     if (top_k is None) == (selection is None):
         raise ValueError(f"give top_k or a selection, got top_k={top_k!r} and selection={selection!r}")
     checks.kind("selection", selection, (Selection, type(None)), "an apd_minimal.selection.Selection or None")
+    checks.methods(selection, Selection)
     copy.deepcopy(selection)  # the result will have a copy: what cannot be copied fails now, not at the end
     if type(selection) is TopK:  # the same as its settings, so that whatever reads these knows k
         top_k, settings, selection = selection.top_k, settings | {"per_sample": selection.per_sample}, None
     k = n_components if top_k is None else top_k
     config = Config.from_dict({"n_components": n_components, "top_k": k, **settings})
-    check(config, divergence, hidden_modules, attribution)
+    functions = {"batches": batches, "output": output, "attribution": attribution, "callback": callback, "judge": judge}
+    check(config, divergence, hidden_modules, functions)
     micro_batch = None if micro_batch is None else checks.number("micro_batch", micro_batch, 1, whole=True)
-    check_rest(batches, output, attribution, callback, checkpoint, checkpoint_every, judge)
+    checks.kind("checkpoint", checkpoint, (str, os.PathLike, type(None)), "a path or None")
+    checks.number("checkpoint_every", checkpoint_every, 1, whole=True)
     if judge is not None and mesh is not None:
         raise ValueError("a judge needs all components on one process: give judge or mesh, got both")
     checks.kind("log", log, (str, os.PathLike, type(None)), "a path or None")
@@ -177,18 +180,14 @@ def finish(run: Run, checkpoint: Any, checkpoint_every: int, callback: Any, prog
         raise
 
 
-def check(
-    config: Config,
-    divergence: str | Divergence,
-    hidden_modules: Sequence[str],
-    attribution: Attribution | None,
-) -> None:
-    """Raise a ValueError that names what does not fit.
+def check(config: Config, divergence: Any, hidden_modules: Sequence[str], functions: dict[str, Any]) -> None:
+    """Check that settings and functions fit each other, and that functions take what they will be called with.
 
     Raises:
+        TypeError: what should be a function is none, or takes other arguments.
         ValueError: settings that do not fit each other, or an unknown divergence.
     """
-    if attribution is not None and (config.attribute_at != "target" or config.per_position):
+    if functions["attribution"] is not None and (config.attribute_at != "target" or config.per_position):
         raise ValueError(
             "attribute_at and per_position are options of gradient attributions, and attribution takes their place: "
             f"got attribute_at={config.attribute_at!r}, per_position={config.per_position}"
@@ -200,26 +199,13 @@ def check(
         raise ValueError(
             f"hidden_modules and the weight hidden belong together, got {list(hidden_modules)} and {config.hidden}"
         )
-
-
-def check_rest(
-    batches: Any, output: Any, attribution: Any, callback: Any, checkpoint: Any, every: Any, judge: Any
-) -> None:
-    """Check the functions and the checkpoint.
-
-    Raises:
-        TypeError: what should be a function is none.
-    """
-    if not callable(batches):
+    if not callable(batches := functions["batches"]):
         raise TypeError(
             f"batches must be a function, batches(step, generator) -> inputs [B, ...], got {checks.given(batches)}; "
             "of a list, or of items = list(loader) for a DataLoader: lambda step, generator: items[step % len(items)]"
         )
-    functions = {"batches": batches, "output": output, "attribution": attribution, "callback": callback, "judge": judge}
     for name, value in functions.items():
         checks.function(name, value)
-    checks.kind("checkpoint", checkpoint, (str, os.PathLike, type(None)), "a path or None")
-    checks.number("checkpoint_every", every, 1, whole=True)
 
 
 def begin(

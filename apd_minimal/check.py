@@ -17,6 +17,7 @@ from torch.amp import autocast
 from torch.autograd.graph import allow_mutation_on_saved_tensors
 from torch.func import functional_call
 
+from . import checks
 from .attributions.capture import varied
 from .components import Components
 from .network import Network, evaluating
@@ -36,10 +37,7 @@ def check(network: Network, x: Tensor, tolerance: float = 1e-3) -> None:
     """
     if not torch.is_grad_enabled():
         raise ValueError("gradients are switched off (torch.no_grad or torch.inference_mode), but learning needs them")
-    if len(x) == 0:
-        raise ValueError("an empty batch: the first axis of x has size 0")
-    if x.is_floating_point() and not torch.isfinite(x).all():
-        raise ValueError("x holds NaN or infinite values")
+    checks.inputs(x)
     # Rounding would hide what is wrong: autocast is off, the target's own as well.
     without = patch.multiple(autocast, __enter__=lambda self: self, __exit__=lambda self, *error: None)
     with torch.autocast(x.device.type, enabled=False), without:

@@ -215,16 +215,39 @@ def function(name: str, value: Any) -> Callable[..., Any] | None:
     Raises:
         TypeError: neither a function nor None, or a function of other arguments.
     """
-    if value is not None and not callable(value):
-        raise TypeError(f"{name} must be a function or None, got {given(value)}")
-    with suppress(ValueError):  # some built-in functions do not tell what they take
-        takes = None if value is None else inspect.signature(value)
-        try:
-            takes and takes.bind(*CALLED_WITH[name])
-        except TypeError as error:
-            expected = ", ".join(CALLED_WITH[name])
-            raise TypeError(f"{name} must take ({expected}), got a function of {takes}: {error}") from None
+    if value is not None:
+        _takes(name, value, CALLED_WITH[name])
     return value
+
+
+def methods(value: Any, protocol: type) -> Any:
+    """Check that the methods of an object take what they will be called with: all that the protocol's take; or None.
+
+    Args:
+        value: an instance of a subclass of the protocol, or None.
+        protocol: the class whose methods they stand for.
+
+    Raises:
+        TypeError: a method of other arguments, or something else of its name.
+    """
+    for name, own in vars(protocol).items():
+        if value is not None and inspect.isfunction(own):
+            expected = list(inspect.signature(own).parameters)[1:]  # without self
+            _takes(f"{type(value).__name__}.{name}", getattr(value, name), expected)
+    return value
+
+
+def _takes(name: str, value: Any, arguments: Sequence[str]) -> None:
+    """Raise a TypeError if this is no function, or one that cannot be called with so many arguments, by position."""
+    expected = ", ".join(arguments)
+    if not callable(value):
+        raise TypeError(f"{name} must be a function of ({expected}), got {given(value)}")
+    with suppress(ValueError):  # some built-in functions do not tell what they take
+        takes = inspect.signature(value.forward if isinstance(value, torch.nn.Module) else value)
+        try:
+            takes.bind(*arguments)
+        except TypeError as error:
+            raise TypeError(f"{name} must take ({expected}), got a function of {takes}: {error}") from None
 
 
 def batch(x: Any, step: int) -> Tensor:

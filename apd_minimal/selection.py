@@ -227,7 +227,7 @@ class FinalSelection:
             ValueError: scores that are NaN, or gates of another shape than they.
         """
         checks.tensor("the attributions (scores)", scores, "B", ..., "C")
-        return self._own("choose", scores, 1.0)
+        return self._own("choose", scores, 1.0, 1.0)
 
     def mask(self, scores: Tensor) -> Tensor:
         """Say who is active among these samples: boolean gates as they are, and what is `active` for soft ones.
@@ -260,11 +260,11 @@ class FinalSelection:
         return mask
 
     @torch.no_grad()
-    def _own(self, method: str, scores: Tensor, argument: Any) -> Tensor:
+    def _own(self, method: str, scores: Tensor, *arguments: Any) -> Tensor:
         """Call a method of the selection with the scores for every restart, and take what it gives for the one."""
         if self.per_position and scores.ndim < 3:
             raise ValueError(f"scores must be [B, positions, C] as in the run (per_position), got {list(scores.shape)}")
-        gates = getattr(self.selection, method)(scores.expand(self.restarts, *scores.shape), argument)
+        gates = getattr(self.selection, method)(scores.expand(self.restarts, *scores.shape), *arguments)
         expected = [self.restarts, *scores.shape]
         if not isinstance(gates, Tensor) or list(gates.shape) != expected:
             raise ValueError(
@@ -291,7 +291,7 @@ def final_selection(top_k: float | Selection | FinalSelection, n_components: int
     if isinstance(top_k, TopK):
         schedule("top_k", top_k.top_k, partial(checks.number, high=n_components))
     if isinstance(top_k, Selection):
-        return FinalSelection(top_k)
+        return FinalSelection(checks.methods(top_k, Selection))
     return FinalSelection(TopK(checks.number("top_k", top_k, 0, n_components, above=True)))
 
 

@@ -336,6 +336,17 @@ def test_a_function_of_other_arguments_is_refused_before_the_first_step(name: st
         runs.decompose(**({"source": function} if name == "batches" else {name: function}))
 
 
+def test_a_module_is_asked_what_its_forward_takes() -> None:
+    class Count(nn.Module):
+        def forward(self, network: apd.Network, components: apd.Components) -> float:
+            return 0.0
+
+    with pytest.raises(TypeError, match=r"judge must take \(network, components, x\), got a function of \(network: "):
+        runs.decompose(judge=Count())
+    loss = nn.MSELoss()
+    assert checks.function("divergence", loss) is loss
+
+
 def test_functions_whose_arguments_cannot_be_read_or_are_any_are_taken() -> None:
     assert all(checks.function("callback", f) is f for f in (max, print, lambda *a: None, lambda a, b, c, d=1: None))
     assert checks.function("judge", None) is None

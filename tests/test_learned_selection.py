@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import re
 import sys
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -457,6 +459,69 @@ def test_gates_out_of_range_are_refused(gates: tuple[float, float], says: str) -
 
     with pytest.raises(ValueError, match=rf"Wide.choose must give gates .*in \[0, 1\], got \[.*\], {says}$"):
         decompose(Wide())
+
+
+TAKES = {  # what the methods of a selection are called with
+    "start": "n_restarts, n_components, like",
+    "choose": "scores, t, share",
+    "draw": "gates, noise",
+    "penalty": "gates, t",
+    "threshold": "scores",
+    "active": "scores, threshold",
+    "parameters": "",
+    "observe": "error, nothing, t",
+    "state": "",
+    "tensors": "",
+    "forget": "changed",
+}
+OTHERS: list[tuple[Any, str]] = [
+    (lambda self: None, ""),
+    (lambda self, a: None, "a"),
+    (lambda self, a, b: None, "a, b"),
+    (lambda self, a, b, c: None, "a, b, c"),
+    (lambda self, a, b, c, d: None, "a, b, c, d"),
+]
+
+
+def never(step: int, generator: torch.Generator) -> Tensor:
+    raise AssertionError("the run began")
+
+
+@pytest.mark.parametrize("name", TAKES)
+def test_a_method_of_other_arguments_is_refused_before_the_run_begins(name: str) -> None:
+    assert set(TAKES) == {own for own, thing in vars(Selection).items() if callable(thing)}
+    right = len(TAKES[name].split(", ")) if TAKES[name] else 0
+    for n, (function, got) in enumerate(OTHERS):
+        if n != right:
+            wrong = type("Wrong", (Learned,), {name: function})()
+            says = re.escape(f"Wrong.{name} must take ({TAKES[name]}), got a function of ({got}): ")
+            with pytest.raises(TypeError, match=f"^{says}(too many positional|missing a required)"):
+                runs.decompose(never, selection=wrong, **SETTINGS)
+            with pytest.raises(TypeError, match=says):
+                apd.selection.final_selection(wrong, 6)
+    with pytest.raises(TypeError, match=re.escape(f"Wrong.{name} must be a function of ({TAKES[name]}), got 0.5")):
+        runs.decompose(never, selection=type("Wrong", (Learned,), {name: 0.5})(), **SETTINGS)
+
+
+def test_methods_that_can_be_called_are_taken_however_they_are_written() -> None:
+    class Free(Learned):
+        def __init__(self) -> None:
+            self.state = list  # which does not say what it takes
+
+        def start(self, *sizes: Any) -> None:
+            super().start(*sizes)
+
+        def choose(self, scores: Tensor, progress: float, of: float, sharpness: float = 20.0) -> Tensor:  # type: ignore[override]
+            return torch.sigmoid(sharpness * (scores - self.cut[:, None]))
+
+        draw = staticmethod(lambda gates, noise, **more: Selection().draw(gates, noise))
+        penalty = partialmethod(lambda self, weight, gates, t: weight * gates.mean((1, 2)), 0.0)  # type: ignore[assignment]
+        threshold = torch.no_grad()(lambda self, scores, share=1.0: None)
+
+    found, usual = decompose(Free()), decompose(Learned())
+    assert all(map(torch.equal, factors(found), factors(usual)))
+    scores = found.attributions(runs.tms(), images())
+    assert torch.equal(found.final_selection.gates(scores), usual.final_selection.gates(scores))
 
 
 def test_a_run_that_picked_outputs_asks_for_them(tmp_path: Path) -> None:
