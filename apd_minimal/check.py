@@ -38,7 +38,9 @@ def check(network: Network, x: Tensor, tolerance: float = 1e-3) -> None:
     if not torch.is_grad_enabled():
         raise ValueError("gradients are switched off (torch.no_grad or torch.inference_mode), but learning needs them")
     checks.inputs(x)
-    # Rounding would hide what is wrong: autocast is off, the target's own as well.
+    # Rounding would hide what is wrong: autocast is off, the target's own as well. For this its class is changed while
+    # the check runs: hooks see modules alone, and a mode of torch functions is not in force in the backward pass, where
+    # checkpointing switches autocast on again.
     without = patch.multiple(autocast, __enter__=lambda self: self, __exit__=lambda self, *error: None)
     with torch.autocast(x.device.type, enabled=False), without:
         samples = x[varied(x)]

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from oracles import Case, assert_same_state, attributed, convolution, gated, kept, linear, state, with_weights
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import apd_minimal as apd
 from apd_minimal.attributions.gradients import MODES
@@ -673,6 +674,18 @@ def test_the_check_sees_through_an_autocast_of_the_targets_own() -> None:
     x = torch.randn(5, 4, 8, generator=torch.Generator().manual_seed(0))
     with pytest.raises(ValueError, match=r"a.weight: the network uses this weight in a way"):
         apd.Network(Twice(), ["a.weight"]).check(x)
+
+
+def test_the_check_sees_through_an_autocast_that_checkpointing_switches_on_again() -> None:
+    """Torch notes that autocast was on, and switches it on when it runs the piece once more, on the way back."""
+
+    class Again(Low):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                h = checkpoint(lambda h: torch.tanh(self.b(h)), self.a(x), use_reentrant=False)
+            return self.c(h.to(x.dtype))
+
+    apd.Network(Again(), ["a.weight"]).check(torch.randn(5, 4, 8, generator=torch.Generator().manual_seed(0)))
 
 
 @pytest.mark.parametrize("name", ["three axes", "attention", "an adapter in the layer", "transposed convolution"])
