@@ -40,8 +40,9 @@ def check(network: Network, x: Tensor, tolerance: float = 1e-3) -> None:
     checks.inputs(x)
     # Rounding would hide what is wrong: autocast is off, the target's own as well. For this its class is changed while
     # the check runs: hooks see modules alone, and a mode of torch functions is not in force in the backward pass, where
-    # checkpointing switches autocast on again.
-    without = patch.multiple(autocast, __enter__=lambda self: self, __exit__=lambda self, *error: None)
+    # checkpointing switches autocast on again. Leaving stays as it is, for the sake of other threads.
+    enter, turn = autocast.__enter__, torch.set_autocast_enabled
+    without = patch.object(autocast, "__enter__", lambda cast: (enter(cast), turn(cast.device, False))[0])
     with torch.autocast(x.device.type, enabled=False), without:
         samples = x[varied(x)]
         _check_target(network, x, samples, tolerance)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -686,6 +687,28 @@ def test_the_check_sees_through_an_autocast_that_checkpointing_switches_on_again
             return self.c(h.to(x.dtype))
 
     apd.Network(Again(), ["a.weight"]).check(torch.randn(5, 4, 8, generator=torch.Generator().manual_seed(0)))
+
+
+def test_the_check_leaves_autocast_to_other_threads() -> None:
+    """One thread comes before the check and goes meanwhile, another comes meanwhile and goes after it."""
+    first, second = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+    stays, goes = (torch.autocast("cpu", torch.bfloat16) for _ in range(2))
+
+    class Meanwhile(Low):
+        seen = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not self.seen:
+                first.submit(stays.__exit__, None, None, None).result()
+                second.submit(goes.__enter__).result()
+            self.seen = True
+            return super().forward(x)
+
+    first.submit(stays.__enter__).result()
+    apd.Network(target := Meanwhile(), ["a.weight"]).check(torch.randn(5, 4, 8))
+    second.submit(goes.__exit__, None, None, None).result()
+    assert target.seen
+    assert not any(thread.submit(torch.is_autocast_enabled, "cpu").result() for thread in (first, second))
 
 
 @pytest.mark.parametrize("name", ["three axes", "attention", "an adapter in the layer", "transposed convolution"])
