@@ -107,3 +107,11 @@ def test_neighbours_on_one_line() -> None:
 def test_sizes_at_either_end_of_what_was_tried_are_not_doubted_for_that(size: tuple[int, int]) -> None:
     for n, d, doubted in ((*size, False), (size[0] + (1 if size[0] == 4 * size[1] else -1), size[1], True)):
         assert ("1.5 to 4 features for each" in apd.targets.TMS(n, d)._doubt(False)) is doubted
+
+
+@pytest.mark.parametrize(("probability", "doubted"), [(0.02, True), (0.05, False), (0.1, False), (0.2, True)])
+def test_a_recipe_is_for_features_that_are_on_about_as_often(probability: float, doubted: bool) -> None:
+    for size in ((5, 2), (10, 4)):
+        target = apd.targets.TMS(*size, probability=probability)
+        assert (f"this is {probability:g}" in target._doubt(size == (5, 2))) is doubted
+    assert apd.targets.TMS(7, 3)._doubt(False).startswith("at 7-3")
