@@ -160,7 +160,8 @@ class TMS(nn.Module):
         elif n > 40:
             why = (
                 "above 40 features the recipe is not shown to own every one: at 60-15 it owned all on four of eight "
-                "targets, and 53 to 58 of 60 on the others; more restarts, or n_components of twice the features, may help"
+                "targets, and 53 to 58 of 60 on the others; more restarts, or n_components of twice the features, may "
+                "help"
             )
         elif n < 3 or not 1.5 <= n / self.d_hidden <= 4:
             why = "recipes were tried from 3-2 to 40-10, with 1.5 to 4 features for each hidden dimension"
