@@ -1,21 +1,23 @@
 """Create data/dictionaries.json: transcoders on the planted networks of chapter 33, scored as APD is.
 
-python -m experiments.dictionaries [--only RNN "SSM, all two" ...] [--processes N]      (a quarter of an hour of one core)
+python -m experiments.dictionaries [--only RNN "SSM, all two" ...] [--processes N]         (a quarter of an hour)
 
-The networks are those of data/architectures.json (its "runs"): the same kinds, the first seeds of each. Every weight gets
-a transcoder of its own, BatchTopK without a skip path, trained on what its layer reads and writes. A row is what the
-rule of the layer's class calls one: a patch, a moment, a token, a node (`NOTES`). A diagonal and a depthwise convolution
-have none: `BARE`. Told is the number of mechanisms, by which the number of latents is measured. k is that of the fewest
-bits at a fixed error of the layer's own output, on rows that were not seen in training.
+The networks are the first of each kind in "runs" of data/architectures.json. Every weight gets a transcoder of its own
+(BatchTopK, no skip path) of what its layer reads and writes, row by row, as the rule of the layer's class has it
+(`NOTES`). Told is the number of mechanisms. k and learning rate are those of the fewest bits at a fixed error of the
+layer's own output, on rows not seen in training.
 
-A latent is a matrix of rank one, decoder times encoder (chapter 30). It is put with the mechanism that it is most like:
-by the truth, in every weight, which is kinder than any rule could be that has to find this out. "scaled" also gives each
-mechanism's sum in each weight the best factor, since a latent and its opposite are one matrix, of which a sample has one
-half: a perfect transcoder has twice the weight. "covered" leaves out the weights that have no transcoder. Controls get
-the same kindness: "turned" are other parts of rank one with the same sum, "untrained" are transcoders as they begin;
-"shuffled" are the latents found, each put with a mechanism at random, with as many for each. "alone" is a causal test of
-the latents themselves: two mechanisms are on, the latents of one are kept in every layer, and the outputs are compared
-with those that the network has where this one is on alone. Settings were made on seed 90, which is not reported.
+A latent is a matrix of rank one, decoder times encoder (chapter 30), here times how often it is on, since a latent and
+its opposite are one matrix of which a row has one half. For a diagonal and a depthwise convolution (`BARE`) that is no
+part of the parameter, but a full matrix; what lies where the parameter has entries is cut out of it by a rule made for
+them here, and "without" counts these parameters as not covered. Two rules put latents of all weights together: "truth",
+each with the mechanism that it is most like, kinder than a rule that must find that out; and "codes", as many groups as
+mechanisms, of latents that are on on the same samples, without a truth. Each group's sum in a weight gets a factor, so
+that all come as near as they can to the weight. Controls: "turned" are other parts with the same sum, "untrained" are
+transcoders as they begin, both put together by the truth; "shuffled" are the latents found, each with a mechanism at
+random. "alone" tests what latents do: two mechanisms are on, every layer keeps the latents of one, and the outputs are
+compared with those that the network has where this one is on alone. Settings and rules were made on seed 90 of the
+kinds of the goal, in some twenty runs, with ownership in view.
 """
 
 from __future__ import annotations
@@ -23,10 +25,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import product
 from math import isinf
 from typing import Any
 
 import torch
+from scipy.cluster.hierarchy import fcluster, linkage
 from torch import Tensor, nn
 from torch.nn.functional import normalize, one_hot
 
@@ -39,48 +43,46 @@ from experiments.planted import Planted
 
 Job = tuple[str, int]
 SEEDS = dict.fromkeys(ORDER, 2) | dict.fromkeys(ORDER[:4], 3) | {"selective SSM": 1}
-SETTINGS: Row = {"kind": "batch_topk", "grid": (1.5, 2.5, 4.0, 6.0), "latents_each": 8, "steps": 2000, "lr": 3e-3,
+SETTINGS: Row = {"kind": "batch_topk", "k": (2.5, 4.0), "lr": (3e-3, 1e-2), "latents_each": 16, "steps": 2000,
                  "batch": 256, "samples": 8192}  # fmt: skip
-BARE = ("decay.a", "conv.weight")  # parameters without a matrix between all that is read and all that is written
+BARE = ("decay.a", "conv.weight")  # parameters [kernel, channels] that use every channel by itself
+LEAST = 0.005  # share of the samples on which a latent is on, to be put into a group
 NOTES = {
-    "MLP, all three": "nothing",
-    "CNN, own colours": "a row is a patch of 3 by 3 with all colours, one for each place that is written",
-    "SSM, all two": "a row is a moment; the decay is a diagonal, and gets none",
-    "RNN": "a row is a moment; the state that is read is the network's own",
-    "attention": "a row is a token; query reads the last one alone",
-    "graph": "a row is a node; others reads its neighbours' mean",
-    "experts, one gate": "every expert reads every sample; the router writes one number",
-    "bilinear": "nothing",
-    "selective SSM": "a row is a moment; the convolution is depthwise, and gets none",
-}
-Groups = dict[str, Tensor]  # per path, the mechanism of each latent [F]
+    "CNN, own colours": "a row is a patch of 3 by 3",
+    "SSM, all two": "a row is a moment; cut to the diagonal",
+    "RNN": "a row is a moment",
+    "attention": "a row is a token; query: the last one",
+    "graph": "a row is a node, or its neighbours' mean",
+    "selective SSM": "a row is a moment; cut to each channel",
+}  # what had to be said to run them at all; nothing for the others
+Groups = dict[str, Tensor]  # per path, the group of each latent [F], n for none
 
 
 @torch.no_grad()
 def rows_of(network: apd.Network, x: Tensor) -> dict[str, Tensor]:
-    """Collect what every layer with a transcoder reads, per path [rows, d_in]."""
-    rows: dict[str, list[Tensor]] = {path: [] for path in network.weights if path not in BARE}
-    for part in x.split(1024):
-        record: list[Any] = []
-        network(part, record=record)
-        for use in record:
-            if use.site.path in rows:
-                rows[use.site.path].append(use.rows.flatten(0, -2))
-    return {path: torch.cat(own) for path, own in rows.items()}
+    """Collect what every layer reads, per path [B, rows of a sample, d_in]; all channels are one row."""
+    record: list[Any] = []
+    network(x, record=record)
+    seen: dict[str, list[Tensor]] = {path: [] for path in network.weights}
+    for use in record:
+        rows = use.rows.flatten(-2) if use.site.path in BARE else use.rows
+        seen[use.site.path].append(rows.reshape(len(x), -1, rows.shape[-1]))
+    return {path: torch.cat(rows, 1) for path, rows in seen.items()}
+
+
+def full(path: str, W: Tensor) -> Tensor:
+    """Give the matrix [channels * kernel, channels] of a parameter of `BARE` [kernel, channels]; others as they are."""
+    return torch.diag_embed(W).movedim(1, 0).flatten(0, 1) if path in BARE else W
+
+
+def cut(path: str, M: Tensor) -> Tensor:
+    """Keep of matrices [C, d_in, d_out] what `full` writes: for `BARE` [C, kernel, channels]; others as they are."""
+    return M.unflatten(1, (M.shape[2], -1)).diagonal(dim1=1, dim2=3) if path in BARE else M
 
 
 def trained(W: Tensor, rows: Tensor, held: Tensor, n: int, seed: int, steps: int) -> Dictionary:
-    """Train a transcoder of a layer for every k, and keep the one with the fewest bits on rows not seen in training.
-
-    Args:
-        W: the layer's matrix [d_in, d_out].
-        rows: what it reads [rows, d_in].
-        held: more of them, for the choice.
-        n: number of mechanisms.
-        seed: of the first weights and the batches.
-        steps: of training.
-    """
-    layer = nn.Sequential(nn.Linear(*W.shape, bias=False))
+    """Train transcoders of a layer W [d_in, d_out] on what it reads [rows, d_in]; take the fewest bits on `held`."""
+    layer = nn.Sequential(nn.Linear(len(W), W.shape[1], bias=False))
     layer[0].weight.data = W.T.contiguous()
     places: Row = {"reads": "input of 0", "writes": "output of 0"}
 
@@ -88,144 +90,133 @@ def trained(W: Tensor, rows: Tensor, held: Tensor, n: int, seed: int, steps: int
         return rows[torch.randint(len(rows), (SETTINGS["batch"],), generator=generator)]
 
     tried = []
-    for k in SETTINGS["grid"]:
-        own = baselines.fit(
-            layer, batches, n_features=SETTINGS["latents_each"] * n, kind=SETTINGS["kind"], sparsity=k, steps=steps,
-            lr=SETTINGS["lr"], seed=seed, **places,
-        )  # fmt: skip
-        found = baselines.costs(layer, own, held, **places)
-        bits = [cost.bits() for cost in found]
-        error = float((own(held) - held @ W).square().sum())
+    for k, lr in product(SETTINGS["k"], SETTINGS["lr"]):
+        settings = {"kind": SETTINGS["kind"], "sparsity": k, "lr": lr, "steps": steps, "seed": seed}
+        own = baselines.fit(layer, batches, n_features=SETTINGS["latents_each"] * n, **places, **settings)
+        bits = [cost.bits() for cost in baselines.costs(layer, own, held, **places)]
+        error = float((own(held).detach() - held @ W).square().sum())
         tried.append(((sum(map(isinf, bits)), sum(b for b in bits if not isinf(b)), error), k, own))
     return min(tried, key=lambda one: one[:2])[2]
 
 
-def groups_of(parts: apd.Components, truth: dict[str, Tensor]) -> Groups:
-    """Give the mechanism that each part is most like, in each weight: by the truth."""
-    return {
-        path: (
-            normalize(parts.matrices(path).detach().flatten(1), dim=1) @ normalize(truth[path].flatten(1), dim=1).T
-        ).abs().argmax(1)
-        for path in parts.paths
-    }  # fmt: skip
+def by_truth(parts: apd.Components, truth: dict[str, Tensor]) -> Groups:
+    """Give the mechanism that each part is most like, in each weight."""
+    matrices = {path: parts.matrices(path).detach().flatten(1) for path in parts.paths}
+    return {path: (normalize(P) @ normalize(truth[path].flatten(1)).T).abs().argmax(1) for path, P in matrices.items()}
 
 
-def put_together(parts: apd.Components, groups: Groups, truth: dict[str, Tensor], scaled: bool) -> dict[str, Tensor]:
-    """Sum the parts of each group, per path [n, d_in, d_out]; zero where there are none.
+def by_codes(on: dict[str, Tensor], n: int) -> Groups:
+    """Put latents, on or off [B, rows of a sample, F], into n groups, by which others of all weights they come with."""
+    every = torch.cat([own.any(1) for own in on.values()], 1).float()
+    used = every.mean(0) > LEAST
+    groups = torch.full((every.shape[1],), n)
+    profiles = torch.corrcoef(torch.corrcoef(every[:, used].T).nan_to_num()).nan_to_num()  # 0 for what is always on
+    i, j = torch.triu_indices(len(profiles), len(profiles), 1)
+    merged = linkage((1 - profiles[i, j]).clamp_min(0).numpy(), "average")
+    groups[used] = torch.as_tensor(fcluster(merged, n, "maxclust") - 1).long()
+    return dict(zip(on, groups.split([own.shape[2] for own in on.values()]), strict=True))
 
-    Args:
-        parts: components of some of the weights.
-        groups: the mechanism of each part.
-        truth: the mechanisms in all weights.
-        scaled: with the factor for each mechanism and weight that brings it nearest to the truth.
-    """
-    found = {path: torch.zeros_like(Z) for path, Z in truth.items()}
+
+def put_together(parts: apd.Components, groups: Groups, weights: dict[str, Tensor], n: int) -> apd.Components:
+    """Sum the parts of every group, times the factors that bring the sum of all nearest to the weight."""
+    found = {path: torch.zeros(n, *W.shape) for path, W in weights.items()}
     for path in parts.paths:
-        P, Z = parts.matrices(path).detach(), truth[path]
-        found[path] = torch.einsum("cj,cio->jio", one_hot(groups[path], len(Z)).to(P), P)
-        if scaled:
-            both, own = (found[path] * Z).sum((1, 2)), found[path].square().sum((1, 2))
-            found[path] *= (both / own.clamp_min(1e-12))[:, None, None]
-    return found
-
-
-def weighed(parts: apd.Components, groups: Groups, truth: dict[str, Tensor]) -> Row:
-    """Measure what is owned: as it is, with the best factors, and of these the weights that are covered."""
-    row: Row = {}
-    for name in ("as it is", "scaled", "covered"):
-        found = put_together(parts, groups, truth, scaled=name != "as it is")
-        paths = parts.paths if name == "covered" else list(truth)
-        own = apd.metrics.ownership(
-            apd.Components.from_matrices({path: found[path] for path in paths}), {path: truth[path] for path in paths}
-        )
-        row[name] = {"owned": int(own.owned.sum()), "cosine": [round(v, 4) for v in own.cosine.tolist()]}
-    return row
+        P = parts.matrices(path).detach()
+        sums = torch.einsum("cj,cio->jio", one_hot(groups[path], n + 1)[:, :n].to(P), P)
+        wanted = weights[path].flatten()[:, None]
+        factors = torch.linalg.lstsq(sums.flatten(1).T, wanted, driver="gelsd").solution
+        found[path] = sums * factors[:, :, None]
+    return apd.Components.from_matrices(found)
 
 
 @contextmanager
 def in_place(network: apd.Network, found: dict[str, Dictionary], kept: dict[str, Tensor] | None) -> Iterator[None]:
     """Put what transcoders write in the place of their layers' outputs; of the latents only those kept [F]."""
 
-    def edit(site: Any) -> Any:
-        own, keep = found[site.path], None if kept is None else kept[site.path]
-
-        def hook(module: nn.Module, args: Any, out: Tensor) -> Tensor:
-            rows = site.rule.rows(args[0])
-            flat = rows.flatten(0, -2)
-            codes = own.encode(flat) if keep is None else own.encode(flat) * keep
-            return site.rule.unrows(own.decode(codes, flat).unflatten(0, rows.shape[:-1]), out)
-
-        return hook
+    def edit(site: Any, module: nn.Module, args: Any, out: Tensor) -> Tensor:
+        rows, own, bare = site.rule.rows(args[0]), found[site.path], site.path in BARE
+        rows = rows.flatten(-2) if bare else rows
+        codes = own.encode(rows.flatten(0, -2)) * (1 if kept is None else kept[site.path])
+        y = own.decode(codes, rows.flatten(0, -2)).unflatten(0, rows.shape[:-1])
+        return (y if y.shape == out.shape else y.mT) if bare else site.rule.unrows(y, out)
 
     with ExitStack() as undo, torch.no_grad():
         for site in network.sites:
-            if site.path in found:
-                undo.callback(site.module.register_forward_hook(edit(site)).remove)
+            hook = site.module.register_forward_hook(lambda *given, site=site: edit(site, *given))
+            undo.callback(hook.remove)
         yield
 
 
-@torch.no_grad()
-def alone(target: Planted, found: dict[str, Dictionary], groups: Groups, size: int = 256) -> list[float]:
-    """Measure for every mechanism j how near its latents come to what it does, where another is on as well.
+def alone(target: Planted, found: dict[str, Dictionary], groups: Groups, owner: Tensor) -> list[float]:
+    """Measure how near the group of each mechanism, owner [n], comes to what it does, where another is on as well.
 
-    Args:
-        target: the network.
-        found: a transcoder for each weight that has one.
-        groups: the mechanism of each latent.
-        size: number of samples, of which the other mechanisms get equal shares.
-
-    Returns:
-        list[float]: 1 - the squared error over the squared outputs of the mechanism alone, 0 at least.
+    Returns 1 - the squared error over the squared outputs of the mechanism alone, 0 at least.
     """
-    network, found_by, eye = apd.Network(target, target.weights), [], torch.eye(target.n)
+    network, eye, scores = apd.Network(target, target.weights), torch.eye(target.n), []
     for j in range(target.n):
-        others = eye[[i for i in range(target.n) if i != j]].repeat(-(-size // (target.n - 1)), 1)
-        one, two = (target.make(eye[j] + o, torch.Generator().manual_seed(30_000 + j)) for o in (0 * others, others))
-        wanted = target(one)
-        with in_place(network, found, {path: group == j for path, group in groups.items()}):
+        others = eye[[i for i in range(target.n) if i != j]].repeat(50, 1)
+        one, two = (target.make(eye[j] + o, torch.Generator().manual_seed(j)) for o in (0 * others, others))
+        wanted = target(one).detach()
+        with in_place(network, found, {path: group == owner[j] for path, group in groups.items()}):
             error = (target(two) - wanted).square().sum() / wanted.square().sum()
-        found_by.append(round(max(0.0, 1 - float(error)), 4))
-    return found_by
+        scores.append(round(max(0.0, 1 - float(error)), 4))
+    return scores
 
 
-def measured(target: Planted, found: dict[str, Dictionary], x: Tensor, seed: int, control: bool = False) -> Row:
-    """Score transcoders by their weights and by what they do; and, if asked for, the controls made of their latents."""
-    truth, network = target.mechanisms(), apd.Network(target, target.weights)
-    parts = {path: baselines.transcoded(own, path) for path, own in found.items()}
-    both = apd.Components({p: c.A[p] for p, c in parts.items()}, {p: c.B[p] for p, c in parts.items()})
-    groups = groups_of(both, truth)
+def measured(target: Planted, found: dict[str, Dictionary], x: Tensor, seed: int) -> Row:
+    """Score transcoders and the controls made of their latents, by weights and by what they do."""
+    network, truth, n = apd.Network(target, target.weights), target.mechanisms(), target.n
+    rows = rows_of(network, x)
+    on = {path: (own.encode(rows[path].flatten(0, 1)) > 0).unflatten(0, rows[path].shape[:2])
+          for path, own in found.items()}  # fmt: skip
+    A, B = {}, {}
+    for path, own in found.items():
+        one = baselines.transcoded(own, path)
+        one = apd.Components.from_matrices({path: cut(path, one.matrices(path))}) if path in BARE else one
+        A[path], B[path] = on[path].float().mean((0, 1))[:, None, None] * one.A[path], one.B[path]
+    parts = apd.Components(A, B)
+    turned, groups = controls.dealt(parts, seed, turned=True), by_truth(parts, truth)
+    draws = torch.Generator().manual_seed(seed)
+    shuffled = {path: own[torch.randperm(len(own), generator=draws)] for path, own in groups.items()}
     y = target(x).detach()
     with in_place(network, found, None):
-        error = float((target(x) - y).square().sum() / (y - y.mean(0)).square().sum())
-    row: Row = {"error": error, "found": weighed(both, groups, truth) | {"alone": alone(target, found, groups)}}
-    if control:
-        turned = controls.dealt(both, seed, turned=True)
-        generator = torch.Generator().manual_seed(seed)
-        other = {path: own[torch.randperm(len(own), generator=generator)] for path, own in groups.items()}
-        row["turned"] = weighed(turned, groups_of(turned, truth), truth)
-        row["shuffled"] = weighed(both, other, truth) | {"alone": alone(target, found, other)}
+        error = (target(x) - y).square().sum() / (y - y.mean(0)).square().sum()
+    row: Row = {"error": float(error)}
+    ways = {
+        "truth": (parts, groups), "codes": (parts, by_codes(on, n)), "turned": (turned, by_truth(turned, truth)),
+        "shuffled": (parts, shuffled),
+    }  # fmt: skip
+    for name, (own_parts, own_groups) in ways.items():
+        whole, row[name] = put_together(own_parts, own_groups, network.weights, n), {}
+        for which in ("without", "all"):
+            some = {p: whole.matrices(p) * (which == "all" or p not in BARE) for p in truth}
+            held = apd.metrics.ownership(apd.Components.from_matrices(some), truth)
+            cosine = [round(v, 4) for v in held.cosine.tolist()]
+            row[name][which] = {"owned": int(held.owned.sum()), "cosine": cosine}
+        row[name] |= {} if name == "turned" else {"alone": alone(target, found, own_groups, held.owner)}
     return row
 
 
 def run(job: Job) -> tuple[list[Row], Tensors]:
     """Train the transcoders of one network, and measure them."""
     kind, seed = job
-    target = MADE[kind](seed=seed)
-    network, start = apd.Network(target, target.weights), time.process_time()
-    draw = target.data(SETTINGS["samples"])
-    rows = rows_of(network, draw(0, torch.Generator().manual_seed(10_000 + seed)))
-    x = target.data(2048)(0, torch.Generator().manual_seed(20_000 + seed))
-    held = {path: own[:4096] for path, own in rows_of(network, x[:1024]).items()}
+    target, start = MADE[kind](seed=seed), time.process_time()
+    network = apd.Network(target, target.weights)
+    some, held, last = (
+        target.data(size)(0, torch.Generator().manual_seed(first + seed))
+        for first, size in ((10_000, SETTINGS["samples"]), (15_000, 1024), (20_000, 4096))
+    )
+    seen, kept = ({p: own.flatten(0, 1) for p, own in rows_of(network, x).items()} for x in (some, held))
+    W = {p: full(p, w) for p, w in network.weights.items()}
     found, plain = (
-        {path: trained(network.weights[path], rows[path], held[path], target.n, seed + i, steps)
-         for i, path in enumerate(rows)}
+        {p: trained(W[p], seen[p], kept[p][:4096], target.n, 100 * seed + i, steps) for i, p in enumerate(W)}
         for steps in (SETTINGS["steps"], 1)
-    )  # fmt: skip
-    row = measured(target, found, x[1024:], seed, control=True)
-    row["untrained"] = measured(target, plain, x[1024:], seed)["found"]
-    row["layers"] = {path: {"k": own.sparsity, "rows": len(rows[path]) / SETTINGS["samples"]} for path, own in found.items()}
-    row["bare"] = [path for path in target.weights if path in BARE]
-    return [row | {"note": NOTES[kind], "seconds": round(time.process_time() - start, 1)}], {}
+    )
+    row = measured(target, found, last, seed) | {"untrained": measured(target, plain, last, seed)["truth"]}
+    row["k"] = {path: own.sparsity for path, own in found.items()}
+    row["rows"] = {path: len(own) / len(some) for path, own in seen.items()}
+    row |= {"bare": [path for path in target.weights if path in BARE], "note": NOTES.get(kind, "nothing")}
+    return [row | {"seconds": round(time.process_time() - start, 1)}], {}
 
 
 RUNS = Rows(
