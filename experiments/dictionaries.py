@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from scipy.cluster.hierarchy import fcluster, linkage
 from torch import Tensor, nn
-from torch.nn.functional import normalize, one_hot
+from torch.nn.functional import cosine_similarity, normalize, one_hot
 
 import apd_minimal as apd
 from apd_minimal.study import baselines, controls
@@ -55,6 +55,7 @@ NOTES = {
     "graph": "a row is a node, or its neighbours' mean",
     "selective SSM": "a row is a moment; cut to each channel",
 }  # what had to be said to run them at all; nothing for the others
+WHERE = (("MLP, all three", FIRST + 1), ("experts, one gate", FIRST), ("bilinear", FIRST))  # seen after the runs
 Groups = dict[str, Tensor]  # per path, the group of each latent [F], n for none
 
 
@@ -163,18 +164,21 @@ def alone(target: Planted, found: dict[str, Dictionary], groups: Groups, owner: 
     return scores
 
 
+def parts_of(network: apd.Network, found: dict[str, Dictionary], x: Tensor) -> tuple[apd.Components, dict[str, Tensor]]:
+    """Turn latents into components, each times how often it is on; also say when, [B, rows of a sample, F]."""
+    A, B, on = {}, {}, {}
+    for path, rows in rows_of(network, x).items():
+        on[path] = (found[path].encode(rows.flatten(0, 1)) > 0).unflatten(0, rows.shape[:2])
+        one = baselines.transcoded(found[path], path)
+        one = apd.Components.from_matrices({path: cut(path, one.matrices(path))}) if path in BARE else one
+        A[path], B[path] = on[path].float().mean((0, 1))[:, None, None] * one.A[path], one.B[path]
+    return apd.Components(A, B), on
+
+
 def measured(target: Planted, found: dict[str, Dictionary], x: Tensor, seed: int) -> Row:
     """Score transcoders and the controls made of their latents, by weights and by what they do."""
     network, truth, n = apd.Network(target, target.weights), target.mechanisms(), target.n
-    rows = rows_of(network, x)
-    on = {path: (own.encode(rows[path].flatten(0, 1)) > 0).unflatten(0, rows[path].shape[:2])
-          for path, own in found.items()}  # fmt: skip
-    A, B = {}, {}
-    for path, own in found.items():
-        one = baselines.transcoded(own, path)
-        one = apd.Components.from_matrices({path: cut(path, one.matrices(path))}) if path in BARE else one
-        A[path], B[path] = on[path].float().mean((0, 1))[:, None, None] * one.A[path], one.B[path]
-    parts = apd.Components(A, B)
+    parts, on = parts_of(network, found, x)
     turned, groups = controls.dealt(parts, seed, turned=True), by_truth(parts, truth)
     draws = torch.Generator().manual_seed(seed)
     shuffled = {path: own[torch.randperm(len(own), generator=draws)] for path, own in groups.items()}
@@ -197,26 +201,46 @@ def measured(target: Planted, found: dict[str, Dictionary], x: Tensor, seed: int
     return row
 
 
+def inputs(job: Job, target: Planted) -> tuple[Tensor, ...]:
+    """Draw inputs to train on, to choose on and to measure on."""
+    sizes = ((10_000, SETTINGS["samples"]), (15_000, 1024), (20_000, 4096))
+    return tuple(target.data(size)(0, torch.Generator().manual_seed(first + job[1])) for first, size in sizes)
+
+
+def transcoders(job: Job, target: Planted, steps: int) -> dict[str, Dictionary]:
+    """Train a transcoder for each weight of a network."""
+    network, (some, held, _) = apd.Network(target, target.weights), inputs(job, target)
+    seen, kept = ({p: own.flatten(0, 1) for p, own in rows_of(network, x).items()} for x in (some, held))
+    return {
+        p: trained(full(p, W), seen[p], kept[p][:4096], target.n, 100 * job[1] + i, steps)
+        for i, (p, W) in enumerate(network.weights.items())
+    }
+
+
 def run(job: Job) -> tuple[list[Row], Tensors]:
     """Train the transcoders of one network, and measure them."""
-    kind, seed = job
-    target, start = MADE[kind](seed=seed), time.process_time()
-    network = apd.Network(target, target.weights)
-    some, held, last = (
-        target.data(size)(0, torch.Generator().manual_seed(first + seed))
-        for first, size in ((10_000, SETTINGS["samples"]), (15_000, 1024), (20_000, 4096))
-    )
-    seen, kept = ({p: own.flatten(0, 1) for p, own in rows_of(network, x).items()} for x in (some, held))
-    W = {p: full(p, w) for p, w in network.weights.items()}
-    found, plain = (
-        {p: trained(W[p], seen[p], kept[p][:4096], target.n, 100 * seed + i, steps) for i, p in enumerate(W)}
-        for steps in (SETTINGS["steps"], 1)
-    )
-    row = measured(target, found, last, seed) | {"untrained": measured(target, plain, last, seed)["truth"]}
+    target, start = MADE[job[0]](seed=job[1]), time.process_time()
+    found, plain = (transcoders(job, target, steps) for steps in (SETTINGS["steps"], 1))
+    x = inputs(job, target)[2]
+    row = measured(target, found, x, job[1]) | {"untrained": measured(target, plain, x, job[1])["truth"]}
+    rows = rows_of(apd.Network(target, target.weights), x[:1])
     row["k"] = {path: own.sparsity for path, own in found.items()}
-    row["rows"] = {path: len(own) / len(some) for path, own in seen.items()}
-    row |= {"bare": [path for path in target.weights if path in BARE], "note": NOTES.get(kind, "nothing")}
+    row["rows"] = {path: float(own.shape[1]) for path, own in rows.items()}
+    row |= {"bare": [path for path in target.weights if path in BARE], "note": NOTES.get(job[0], "nothing")}
     return [row | {"seconds": round(time.process_time() - start, 1)}], {}
+
+
+def where() -> list[Row]:
+    """Give the cosines in each weight, put together by the truth, on networks of which little is owned (`WHERE`)."""
+    rows = []
+    for job in WHERE:
+        target = MADE[job[0]](seed=job[1])
+        network, truth = apd.Network(target, target.weights), target.mechanisms()
+        parts, _ = parts_of(network, transcoders(job, target, SETTINGS["steps"]), inputs(job, target)[2])
+        whole = put_together(parts, by_truth(parts, truth), network.weights, target.n)
+        each = {p: cosine_similarity(whole.matrices(p).flatten(1), Z.flatten(1)).tolist() for p, Z in truth.items()}
+        rows.append({"kind": job[0], "seed": job[1], "cosines": each})
+    return rows
 
 
 RUNS = Rows(
@@ -226,7 +250,9 @@ RUNS = Rows(
     settings=lambda job: SETTINGS | {"seed": job[1]},
     order=lambda job: (ORDER.index(job[0]), job[1]),
 )
-STUDY = Study("dictionaries", {"runs": RUNS}, about=lambda processes: {"processes": processes}, compact=True)
+STUDY = Study(
+    "dictionaries", {"runs": RUNS}, {"where": where}, about=lambda processes: {"processes": processes}, compact=True
+)
 
 if __name__ == "__main__":
     STUDY.main(__doc__)
