@@ -88,7 +88,7 @@ def test_the_transcoder_of_the_fewest_bits_is_kept(monkeypatch: pytest.MonkeyPat
     def fit(*given: Any, sparsity: float, lr: float, **more: Any) -> Dictionary:
         own = Dictionary([4], [3], 8, "relu", 0.0, seed=len(made))
         own.sparsity = sparsity
-        if (sparsity, lr) == (study.SETTINGS["k"][0], study.SETTINGS["lr"][1]):
+        if (sparsity, lr) == (study.SETTINGS["k"][0], study.SETTINGS["lr"]):
             both = torch.cat([torch.eye(4), -torch.eye(4)])
             own.encoder.data, own.decoder.data = both.T.contiguous(), both @ W
         made.append(own.eval())
