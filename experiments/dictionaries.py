@@ -17,6 +17,7 @@ that all come as near as they can to the weight. Controls: "turned" are other pa
 transcoders as they begin, both put together by the truth; "shuffled" are the latents found, each with a mechanism at
 random. "alone" tests what latents do: two mechanisms are on, every layer keeps the latents of one, and the outputs are
 compared with those that the network has where this one is on alone.
+
 Settings and rules were made on seed 90 of the kinds of the goal, in some thirty runs, with ownership in view; the other
 kinds were run there for a hundred steps, to see that they run. "where" has the cosines in each weight on three networks
 of which little is owned.
@@ -45,8 +46,8 @@ from experiments.planted import Planted
 
 Job = tuple[str, int]
 SEEDS = dict.fromkeys(ORDER, 2) | dict.fromkeys(ORDER[:4], 3) | {"selective SSM": 1}
-SETTINGS: Row = {"kind": "batch_topk", "k": (2.5, 4.0), "lr": 1e-2, "shares_of_lr": (0.3, 1.0), "latents_each": 16, "steps": 2000,
-                 "batch": 256, "samples": 8192}  # fmt: skip
+SETTINGS: Row = {"kind": "batch_topk", "k": (2.5, 4.0), "lr": 1e-2, "shares_of_lr": (0.3, 1.0), "latents_each": 16,
+                 "steps": 2000, "batch": 256, "samples": 8192}  # fmt: skip
 BARE = ("decay.a", "conv.weight")  # parameters [kernel, channels] that use every channel by itself
 LEAST = 0.005  # share of the samples on which a latent is on, to be put into a group
 NOTES = {
