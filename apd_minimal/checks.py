@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import reprlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -139,11 +139,11 @@ def generator(value: Any) -> None:
     kind("generator", value, (torch.Generator, type(None)), "a torch.Generator or None")
 
 
-def tensor(name: str, value: Any, *shape: Any, finite: bool = True) -> Tensor:
+def tensor(name: str, value: Any, *shape: Any, finite: bool = True, real: bool = False) -> Tensor:
     """Check for a tensor of a shape: sizes, names of sizes, and at most one `...` for any number of axes.
 
     Raises:
-        TypeError: no tensor.
+        TypeError: no tensor, or none of floating point numbers, where `real` asks for them.
         ValueError: another shape.
         NotFinite: NaN or infinite numbers, where `finite` asks for none.
     """
@@ -155,6 +155,8 @@ def tensor(name: str, value: Any, *shape: Any, finite: bool = True) -> Tensor:
     if len(expected) != len(sizes) or any(isinstance(w, int) and w != s for w, s in zip(expected, sizes, strict=True)):
         axes = ", ".join("..." if axis is ... else str(axis) for axis in shape)
         raise ValueError(f"{name} must be of shape [{axes}], got {given(value)}")
+    if real and not value.is_floating_point():
+        raise TypeError(f"{name} must hold real numbers in floating point, got {given(value)}: give its .float()")
     # Their sum is finite if all are, and taken in one pass; of large ones it may overflow.
     if finite and not value.sum().isfinite() and not value.isfinite().all():
         raise NotFinite(f"{name} must be finite, got NaN or infinite numbers in {given(value)}")
@@ -165,13 +167,13 @@ def matrices(name: str, value: Any, shapes: Mapping[str, Sequence[Any]], finite:
     """Check for a mapping from exactly these parameter paths to tensors of these shapes.
 
     Raises:
-        TypeError, ValueError: other paths, or a tensor of another shape.
+        TypeError, ValueError: other paths, or a tensor of another shape or of no floating point numbers.
     """
     kind(name, value, Mapping, "a mapping from parameter paths to tensors")
     if set(value) != set(shapes):
         raise ValueError(f"{name} must have the parameter paths {list(shapes)}, got {list(value)}")
     for path, shape in shapes.items():
-        tensor(f"{name}: {path}", value[path], *shape, finite=finite)
+        tensor(f"{name}: {path}", value[path], *shape, finite=finite, real=True)
 
 
 def inputs(x: Any) -> Tensor:
@@ -257,27 +259,9 @@ def batch(x: Any, step: int) -> Tensor:
         ValueError: no tensor, an empty one, or numbers that are NaN or infinite.
     """
     if not isinstance(x, Tensor) or x.ndim == 0 or len(x) == 0:
-        raise ValueError(f"batches(step={step}) must give a tensor [B, ...] with B at least 1, got {_instead(x)}")
+        from .hints import instead
+
+        raise ValueError(f"batches(step={step}) must give a tensor [B, ...] with B at least 1, got {instead(x)}")
     if x.is_floating_point() and not torch.isfinite(x).all():
         raise ValueError(f"batches(step={step}) gave NaN or infinite inputs")
     return x.clone()
-
-
-def _instead(x: Any) -> str:
-    """Say what was given in place of a tensor [B, ...], and what to do about it."""
-    if isinstance(x, Tensor):
-        return f"one of shape {list(x.shape)}"
-    what = f"a {type(x).__name__}"
-    if isinstance(x, Mapping) and x:
-        keys = list(x)
-        what, do = f"{what} of {given(keys)}", f"give the entry that is the input, such as batch[{keys[0]!r}]"
-    elif isinstance(x, (tuple, list)) and x:
-        kinds = given([type(part).__name__ for part in x])
-        what, do = f"{what} of {kinds}", "give the part that is the input, such as batch[0] (of samples: torch.stack)"
-    elif hasattr(x, "__array__"):
-        do = "give torch.as_tensor(batch)"
-    elif isinstance(x, Iterable) and not isinstance(x, (str, bytes, Mapping, tuple, list)):
-        do = "make a list of its batches once, items = list(loader), and give items[step % len(items)]"
-    else:
-        return what
-    return f"{what}: {do}; wrap a network that takes several tensors in a module that takes one"

@@ -1,0 +1,120 @@
+"""Calls that once passed in silence, or ended in an error from elsewhere: each now names what was given.
+
+`test_bad_input` draws malformed values for whatever is public. Here are the mistakes that it does not draw: of objects
+that a run makes and calls, of functions that give what does not fit, and of arguments that do not fit each other.
+"""
+
+from __future__ import annotations
+
+import linecache
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import apd_minimal as apd
+from apd_minimal.selection import Selection, TopK
+from apd_minimal.study.tune import Each, Tuned, tune
+
+PACKAGE = str(Path(apd.__file__).parent)
+C = 6
+WEIGHTS = ["0.weight", "2.weight"]
+X = torch.rand(64, 5, generator=torch.Generator().manual_seed(0))
+
+
+def foreign(error: BaseException) -> str:
+    """Where an error comes from, if not from a line of the package that raises it; else nothing."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    line = linecache.getline(frame.filename, frame.lineno or 0).strip()
+    own = frame.filename.startswith(PACKAGE) and line.startswith("raise")
+    return "" if own else f"{frame.filename}:{frame.lineno}: {line}"
+
+
+def target() -> nn.Sequential:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
+
+
+TARGET = target()
+NETWORK = apd.Network(TARGET, WEIGHTS)
+COMPONENTS = apd.Components.random(NETWORK.shapes, C, std=0.4, generator=torch.Generator().manual_seed(1))
+
+
+def batches(step: int, generator: torch.Generator) -> Tensor:
+    return torch.rand(64, 5, generator=generator)
+
+
+def decompose(**changes: Any) -> apd.Decomposition:
+    given: dict[str, Any] = {"top_k": None if "selection" in changes else 2.0, "steps": 6, "progress": False}
+    return apd.decompose(TARGET, batches, WEIGHTS, C, **(given | changes))
+
+
+def tuned(**changes: Any) -> Tuned:
+    def used(step: int, losses: dict[str, list[float]], components: apd.Components) -> None:
+        raise AssertionError("a run began")
+
+    return tune(TARGET, batches, WEIGHTS, C, **({"steps": 30, "progress": False, "callback": used} | changes))
+
+
+def nan(outputs: Tensor, target_outputs: Tensor) -> Tensor:
+    return (outputs - target_outputs).mean(-1) * torch.nan
+
+
+REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
+    # Bits and k.
+    "a judge whose divergence is NaN": (lambda: apd.rate.Judge(divergence=nan)(NETWORK, COMPONENTS, X), "got NaN"),
+    "errors of NaN": (lambda: apd.rate.costs(NETWORK, COMPONENTS, X, divergence=nan), "got NaN"),
+    "a message with an error of NaN": (lambda: apd.rate.shortest(NETWORK, COMPONENTS, X, divergence=nan), "got NaN"),
+    "a run whose judge finds NaN": (lambda: decompose(judge=apd.rate.Judge(divergence=nan), restarts=2), "got NaN"),
+    "outputs that differ by rounding": (
+        lambda: apd.rate.costs(NETWORK, COMPONENTS, X[:1].repeat(64, 1)),
+        "the same on all inputs",
+    ),
+    "a dictionary's costs where outputs differ by rounding": (
+        lambda: apd.baselines.costs(
+            TARGET, apd.baselines.Dictionary([5], [4], 3), X[:1].repeat(64, 1), "input of 0", "output of 0"
+        ),
+        "the same on all inputs",
+    ),
+    "mse as a function is no number of bits": (
+        lambda: apd.rate.shortest(NETWORK, COMPONENTS, X, divergence=apd.losses.mse),
+        "divergence must be one of .*got <function mse",
+    ),
+    "complex attributions": (
+        lambda: apd.rate.costs(
+            NETWORK, COMPONENTS, X, attribution=lambda n, c, x: torch.ones(len(x), C, dtype=torch.cfloat)
+        ),
+        "attributions must hold real numbers .*complex64",
+    ),
+    "tries of a setting that is none": (lambda: tuned(tries={"simplicty": [1.0]}), "tries: .*simplicty.*'simplicity'"),
+    "tries of a value out of range": (lambda: tuned(tries={"lr": [0.01, -1.0]}), "tries: .*-1.0.*lr must be above 0"),
+    "tries of a divergence": (lambda: tuned(tries={"divergence": ["hinge"]}), "tries: .*divergence must be .*'hinge'"),
+    "tries of targets": (lambda: tuned(tries={"target": [TARGET]}), "tries must be settings, and target is the same"),
+    "a log of several runs": (lambda: tuned(log="l.jsonl"), "log belongs to one run"),
+    "no selections": (lambda: Each([]), "selections must hold at least one"),
+    "a selection each, that has to be started": (
+        lambda: Each([apd.bottleneck.Bottleneck()]),
+        "selections must be .*Bottleneck",
+    ),
+    "more selections than restarts": (
+        lambda: decompose(selection=Each([TopK(1.0), TopK(2.0)])),
+        "selections must be one for each of 1 restarts, got 2",
+    ),
+    "singular vectors of whole numbers": (
+        lambda: apd.baselines.singular({"w": torch.ones(5, 2, dtype=torch.long)}),
+        "weights: w must hold real numbers .*int64",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_clear_error(name: str) -> None:
+    call, says = REFUSED[name]
+    with pytest.raises((ValueError, TypeError, ArithmeticError), match=says) as raised:
+        call()
+    assert not foreign(raised.value)
