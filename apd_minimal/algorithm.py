@@ -7,7 +7,6 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -97,7 +96,8 @@ def decompose(
         callback: called as callback(step, losses, components) at every logged step; losses maps names to lists over
             restarts. The page "Your data and your logs" has it for TensorBoard and W&B.
         log: a file that gets one line of JSON for every logged step: "step", and each loss as a list over restarts.
-            One that is there is replaced, or, by a run that goes on from a checkpoint, kept up to where that stands.
+            One that is there is replaced, or, by a run that goes on from a checkpoint, kept up to where that stands;
+            another file is not.
         progress: show a progress bar with the losses.
         **settings: any field of `Config`.
 
@@ -143,8 +143,8 @@ def decompose(
     with nullcontext() if local is None else local.answering():  # else a rank that is gone is named
         run = begin(network, batches, config, divergence, attribution, micro_batch, selection, local)
         run.judge = judge
-        if checkpoint is not None and Path(checkpoint).exists():
-            from .checkpoint import resume
+        if checkpoint is not None:
+            from .checkpoint import begin as resume
 
             resume(run, checkpoint, extend)
         run.local.agree_on("checkpoints", [checkpoint is not None, checkpoint_every, extend, run.step])

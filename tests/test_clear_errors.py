@@ -112,6 +112,29 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
 }
 
 
+def test_a_log_and_a_checkpoint_are_two_files(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"log and checkpoint must be two files, got .*link") as raised:
+            decompose(log=tmp_path / "link", checkpoint=tmp_path / "run")
+        assert not foreign(raised.value)
+        decompose(checkpoint=tmp_path / "run")
+        decompose(checkpoint=tmp_path / "run", log=tmp_path / "log")
+
+
+def test_files_that_cannot_be_written_are_refused_before_the_first_step(tmp_path: Path) -> None:
+    def stop(step: int, losses: dict[str, list[float]], components: apd.Components) -> None:
+        raise AssertionError("a step was taken")
+
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match=r"checkpoint must be a file in a folder .*file/x") as raised:
+        decompose(checkpoint=tmp_path / "file" / "x", callback=stop)
+    assert not foreign(raised.value)
+    with pytest.raises(ValueError, match=r"log must be a file, got ") as raised:
+        decompose(log=tmp_path, callback=stop)
+    assert not foreign(raised.value)
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_clear_error(name: str) -> None:
     call, says = REFUSED[name]

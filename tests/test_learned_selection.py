@@ -185,7 +185,7 @@ def test_a_log_goes_on_where_the_checkpoint_stands(tmp_path: Path) -> None:
 
     files: dict[str, Any] = {"checkpoint": tmp_path / "run.safetensors", "checkpoint_every": 10}
     for log in (tmp_path / "stopped.jsonl", tmp_path / "whole.jsonl"):
-        log.write_text("of an earlier run\n")
+        log.write_text('{"step": 0}\n{"step')  # of an earlier run, which was killed
     with pytest.raises(Stopped):
         runs.decompose(**files, log=tmp_path / "stopped.jsonl", callback=stop)
     with open(tmp_path / "stopped.jsonl", "a") as log_file:
@@ -201,6 +201,9 @@ def test_a_log_is_not_mixed_with_another_file(tmp_path: Path) -> None:
         (tmp_path / "mine").write_text(text)
         with pytest.raises(ValueError, match=r"log must be .*, got .*mine: give it another path"):
             runs.decompose(steps=4, checkpoint=tmp_path / "run", extend=True, log=tmp_path / "mine")
+        if not text.startswith("{"):
+            with pytest.raises(ValueError, match=r"log must be .*, got .*mine: give it another path"):
+                runs.decompose(steps=4, log=tmp_path / "mine")
         assert (tmp_path / "mine").read_text() == text
 
 
