@@ -120,6 +120,8 @@ def decompose(
         raise ValueError(f"give top_k or a selection, got top_k={top_k!r} and selection={selection!r}")
     checks.kind("selection", selection, (Selection, type(None)), "an apd_minimal.selection.Selection or None")
     checks.methods(selection, Selection)
+    if attribution is None and (needed := getattr(selection, "needs_attribution", "")):
+        raise ValueError(f"{type(selection).__name__} needs attribution={needed}, got None")
     copy.deepcopy(selection)  # the result will have a copy: what cannot be copied fails now, not at the end
     if type(selection) is TopK:  # the same as its settings, so that whatever reads these knows k
         top_k, settings, selection = selection.top_k, settings | {"per_sample": selection.per_sample}, None
@@ -133,7 +135,7 @@ def decompose(
     if judge is not None and mesh is not None:
         raise ValueError("a judge needs all components on one process: give judge or mesh, got both")
     checks.kind("log", log, (str, os.PathLike, type(None)), "a path or None")
-    recompute, progress = checks.flag("recompute", recompute), checks.flag("progress", progress)
+    progress = checks.flag("progress", progress)
     if checks.flag("extend", extend) and checkpoint is None:
         raise ValueError(f"extend={extend} goes on from a checkpoint, and checkpoint is None")
     if mesh is not None:
@@ -200,10 +202,9 @@ def check(config: Config, divergence: Any, hidden_modules: Sequence[str], functi
             f"hidden_modules and the weight hidden belong together, got {list(hidden_modules)} and {config.hidden}"
         )
     if not callable(batches := functions["batches"]):
-        raise TypeError(
-            f"batches must be a function, batches(step, generator) -> inputs [B, ...], got {checks.given(batches)}; "
-            "of a list, or of items = list(loader) for a DataLoader: lambda step, generator: items[step % len(items)]"
-        )
+        from .hints import NO_SOURCE
+
+        raise TypeError(NO_SOURCE.format(checks.given(batches)))
     for name, value in functions.items():
         checks.function(name, value)
 
@@ -234,6 +235,5 @@ def begin(
         raise TypeError("the target was made in torch.inference_mode, where nothing can be trained: make it outside")
     run = Run(network, batches, config, function, attribution, micro_batch, selection, local)
     x = run.local.samples(run.next_batch(0, torch.Generator().manual_seed(config.seed)))
-    with checks.running(x, f"weights of {dtype}"):
-        network.check(x)
+    network.check(x)
     return run

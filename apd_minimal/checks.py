@@ -163,6 +163,31 @@ def tensor(name: str, value: Any, *shape: Any, finite: bool = True, real: bool =
     return value
 
 
+def gates(name: str, value: Any, *shape: Any) -> Tensor:
+    """Check for gates of a shape: boolean, or numbers in [0, 1].
+
+    Raises:
+        TypeError: no tensor.
+        ValueError: another shape, or numbers that are NaN or out of range.
+    """
+    plain = tensor(name, value, *shape, finite=False).detach()
+    if plain.dtype != torch.bool and not ((plain >= 0) & (plain <= 1)).all():
+        numbers = f"numbers from {float(plain.min()):.3g} to {float(plain.max()):.3g}"
+        raise ValueError(f"{name} must be boolean or in [0, 1], got {given(value)}, {numbers}")
+    return value
+
+
+def leaves(name: str, value: Any) -> None:
+    """Check for leaf tensors that are to be trained.
+
+    Raises:
+        TypeError: something else, or one that needs no gradient.
+    """
+    for p in kind(name, value, (list, tuple), "a list of leaf tensors"):
+        if not kind(name, p, Tensor, "a list of leaf tensors").requires_grad or not p.is_leaf:
+            raise TypeError(f"{name} must be leaf tensors that require gradients, got {given(p)}, which is none")
+
+
 def matrices(name: str, value: Any, shapes: Mapping[str, Sequence[Any]], finite: bool = True) -> None:
     """Check for a mapping from exactly these parameter paths to tensors of these shapes.
 

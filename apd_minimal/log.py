@@ -34,5 +34,6 @@ def begin(path: str | os.PathLike[str], step: int, checkpoint: str | os.PathLike
             raise ValueError("its first line is none of a log")
         kept = [line for line in lines if json.loads(line)["step"] < step] if step else []
     except (ValueError, TypeError, LookupError) as error:
-        raise ValueError(f"log must be the log of a run, or no file as yet, got {path}: give it another path") from error
+        what = "the log of a run, or a file that is not there"
+        raise ValueError(f"log must be {what}, got {path}: give it another path") from error
     file.write_bytes(b"".join(kept))

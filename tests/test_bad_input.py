@@ -799,7 +799,7 @@ OWN_KINDS: dict[str, dict[str, Strategy]] = {
         "index": st.one_of(
             number(-3, 2, whole=True).filter(lambda v: not isinstance(v, (list, tuple, Tensor, np.ndarray))),
             number(-3, 2, whole=True).map(lambda v: [v]),
-            st.sampled_from([torch.tensor([True, False, True]), torch.tensor([0.5]), "12", (0, 1)]),
+            st.sampled_from([torch.tensor([True, False]), torch.tensor([0.5]), "12", (0, 1)]),
         )
     },
     "Config": {

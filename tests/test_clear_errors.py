@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import apd_minimal as apd
-from apd_minimal.selection import Selection, TopK
+from apd_minimal.selection import FinalSelection, Selection, TopK
 from apd_minimal.study.tune import Each, Tuned, tune
 
 PACKAGE = str(Path(apd.__file__).parent)
@@ -38,6 +38,17 @@ def target() -> nn.Sequential:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
+
+
+class Positions(nn.Module):
+    """It adds an embedding of the position, as many a transformer does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places = nn.Embedding(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.places(torch.arange(x.shape[1]))
 
 
 TARGET = target()
@@ -65,7 +76,120 @@ def nan(outputs: Tensor, target_outputs: Tensor) -> Tensor:
     return (outputs - target_outputs).mean(-1) * torch.nan
 
 
+class Own(Selection):
+    """A selection that works, but for the methods that are given."""
+
+    def __init__(self, **methods: Callable[..., Any]) -> None:
+        self.methods = methods
+        for name, method in methods.items():
+            setattr(self, name, method)
+
+    def choose(self, scores: Tensor, t: float, share: float = 1.0) -> Tensor:
+        return scores > scores.mean()
+
+    def __deepcopy__(self, memo: Any) -> Own:
+        return Own(**self.methods)
+
+
+def chosen(**methods: Callable[..., Any]) -> apd.Decomposition:
+    return decompose(selection=Own(**methods), scrub=1.0)
+
+
+def wrong(outputs: Tensor, target_outputs: Tensor) -> Tensor:
+    return (outputs.argmax(-1) != target_outputs.argmax(-1)).float()
+
+
+ONES = torch.ones(64, C)
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
+    # Divergences and outputs.
+    "a divergence without a derivative": (
+        lambda: decompose(divergence=wrong, reseed_until=0.0),
+        "divergence must have",
+    ),
+    "a detached divergence": (lambda: decompose(divergence=lambda a, b: apd.losses.mse(a, b).detach()), "derivative"),
+    "a divergence that counts": (lambda: decompose(divergence=lambda a, b: (a > b).sum(-1)), "divergence .*int64"),
+    "a complex divergence": (
+        lambda: decompose(divergence=lambda a, b: apd.losses.mse(a, b).to(torch.cfloat)),
+        "divergence .*complex64",
+    ),
+    "mse of whole numbers": (lambda: apd.losses.mse(X.long(), X.long()), "outputs must hold real numbers .*int64"),
+    "one class": (lambda: decompose(output=lambda o: o[:, :1], divergence="kl"), r"2 classes or more\], got .*, 1\]"),
+    "the answer's number": (lambda: decompose(output=lambda o: o.argmax(-1).float()), "no derivative .*\\[5\\]: pick"),
+    "outputs that are compared": (lambda: decompose(output=lambda o: (o > 0).float()), "no derivative .*float32"),
+    # Selections.
+    "no gates": (lambda: chosen(choose=lambda scores, t, share: None), "Own.choose must be a tensor, got None"),
+    "gates of NaN": (
+        lambda: chosen(choose=lambda scores, t, share: scores * torch.nan),
+        "Own.choose .*from nan to nan",
+    ),
+    "drawn gates above 1": (lambda: chosen(draw=lambda gates, noise: 3 * noise), r"Own.draw must be .*in \[0, 1\]"),
+    "drawn gates of another shape": (lambda: chosen(draw=lambda gates, noise: noise[..., :1]), "Own.draw must be of"),
+    "a threshold for other restarts": (
+        lambda: chosen(threshold=lambda scores: torch.ones(7)),
+        r"Own.threshold must be of shape \[1\], got .*\[7\]",
+    ),
+    "a threshold that is no tensor": (
+        lambda: chosen(threshold=lambda scores: 0.5),
+        "threshold must be a tensor, got 0.5",
+    ),
+    "a threshold of NaN": (
+        lambda: chosen(threshold=lambda scores: scores[:, 0, 0] * torch.nan),
+        "threshold must be fin",
+    ),
+    "parameters that need no gradient": (
+        lambda: chosen(parameters=lambda: [ONES]),
+        "Own.parameters .*gradients, got a",
+    ),
+    "parameters that are no leaves": (
+        lambda: chosen(parameters=lambda: [2 * nn.Parameter(ONES)]),
+        "Own.parameters must be leaf tensors",
+    ),
+    "a parameter in place of a list": (
+        lambda: chosen(parameters=lambda: nn.Parameter(ONES)),
+        "Own.parameters must be a list of leaf tensors, got a",
+    ),
+    "importances of gradient attributions": (
+        lambda: decompose(selection=apd.importance.Importance(0.1, 1.0)),
+        "Importance needs attribution=.*inner_activation.*, got None",
+    ),
+    "importances that no run has started": (
+        lambda: apd.metrics.scrubbing(NETWORK, COMPONENTS, X, apd.importance.Importance(0.1, 1.0)),
+        "Importance.* has not been started",
+    ),
+    "a bottleneck that no run has started": (
+        lambda: apd.metrics.scrubbing(NETWORK, COMPONENTS, X, apd.bottleneck.Bottleneck()),
+        "Bottleneck.* has not been started",
+    ),
+    "no selection at the end": (lambda: FinalSelection(3), "selection must be .*, got 3"),  # type: ignore[arg-type]
+    "another restart": (lambda: FinalSelection(TopK(1.0), 2, 2), "index must be at least 0 and at most 1, got 2"),
+    "no restarts": (lambda: FinalSelection(TopK(1.0), 0), "restarts must be at least 1, got 0"),
+    "a threshold that is text": (lambda: FinalSelection(TopK(1.0), threshold="a"), "threshold must be .*, got 'a'"),  # type: ignore[arg-type]
+    "a threshold that is NaN": (
+        lambda: FinalSelection(TopK(1.0), threshold=torch.nan),
+        "threshold must be .*, got nan",
+    ),
+    "the largest of none": (lambda: apd.selection.batch_top_k(ONES[:0], 1.0), r"at least one sample, got .*\[0, 6\]"),
+    "the largest of yes and no": (lambda: apd.selection.batch_top_k(ONES > 0, 1.0), "real numbers .*bool"),
+    "the largest of complex numbers": (lambda: apd.selection.batch_top_k(ONES + 0j, 1.0), "real numbers .*complex64"),
+    # Networks.
+    "outputs picked by text": (lambda: apd.Network(TARGET, WEIGHTS, "logits"), "output must be a function .*'logits'"),  # type: ignore[arg-type]
+    "recompute that is text": (lambda: apd.Network(TARGET, WEIGHTS, recompute="no"), "recompute must be .*'no'"),  # type: ignore[arg-type]
+    "samples that are split": (
+        lambda: apd.decompose(nn.DataParallel(TARGET), batches, ["module.0.weight"], C, 2.0),
+        "DataParallel.*give its .module",
+    ),
+    "gates in lists": (
+        lambda: NETWORK(X, COMPONENTS, [[1.0] * C] * 64),
+        "gates for 0.weight must be a tensor, got \\[\\[",
+    ),  # type: ignore[arg-type]
+    "a list of components": (lambda: NETWORK(X, [COMPONENTS]), "components must be Components .*, got \\["),  # type: ignore[arg-type]
+    "a tolerance of NaN": (lambda: NETWORK.check(X, torch.nan), "tolerance must be .*, got nan"),
+    "a tolerance that is text": (lambda: NETWORK.check(X, "a"), "tolerance must be .*, got 'a'"),  # type: ignore[arg-type]
+    "whole numbers into a linear layer": (lambda: NETWORK.check(X.long()), "does not run on x, .*int64"),
+    "position ids without samples": (
+        lambda: apd.Network(Positions(), ["places.weight"]).check(torch.rand(5, 4, 3)),
+        r"position ids \[T\] as \[1, T\]",
+    ),
     # Bits and k.
     "a judge whose divergence is NaN": (lambda: apd.rate.Judge(divergence=nan)(NETWORK, COMPONENTS, X), "got NaN"),
     "errors of NaN": (lambda: apd.rate.costs(NETWORK, COMPONENTS, X, divergence=nan), "got NaN"),
