@@ -104,6 +104,9 @@ class Bottleneck(Selection):
             scores: attributions [R, B, (positions,) C].
             t: progress of the run; not needed.
             share: of the step's samples, those that are in `scores`; k is for all of them.
+
+        Raises:
+            ValueError: no run has started it.
         """
         if not hasattr(self, "_log_k"):
             raise ValueError(NOT_STARTED.format(self))

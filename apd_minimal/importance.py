@@ -127,6 +127,9 @@ class Importance(Selection):
             scores: inner activations [R, B, (positions,) C].
             t: progress of the run; not needed.
             share: of the step's samples, those that are in `scores`; not needed.
+
+        Raises:
+            ValueError: no run has started it.
         """
         if not hasattr(self, "_parameters"):
             raise ValueError(NOT_STARTED.format(self))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import linecache
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 import apd_minimal as apd
 from apd_minimal.selection import FinalSelection, Selection, TopK
 from apd_minimal.study.tune import Each, Tuned, tune
+from apd_minimal.tidy.merge import merge_and_prune
 
 PACKAGE = str(Path(apd.__file__).parent)
 C = 6
@@ -60,9 +62,14 @@ def batches(step: int, generator: torch.Generator) -> Tensor:
     return torch.rand(64, 5, generator=generator)
 
 
+def zeros(step: int, generator: torch.Generator) -> Tensor:
+    return torch.zeros(64, 5)
+
+
 def decompose(**changes: Any) -> apd.Decomposition:
     given: dict[str, Any] = {"top_k": None if "selection" in changes else 2.0, "steps": 6, "progress": False}
-    return apd.decompose(TARGET, batches, WEIGHTS, C, **(given | changes))
+    given |= {"batches": batches, "weights": WEIGHTS}
+    return apd.decompose(TARGET, n_components=C, **(given | changes))
 
 
 def tuned(**changes: Any) -> Tuned:
@@ -114,7 +121,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "mse of whole numbers": (lambda: apd.losses.mse(X.long(), X.long()), "outputs must hold real numbers .*int64"),
     "one class": (lambda: decompose(output=lambda o: o[:, :1], divergence="kl"), r"2 classes or more\], got .*, 1\]"),
-    "the answer's number": (lambda: decompose(output=lambda o: o.argmax(-1).float()), "no derivative .*\\[5\\]: pick"),
+    "the answer's number": (lambda: decompose(output=lambda o: o.argmax(-1).float()), "no derivative .*float32: pick"),
     "outputs that are compared": (lambda: decompose(output=lambda o: (o > 0).float()), "no derivative .*float32"),
     # Selections.
     "no gates": (lambda: chosen(choose=lambda scores, t, share: None), "Own.choose must be a tensor, got None"),
@@ -171,6 +178,35 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "the largest of none": (lambda: apd.selection.batch_top_k(ONES[:0], 1.0), r"at least one sample, got .*\[0, 6\]"),
     "the largest of yes and no": (lambda: apd.selection.batch_top_k(ONES > 0, 1.0), "real numbers .*bool"),
     "the largest of complex numbers": (lambda: apd.selection.batch_top_k(ONES + 0j, 1.0), "real numbers .*complex64"),
+    # Metrics, data and files.
+    "a mask of negative numbers": (lambda: apd.metrics.description_length(COMPONENTS, -ONES), "mask .* from -1 to -1"),
+    "a mask of sevens": (lambda: apd.losses.simplicity(COMPONENTS, 7 * ONES), "mask must be .*, numbers from 7 to 7"),
+    "a truth of whole numbers": (
+        lambda: apd.metrics.ownership(
+            COMPONENTS, {path: torch.ones(2, *s).long() for path, s in NETWORK.shapes.items()}
+        ),
+        "truth: 0.weight must hold real numbers .*int64",
+    ),
+    "features that are never on": (
+        lambda: apd.data.SparseFeatures(3, 1e-17, nonempty=True),
+        "probability must be above 1e-16 .*, got 1e-17",
+    ),
+    "sparse tensors in a file": (
+        lambda: apd.store.write_tensors("nowhere", "kind", {"a": X.to_sparse()}, {}),
+        "a must be dense .*sparse_coo",
+    ),
+    "tensors without numbers in a file": (
+        lambda: apd.store.write_tensors("nowhere", "kind", {"a": X.to("meta")}, {}),
+        "a must be dense and hold numbers, got .* on meta",
+    ),
+    "batches of two widths": (
+        lambda: apd.baselines.fit(TARGET, lambda step, generator: torch.rand(8, 5 + step % 2), "output of 0", 3),
+        r"batches must give inputs of one shape, got samples \[\[5\], \[6\]\]",
+    ),
+    "tokens that are none": (
+        lambda: apd.targets.Transformer(7, 4, 2, 4, 1)(torch.full((2, 9), 99)),
+        "tokens from 0 to 12, got 99 to 99",
+    ),
     # Networks.
     "outputs picked by text": (lambda: apd.Network(TARGET, WEIGHTS, "logits"), "output must be a function .*'logits'"),  # type: ignore[arg-type]
     "recompute that is text": (lambda: apd.Network(TARGET, WEIGHTS, recompute="no"), "recompute must be .*'no'"),  # type: ignore[arg-type]
@@ -234,6 +270,48 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         "weights: w must hold real numbers .*int64",
     ),
 }
+
+
+def test_a_mask_of_components() -> None:
+    mask = torch.tensor([True, False, False, True, True, False])
+    assert torch.equal(COMPONENTS.subset(mask).flat(), COMPONENTS.flat()[mask])
+    assert torch.equal(COMPONENTS.stacked().subset(mask).flat(), COMPONENTS.flat()[None, mask])
+    with pytest.raises(ValueError, match=r"index must be of shape \[6\], got .*\[5\]"):
+        COMPONENTS.subset(mask[:5])
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.long])
+def test_masks_of_any_type_merge_alike(dtype: torch.dtype) -> None:
+    mask = torch.rand(1, 64, C, generator=torch.Generator().manual_seed(2)) < torch.linspace(0, 1, C)
+    whole, own = (COMPONENTS.map(Tensor.clone).stacked() for _ in range(2))
+    assert torch.equal(merge_and_prune(own, mask.to(dtype)), merge_and_prune(whole, mask.float()))
+    assert torch.equal(own.flat(), whole.flat())
+    assert not own.norms().all(), "a test that tells"
+
+
+def test_tensors_that_share_memory_are_stored(tmp_path: Path) -> None:
+    apd.store.write_tensors(tmp_path / "file", "kind", {"all": X, "some": X[:2], "turned": X.T}, {})
+    tensors, _ = apd.store.read_tensors(tmp_path / "file", "kind")
+    assert torch.equal(tensors["all"], X)
+    assert torch.equal(tensors["some"], X[:2])
+    assert torch.equal(tensors["turned"], X.T)
+
+
+@pytest.mark.parametrize(
+    "given", [{"output": torch.sign}, {"output": lambda o: 0 * o}, {"batches": zeros, "weights": WEIGHTS[:1]}]
+)
+def test_a_run_in_which_no_component_does_anything_says_so(given: dict[str, Any]) -> None:
+    with pytest.warns(UserWarning, match="in 6 steps, no component had an attribution other than 0"):
+        decompose(**given)
+
+
+def test_a_first_batch_in_which_nothing_happens_is_none_of_that() -> None:
+    def later(step: int, generator: torch.Generator) -> Tensor:
+        return batches(step, generator) * (step > 3)
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*no component had an attribution")
+        decompose(batches=later, weights=WEIGHTS[:1])
 
 
 def test_a_log_and_a_checkpoint_are_two_files(tmp_path: Path) -> None:
