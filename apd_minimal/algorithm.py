@@ -227,10 +227,9 @@ def begin(
     function = DIVERGENCES[divergence] if isinstance(divergence, str) else divergence
     dtype = next(iter(network.weights.values())).dtype
     if dtype not in (torch.float32, torch.float64, torch.bfloat16):
-        raise TypeError(
-            f"the weights are {dtype}, in which training would end in NaN: convert the target with target.float() or "
-            "target.bfloat16(), and run it under torch.autocast where it must be small"
-        )
+        from .hints import TOO_SMALL
+
+        raise TypeError(TOO_SMALL.format(dtype))
     if any(p.is_inference() for p in network.target.parameters()):
         raise TypeError("the target was made in torch.inference_mode, where nothing can be trained: make it outside")
     run = Run(network, batches, config, function, attribution, micro_batch, selection, local)

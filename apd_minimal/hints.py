@@ -15,6 +15,10 @@ PARAMETRISED = (
     "torch.nn.utils.parametrize.remove_parametrizations(module, {!r}) on a copy of the target, or remove_weight_norm "
     "or prune.remove, where it was made by the older functions"
 )
+TOO_SMALL = (
+    "the weights are {}, in which training would end in NaN: convert the target with target.float() or "
+    "target.bfloat16(), and run it under torch.autocast where it must be small"
+)
 NO_SOURCE = (
     "batches must be a function, batches(step, generator) -> inputs [B, ...], got {}; of a list, or of "
     "items = list(loader) for a DataLoader: lambda step, generator: items[step % len(items)]"

@@ -196,9 +196,12 @@ class Network:
         for path in components.paths:
             if path not in self.weights:
                 raise ValueError(f"components of {path}, but the network decomposes {list(self.weights)}")
-            shape = (components.A[path].shape[-2], components.B[path].shape[-1])
+            a, w = components.A[path], self.weights[path]
+            shape = (a.shape[-2], components.B[path].shape[-1])
             if shape != self.shapes[path]:
                 raise ValueError(f"{path}: components of shape {shape}, but the weight is {self.shapes[path]}")
+            if a.dtype != w.dtype and not torch.is_autocast_enabled(w.device.type):
+                raise TypeError(f"{path}: components of {a.dtype}, but the weight is {w.dtype}")
         return components
 
     def _run(self, x: Tensor, edit: Edit, activations: list[Tensor] | None = None) -> Tensor:

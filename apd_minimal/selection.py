@@ -219,6 +219,7 @@ class FinalSelection:
         checks.number("restarts", self.restarts, 1, whole=True)
         checks.number("index", self.index, 0, self.restarts - 1, whole=True)
         None if self.threshold is None else checks.number("threshold", self.threshold)
+        checks.flag("per_position", self.per_position)
 
     def gates(self, scores: Tensor) -> Tensor:
         """Choose among these samples: boolean gates of the scores' shape, or soft ones in [0, 1].

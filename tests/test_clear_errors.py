@@ -76,7 +76,8 @@ def tuned(**changes: Any) -> Tuned:
     def used(step: int, losses: dict[str, list[float]], components: apd.Components) -> None:
         raise AssertionError("a run began")
 
-    return tune(TARGET, batches, WEIGHTS, C, **({"steps": 30, "progress": False, "callback": used} | changes))
+    given: dict[str, Any] = {"steps": 30, "progress": False, "callback": used}
+    return tune(TARGET, batches, WEIGHTS, C, **(given | changes))
 
 
 def nan(outputs: Tensor, target_outputs: Tensor) -> Tensor:
@@ -215,9 +216,13 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         "DataParallel.*give its .module",
     ),
     "gates in lists": (
-        lambda: NETWORK(X, COMPONENTS, [[1.0] * C] * 64),
+        lambda: NETWORK(X, COMPONENTS, ONES.tolist()),  # type: ignore[arg-type]
         "gates for 0.weight must be a tensor, got \\[\\[",
-    ),  # type: ignore[arg-type]
+    ),
+    "components of another type": (
+        lambda: NETWORK(X, COMPONENTS.map(Tensor.double), ONES),
+        "0.weight: components of torch.float64, but the weight is torch.float32",
+    ),
     "a list of components": (lambda: NETWORK(X, [COMPONENTS]), "components must be Components .*, got \\["),  # type: ignore[arg-type]
     "a tolerance of NaN": (lambda: NETWORK.check(X, torch.nan), "tolerance must be .*, got nan"),
     "a tolerance that is text": (lambda: NETWORK.check(X, "a"), "tolerance must be .*, got 'a'"),  # type: ignore[arg-type]
