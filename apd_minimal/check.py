@@ -221,7 +221,7 @@ class _Trial:
                     "detached, run under torch.no_grad, or checkpointed with use_reentrant=True"
                 )
         if not hook_gradients:
-            return f"{', '.join(paths)}: the outputs have no derivative by it, {checks.given(ours)}: pick others"
+            return f"{', '.join(paths)}: the outputs, {checks.given(ours)}, have no slope by it: pick others (output=)"
         return None
 
     def components(self, paths: Sequence[str]) -> Components:

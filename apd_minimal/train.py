@@ -124,7 +124,7 @@ class Run:
         for part in x.split(self.micro_batch or self.batch_size):
             found = self.attribution(self.network, components.map(Tensor.detach), part)
             shape = self.config.restarts, len(part), ..., components.n_components
-            scores.append(checks.tensor("attributions", found, *shape, finite=False))
+            scores.append(checks.tensor("attributions", found, *shape, finite=False, real=True))
         # Under autocast some ways to attributions give bfloat16 and others do not.
         return torch.cat(scores, dim=1).to(components.parameters()[0].dtype)
 

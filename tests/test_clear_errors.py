@@ -122,8 +122,18 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "mse of whole numbers": (lambda: apd.losses.mse(X.long(), X.long()), "outputs must hold real numbers .*int64"),
     "one class": (lambda: decompose(output=lambda o: o[:, :1], divergence="kl"), r"2 classes or more\], got .*, 1\]"),
-    "the answer's number": (lambda: decompose(output=lambda o: o.argmax(-1).float()), "no derivative .*float32: pick"),
-    "outputs that are compared": (lambda: decompose(output=lambda o: (o > 0).float()), "no derivative .*float32"),
+    "the answer's number": (
+        lambda: decompose(output=lambda o: o.argmax(-1).float()),
+        "float32, have no slope by it: pick",
+    ),
+    "outputs that are compared": (
+        lambda: decompose(output=lambda o: (o > 0).float()),
+        "float32, have no slope by it: pick",
+    ),
+    "complex attributions in a run": (
+        lambda: decompose(attribution=lambda n, c, x: torch.ones(1, len(x), C, dtype=torch.cfloat)),
+        "attributions must hold real numbers .*complex64",
+    ),
     # Selections.
     "no gates": (lambda: chosen(choose=lambda scores, t, share: None), "Own.choose must be a tensor, got None"),
     "gates of NaN": (
