@@ -19,6 +19,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the target and of the decomposition")
     parser.add_argument("--out", type=Path, default=Path("tms-5-2.png"), help="where the picture goes")
     options = parser.parse_args()
+    if not options.out.parent.is_dir():
+        parser.error(f"--out must be a file in a folder that is there, got {options.out}")
     torch.set_num_threads(1)
     print("Training a toy model of superposition: 5 features in 2 dimensions.")
     target = targets.TMS(n_features=5, d_hidden=2).fit(seed=options.seed)

@@ -7,7 +7,6 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -97,7 +96,8 @@ def decompose(
         callback: called as callback(step, losses, components) at every logged step; losses maps names to lists over
             restarts. The page "Your data and your logs" has it for TensorBoard and W&B.
         log: a file that gets one line of JSON for every logged step: "step", and each loss as a list over restarts.
-            One that is there is replaced, or, by a run that goes on from a checkpoint, kept up to where that stands.
+            One that is there is replaced, or, by a run that goes on from a checkpoint, kept up to where that stands;
+            another file is not.
         progress: show a progress bar with the losses.
         **settings: any field of `Config`.
 
@@ -120,6 +120,8 @@ def decompose(
         raise ValueError(f"give top_k or a selection, got top_k={top_k!r} and selection={selection!r}")
     checks.kind("selection", selection, (Selection, type(None)), "an apd_minimal.selection.Selection or None")
     checks.methods(selection, Selection)
+    if attribution is None and (needed := getattr(selection, "needs_attribution", "")):
+        raise ValueError(f"{type(selection).__name__} needs attribution={needed}, got None")
     copy.deepcopy(selection)  # the result will have a copy: what cannot be copied fails now, not at the end
     if type(selection) is TopK:  # the same as its settings, so that whatever reads these knows k
         top_k, settings, selection = selection.top_k, settings | {"per_sample": selection.per_sample}, None
@@ -133,7 +135,7 @@ def decompose(
     if judge is not None and mesh is not None:
         raise ValueError("a judge needs all components on one process: give judge or mesh, got both")
     checks.kind("log", log, (str, os.PathLike, type(None)), "a path or None")
-    recompute, progress = checks.flag("recompute", recompute), checks.flag("progress", progress)
+    progress = checks.flag("progress", progress)
     if checks.flag("extend", extend) and checkpoint is None:
         raise ValueError(f"extend={extend} goes on from a checkpoint, and checkpoint is None")
     if mesh is not None:
@@ -143,8 +145,8 @@ def decompose(
     with nullcontext() if local is None else local.answering():  # else a rank that is gone is named
         run = begin(network, batches, config, divergence, attribution, micro_batch, selection, local)
         run.judge = judge
-        if checkpoint is not None and Path(checkpoint).exists():
-            from .checkpoint import resume
+        if checkpoint is not None:
+            from .checkpoint import begin as resume
 
             resume(run, checkpoint, extend)
         run.local.agree_on("checkpoints", [checkpoint is not None, checkpoint_every, extend, run.step])
@@ -200,10 +202,9 @@ def check(config: Config, divergence: Any, hidden_modules: Sequence[str], functi
             f"hidden_modules and the weight hidden belong together, got {list(hidden_modules)} and {config.hidden}"
         )
     if not callable(batches := functions["batches"]):
-        raise TypeError(
-            f"batches must be a function, batches(step, generator) -> inputs [B, ...], got {checks.given(batches)}; "
-            "of a list, or of items = list(loader) for a DataLoader: lambda step, generator: items[step % len(items)]"
-        )
+        from .hints import NO_SOURCE
+
+        raise TypeError(NO_SOURCE.format(checks.given(batches)))
     for name, value in functions.items():
         checks.function(name, value)
 
@@ -226,14 +227,12 @@ def begin(
     function = DIVERGENCES[divergence] if isinstance(divergence, str) else divergence
     dtype = next(iter(network.weights.values())).dtype
     if dtype not in (torch.float32, torch.float64, torch.bfloat16):
-        raise TypeError(
-            f"the weights are {dtype}, in which training would end in NaN: convert the target with target.float() or "
-            "target.bfloat16(), and run it under torch.autocast where it must be small"
-        )
+        from .hints import TOO_SMALL
+
+        raise TypeError(TOO_SMALL.format(dtype))
     if any(p.is_inference() for p in network.target.parameters()):
         raise TypeError("the target was made in torch.inference_mode, where nothing can be trained: make it outside")
     run = Run(network, batches, config, function, attribution, micro_batch, selection, local)
     x = run.local.samples(run.next_batch(0, torch.Generator().manual_seed(config.seed)))
-    with checks.running(x, f"weights of {dtype}"):
-        network.check(x)
+    network.check(x)
     return run

@@ -27,6 +27,7 @@ from torch import Tensor
 from . import checks
 from .components import Components
 from .config import Schedule, at_progress, schedule
+from .hints import NOT_STARTED
 from .losses import DIVERGENCES, Divergence, minimality, simplicity_exact
 from .network import Network
 from .selection import Selection
@@ -103,7 +104,12 @@ class Bottleneck(Selection):
             scores: attributions [R, B, (positions,) C].
             t: progress of the run; not needed.
             share: of the step's samples, those that are in `scores`; k is for all of them.
+
+        Raises:
+            ValueError: no run has started it.
         """
+        if not hasattr(self, "_log_k"):
+            raise ValueError(NOT_STARTED.format(self))
         if self._log_k.isnan().any():
             self._log_k.fill_(math.log(self.first * share))
         flat = scores.flatten(1)

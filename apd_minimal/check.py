@@ -38,12 +38,14 @@ def check(network: Network, x: Tensor, tolerance: float = 1e-3) -> None:
     if not torch.is_grad_enabled():
         raise ValueError("gradients are switched off (torch.no_grad or torch.inference_mode), but learning needs them")
     checks.inputs(x)
+    tolerance = checks.number("tolerance", tolerance, 0)
     # Rounding would hide what is wrong: autocast is off, the target's own as well. For this its class is changed while
     # the check runs: hooks see modules alone, and a mode of torch functions is not in force in the backward pass, where
     # checkpointing switches autocast on again. Leaving stays as it is, for the sake of other threads.
     enter, turn = autocast.__enter__, torch.set_autocast_enabled
     without = patch.object(autocast, "__enter__", lambda cast: (enter(cast), turn(cast.device, False))[0])
-    with torch.autocast(x.device.type, enabled=False), without:
+    running = checks.running(x, f"weights of {next(iter(network.weights.values())).dtype}")
+    with torch.autocast(x.device.type, enabled=False), without, running:
         samples = x[varied(x)]
         _check_target(network, x, samples, tolerance)
         if network.hidden:
@@ -218,6 +220,8 @@ class _Trial:
                     f"{path}: no gradient reaches {self.modules[path]}, though the weight moves the output: it is "
                     "detached, run under torch.no_grad, or checkpointed with use_reentrant=True"
                 )
+        if not hook_gradients:
+            return f"{', '.join(paths)}: the outputs, {checks.given(ours)}, have no slope by it: pick others (output=)"
         return None
 
     def components(self, paths: Sequence[str]) -> Components:
@@ -291,9 +295,9 @@ class _Trial:
                     undo.enter_context(site.module.register_forward_pre_hook(again))
                 return torch.autograd.grad(out, leaves, cotangent, allow_unused=True)
         except RuntimeError as error:
-            do = "if it uses activation checkpointing, switch that off: recompute=True saves memory, too"
-            if "inplace" in str(error):
-                do = "write h = h + u for h += u, or call target.requires_grad_(False), so that layers keep less"
+            from .hints import backward
+
+            paths = ", ".join(self.network.weights)
             raise ValueError(
-                f"{', '.join(self.network.weights)}: gradients cannot pass through the target ({error}); {do}"
+                f"{paths}: gradients cannot pass through the target ({error}); {backward(error)}"
             ) from error

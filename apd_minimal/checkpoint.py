@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -67,6 +68,25 @@ def save(run: Run, path: str | os.PathLike[str]) -> None:
         facts = {"step": run.step, "history": run.history, **run.identity}
         store.write_tensors(path, "checkpoint", tensors, facts)
     run.local.wait()
+
+
+def begin(run: Run, path: str | os.PathLike[str], extend: bool = False) -> None:
+    """Take up the state of a checkpoint if there is one; if not, make sure that one can be written.
+
+    Args:
+        run: before its first step.
+        path: the file; its folder is made if missing.
+        extend: the checkpoint may be of a run of fewer steps.
+
+    Raises:
+        ValueError: there can be no such file; a StoreError is as for `resume`.
+    """
+    if Path(path).exists():
+        return resume(run, path, extend)
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"checkpoint must be a file in a folder that can be made, got {path}: {error}") from error
 
 
 def resume(run: Run, path: str | os.PathLike[str], extend: bool = False) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import reprlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -139,11 +139,11 @@ def generator(value: Any) -> None:
     kind("generator", value, (torch.Generator, type(None)), "a torch.Generator or None")
 
 
-def tensor(name: str, value: Any, *shape: Any, finite: bool = True) -> Tensor:
+def tensor(name: str, value: Any, *shape: Any, finite: bool = True, real: bool = False) -> Tensor:
     """Check for a tensor of a shape: sizes, names of sizes, and at most one `...` for any number of axes.
 
     Raises:
-        TypeError: no tensor.
+        TypeError: no tensor, or none of floating point numbers, where `real` asks for them.
         ValueError: another shape.
         NotFinite: NaN or infinite numbers, where `finite` asks for none.
     """
@@ -155,23 +155,50 @@ def tensor(name: str, value: Any, *shape: Any, finite: bool = True) -> Tensor:
     if len(expected) != len(sizes) or any(isinstance(w, int) and w != s for w, s in zip(expected, sizes, strict=True)):
         axes = ", ".join("..." if axis is ... else str(axis) for axis in shape)
         raise ValueError(f"{name} must be of shape [{axes}], got {given(value)}")
+    if real and not value.is_floating_point():
+        raise TypeError(f"{name} must hold real numbers in floating point, got {given(value)}: give its .float()")
     # Their sum is finite if all are, and taken in one pass; of large ones it may overflow.
     if finite and not value.sum().isfinite() and not value.isfinite().all():
         raise NotFinite(f"{name} must be finite, got NaN or infinite numbers in {given(value)}")
     return value
 
 
+def gates(name: str, value: Any, *shape: Any) -> Tensor:
+    """Check for gates of a shape: boolean, or numbers in [0, 1].
+
+    Raises:
+        TypeError: no tensor.
+        ValueError: another shape, or numbers that are NaN or out of range.
+    """
+    plain = tensor(name, value, *shape, finite=False).detach()
+    if plain.dtype != torch.bool and not ((plain >= 0) & (plain <= 1)).all():
+        numbers = f"numbers from {float(plain.min()):.3g} to {float(plain.max()):.3g}"
+        raise ValueError(f"{name} must be boolean or in [0, 1], got {given(value)}, {numbers}")
+    return value
+
+
+def leaves(name: str, value: Any) -> None:
+    """Check for leaf tensors that are to be trained.
+
+    Raises:
+        TypeError: something else, or one that needs no gradient.
+    """
+    for p in kind(name, value, (list, tuple), "a list of leaf tensors"):
+        if not kind(name, p, Tensor, "a list of leaf tensors").requires_grad or not p.is_leaf:
+            raise TypeError(f"{name} must be leaf tensors that require gradients, got {given(p)}, which is none")
+
+
 def matrices(name: str, value: Any, shapes: Mapping[str, Sequence[Any]], finite: bool = True) -> None:
     """Check for a mapping from exactly these parameter paths to tensors of these shapes.
 
     Raises:
-        TypeError, ValueError: other paths, or a tensor of another shape.
+        TypeError, ValueError: other paths, or a tensor of another shape or of no floating point numbers.
     """
     kind(name, value, Mapping, "a mapping from parameter paths to tensors")
     if set(value) != set(shapes):
         raise ValueError(f"{name} must have the parameter paths {list(shapes)}, got {list(value)}")
     for path, shape in shapes.items():
-        tensor(f"{name}: {path}", value[path], *shape, finite=finite)
+        tensor(f"{name}: {path}", value[path], *shape, finite=finite, real=True)
 
 
 def inputs(x: Any) -> Tensor:
@@ -257,27 +284,9 @@ def batch(x: Any, step: int) -> Tensor:
         ValueError: no tensor, an empty one, or numbers that are NaN or infinite.
     """
     if not isinstance(x, Tensor) or x.ndim == 0 or len(x) == 0:
-        raise ValueError(f"batches(step={step}) must give a tensor [B, ...] with B at least 1, got {_instead(x)}")
+        from .hints import instead
+
+        raise ValueError(f"batches(step={step}) must give a tensor [B, ...] with B at least 1, got {instead(x)}")
     if x.is_floating_point() and not torch.isfinite(x).all():
         raise ValueError(f"batches(step={step}) gave NaN or infinite inputs")
     return x.clone()
-
-
-def _instead(x: Any) -> str:
-    """Say what was given in place of a tensor [B, ...], and what to do about it."""
-    if isinstance(x, Tensor):
-        return f"one of shape {list(x.shape)}"
-    what = f"a {type(x).__name__}"
-    if isinstance(x, Mapping) and x:
-        keys = list(x)
-        what, do = f"{what} of {given(keys)}", f"give the entry that is the input, such as batch[{keys[0]!r}]"
-    elif isinstance(x, (tuple, list)) and x:
-        kinds = given([type(part).__name__ for part in x])
-        what, do = f"{what} of {kinds}", "give the part that is the input, such as batch[0] (of samples: torch.stack)"
-    elif hasattr(x, "__array__"):
-        do = "give torch.as_tensor(batch)"
-    elif isinstance(x, Iterable) and not isinstance(x, (str, bytes, Mapping, tuple, list)):
-        do = "make a list of its batches once, items = list(loader), and give items[step % len(items)]"
-    else:
-        return what
-    return f"{what}: {do}; wrap a network that takes several tensors in a module that takes one"

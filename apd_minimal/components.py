@@ -255,15 +255,17 @@ class Components:
         """Select the components in `index`, in that order.
 
         Args:
-            index: whole numbers, or a boolean mask [C].
+            index: whole numbers, or a boolean mask [C] as a tensor.
 
         Raises:
             TypeError, ValueError: no list of components, or an index out of range.
         """
+        n = self.n_components
+        if isinstance(index, Tensor) and index.dtype == torch.bool:
+            index = checks.tensor("index", index, n).nonzero().flatten()
         chosen = index.tolist() if isinstance(index, Tensor) else index
         if not isinstance(chosen, list):
             raise TypeError(f"index must be a list of components, got {checks.given(index)}")
-        n = self.n_components
         chosen = [checks.number("index", c, -n, n - 1, whole=True) for c in chosen]
         return self.map(lambda t: t[..., chosen, :, :])
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -172,14 +171,12 @@ class Config:
             ValueError: a setting out of range.
         """
         checks.kind("settings", settings, dict, "a dict from names to values")
-        known = {f.name for f in fields(cls)}
+        known = sorted(f.name for f in fields(cls))
         for name in settings:
             if name not in known:
-                close = difflib.get_close_matches(name, known, n=1)
-                raise TypeError(
-                    f"unknown setting {name!r}; "
-                    + (f"did you mean {close[0]!r}?" if close else f"known: {sorted(known)}")
-                )
+                from .hints import similar
+
+                raise TypeError(f"unknown setting {name!r}; {similar(name, known)}")
         missing = {"n_components", "top_k"} - set(settings)
         if missing:
             raise TypeError(f"settings without {sorted(missing)}, got {sorted(settings)}")

@@ -37,7 +37,7 @@ class SparseFeatures:
             carry nothing to learn from.
 
     Raises:
-        ValueError: a probability outside (0, 1], or sizes below 1.
+        ValueError: a probability outside (0, 1], or so small that rounding leaves no sample nonempty; sizes below 1.
     """
 
     n_features: int
@@ -53,6 +53,8 @@ class SparseFeatures:
         object.__setattr__(self, "nonempty", checks.flag("nonempty", self.nonempty))
         if self.low > self.high:
             raise ValueError(f"low must be at most high={self.high}, got {self.low}")
+        if self.nonempty and 1 - self.probability == 1:
+            raise ValueError(f"probability must be above 1e-16 for samples that are nonempty, got {self.probability}")
 
     def __call__(self, step: int, generator: torch.Generator) -> Tensor:
         """Draw a batch [batch_size, n_features]; `step` is ignored, the generator's state advances."""

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import checks
 from .config import Schedule, at_progress, schedule
+from .hints import NOT_STARTED
 from .selection import Selection
 
 
@@ -81,6 +82,8 @@ class Importance(Selection):
         TypeError, ValueError: numbers out of range, or both p and gamma, or neither.
     """
 
+    needs_attribution = "apd.attributions.inner_activation, or another with a sign"  # which `decompose` asks for
+
     coefficient: Schedule
     p: Schedule | None = None
     gamma: Schedule | None = None
@@ -124,7 +127,12 @@ class Importance(Selection):
             scores: inner activations [R, B, (positions,) C].
             t: progress of the run; not needed.
             share: of the step's samples, those that are in `scores`; not needed.
+
+        Raises:
+            ValueError: no run has started it.
         """
+        if not hasattr(self, "_parameters"):
+            raise ValueError(NOT_STARTED.format(self))
         between = [1] * (scores.ndim - 2)
         first, bias, second, last = (p.reshape(len(p), *between, *p.shape[1:]) for p in self._parameters)
         hidden = F.gelu(scores[..., None] * first + bias)  # [R, B, (positions,) C, hidden]

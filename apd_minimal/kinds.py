@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,15 +13,27 @@ from torch import Tensor, nn
 from . import checks
 from .rules import Rule, rule
 
+REFUSED = (nn.RNNBase, nn.RNNCellBase)
 Product = Callable[[str, Tensor], Tensor]  # (parameter name, input) -> input times parameter
 
 
-def named(module: nn.Module) -> Rule | None:
-    """Find the rule for a class recognised by its name, whose library need not be installed."""
+def rarer(module: nn.Module) -> Rule | Mapping[str, Rule]:
+    """Find the rule for a module of a kind that is registered here, or whose library need not be installed.
+
+    Args:
+        module: of a class that had no rule before this file was imported.
+
+    Raises:
+        TypeError: no rule for this kind.
+    """
     names = {cls.__name__ for cls in type(module).__mro__}
     if "Conv1D" in names and hasattr(module, "nf"):  # Hugging Face's linear layer, with its weight [d_in, d_out]
         return Rule(matrix=lambda w: w, weight=lambda m: m)
-    return None
+    if rule.dispatch(type(module)) is not rule.dispatch(object):
+        return rule(module)
+    known = ", ".join(sorted({"Conv1D", *(cls.__name__ for cls in rule.registry if cls not in (object, *REFUSED))}))
+    kind = type(module).__name__
+    raise TypeError(f"{kind} has no rule; known kinds: {known} (apd_minimal.rules shows how to add one)")
 
 
 @rule.register(nn.ConvTranspose1d)

@@ -28,13 +28,13 @@ def follow(
 
     Raises:
         NonFiniteLoss: a loss is NaN or infinite.
-        ValueError: the log of a run that goes on is none.
+        ValueError: the log is another file, or the checkpoint.
     """
     log, shown = log if run.local.writes else None, progress and run.local.writes
     if log is not None:
         from .log import begin
 
-        begin(log, run.step)
+        begin(log, run.step, checkpoint)
     # In a file, the bar is a line each time it is shown.
     every = 0.1 if sys.stderr.isatty() or "ipykernel" in sys.modules else 60
     with (

@@ -67,11 +67,11 @@ def kl(outputs: Tensor, target_outputs: Tensor) -> Tensor:
         target_outputs: the target's, [B, (T,) V].
 
     Raises:
-        ValueError: no axis of classes.
+        ValueError: no axis of classes, or one class alone, of which every divergence is 0.
     """
     _same(outputs, target_outputs)
-    if target_outputs.ndim < 2:
-        raise ValueError(f"target_outputs must be [B, ..., classes], got {checks.given(target_outputs)}")
+    if target_outputs.ndim < 2 or target_outputs.shape[-1] < 2:
+        raise ValueError(f"target_outputs must be [B, ..., 2 classes or more], got {checks.given(target_outputs)}")
     p = F.log_softmax(target_outputs, dim=-1)
     q = F.log_softmax(outputs, dim=-1)
     return _per_sample((p.exp() * (p - q)).sum(-1), outputs.ndim - target_outputs.ndim + 1)
@@ -80,7 +80,7 @@ def kl(outputs: Tensor, target_outputs: Tensor) -> Tensor:
 def _same(outputs: Any, target_outputs: Any) -> None:
     """Check outputs, which may have more axes in front than the target's; nothing is broadcast."""
     checks.tensor("target_outputs", target_outputs, "B", ..., finite=False)
-    checks.tensor("outputs", outputs, ..., *target_outputs.shape, finite=False)
+    checks.tensor("outputs", outputs, ..., *target_outputs.shape, finite=False, real=True)
 
 
 def _check(components: Any) -> None:
@@ -141,6 +141,9 @@ def sample_errors(outputs: Tensor, target_outputs: Tensor, divergence: Divergenc
             f"divergence must give one value per sample, {expected}, got {given} for outputs {list(outputs.shape)} "
             f"and target_outputs {list(target_outputs.shape)}"
         )
+    checks.tensor("what divergence gives", errors, ..., finite=False, real=True)
+    if outputs.requires_grad and not errors.requires_grad:
+        raise TypeError("divergence must have a derivative by the outputs, got numbers without: nothing would train")
     return errors
 
 
@@ -211,7 +214,7 @@ def simplicity_exact(components: Components, mask: Tensor, p: float = 1.0) -> Te
 def _checked(components: Any, mask: Any, p: Any) -> float:
     _check(components)
     lead = () if components.restarts is None else (components.restarts,)
-    checks.tensor("mask", mask, *lead, "B", ..., components.n_components, finite=False)
+    checks.gates("mask", mask, *lead, "B", ..., components.n_components)
     return checks.number("p", p, 0, above=True)
 
 

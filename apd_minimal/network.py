@@ -65,9 +65,9 @@ class Network:
         if not _paths(hidden):
             raise ValueError(f"hidden must be a list of module paths, got {hidden!r}")
         self.target = target
-        self.output = output
+        self.output = checks.function("output", output)
         self.hidden = list(hidden)
-        self.recompute = recompute
+        self.recompute = checks.flag("recompute", recompute)
         self.sites: list[Site] = []
         self.weights: dict[str, Tensor] = {}
         parameters = dict(target.named_parameters(remove_duplicate=False))
@@ -76,6 +76,8 @@ class Network:
             kinds = {cls.__name__ for cls in type(module).mro()}
             if kinds & {"OptimizedModule", "ScriptModule"} or module._compiled_call_impl is not None:
                 raise TypeError(f"module {name!r} is compiled, and hooks do not reach into it: give it uncompiled")
+            if isinstance(module, nn.DataParallel):
+                raise TypeError(f"module {name!r} is a DataParallel, which splits the samples: give its .module")
         for path in weights:
             parameter = find_parameter(parameters, modules, path)
             for site in self.sites:
@@ -190,12 +192,16 @@ class Network:
         return outputs
 
     def _fit(self, components: Components) -> Components:
+        checks.kind("components", components, Components, "Components (a result has .components)")
         for path in components.paths:
             if path not in self.weights:
                 raise ValueError(f"components of {path}, but the network decomposes {list(self.weights)}")
-            shape = (components.A[path].shape[-2], components.B[path].shape[-1])
+            a, w = components.A[path], self.weights[path]
+            shape = (a.shape[-2], components.B[path].shape[-1])
             if shape != self.shapes[path]:
                 raise ValueError(f"{path}: components of shape {shape}, but the weight is {self.shapes[path]}")
+            if a.dtype != w.dtype and not torch.is_autocast_enabled(w.device.type):
+                raise TypeError(f"{path}: components of {a.dtype}, but the weight is {w.dtype}")
         return components
 
     def _run(self, x: Tensor, edit: Edit, activations: list[Tensor] | None = None) -> Tensor:
@@ -311,7 +317,7 @@ def _stack_gates(gates: Gates | None, components: Components | None, batch: int)
     for path in components.paths:
         if path not in per_path:
             raise ValueError(f"no gates for {path}; got gates for {list(per_path)}")
-        g = per_path[path]
+        g = checks.kind(f"gates for {path}", per_path[path], Tensor, "a tensor")
         if [*g.shape[: len(lead) + 1], g.shape[-1]] != expected or g.ndim < len(expected):
             raise ValueError(
                 f"gates for {path}: expected {expected} (or positions between the last two axes), got {list(g.shape)}"

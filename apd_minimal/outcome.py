@@ -31,7 +31,10 @@ def scores(run: Run, components: Components) -> tuple[Tensor, Tensor | None]:
             values = [run.judge(run.network, components.restart(i), x) for i in range(run.config.restarts)]
             what = (int, float), "a function that gives a number"
             errors = torch.tensor([checks.kind("judge", checks.plain(v), *what) for v in values], dtype=torch.double)
-        return errors, run.selection.threshold(run.local.all_scores(run.attributions(x, components)))
+        threshold = run.selection.threshold(run.local.all_scores(run.attributions(x, components)))
+        if threshold is not None:
+            checks.tensor(f"{run.chooser}.threshold", threshold, run.config.restarts)
+        return errors, threshold
 
 
 def held_out_errors(run: Run, x: Tensor, components: Components) -> Tensor:

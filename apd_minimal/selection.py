@@ -105,12 +105,9 @@ class Selection:
             ValueError: there is no threshold.
         """
         if threshold is None:
-            name = type(self).__name__
-            raise ValueError(
-                f"there is no threshold above which a component is active: {name}.threshold gives one at the end of a "
-                f"run that did not break; without, write {name}.active(scores, threshold), which says who is active "
-                "from each sample's scores alone"
-            )
+            from .hints import NO_THRESHOLD
+
+            raise ValueError(NO_THRESHOLD.format(type(self).__name__))
         return scores > threshold.reshape(-1, *[1] * (scores.ndim - 1))
 
     def parameters(self) -> list[Tensor]:
@@ -217,6 +214,13 @@ class FinalSelection:
     threshold: float | None = None
     per_position: bool = False
 
+    def __post_init__(self) -> None:
+        checks.kind("selection", self.selection, Selection, "an apd_minimal.selection.Selection")
+        checks.number("restarts", self.restarts, 1, whole=True)
+        checks.number("index", self.index, 0, self.restarts - 1, whole=True)
+        None if self.threshold is None else checks.number("threshold", self.threshold)
+        checks.flag("per_position", self.per_position)
+
     def gates(self, scores: Tensor) -> Tensor:
         """Choose among these samples: boolean gates of the scores' shape, or soft ones in [0, 1].
 
@@ -296,7 +300,9 @@ def final_selection(top_k: float | Selection | FinalSelection, n_components: int
 
 
 def _check(scores: Tensor, k: float) -> None:
-    checks.tensor("the attributions (scores)", scores, ..., "B", "C")
+    checks.tensor("the attributions (scores)", scores, ..., "B", "C", real=True)
+    if not scores.numel():
+        raise ValueError(f"the attributions (scores) must be of at least one sample, got {checks.given(scores)}")
     n_components = scores.shape[-1]
     if isinstance(k := checks.plain(k), (int, float)) and not 0 < k <= n_components:
         raise ValueError(f"k must be above 0 and at most the number of components, {n_components}; got {k}")

@@ -5,7 +5,6 @@ A weight may be used by several modules: tied weights, or one module with two na
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -105,8 +104,8 @@ def by_sample(rows: Tensor, n: int, site: Site) -> Tensor:
         return rows.unflatten(0, (n, -1))
     raise ValueError(
         f"{site.path}: the first axis of the input of module {site.name!r} must be the {n} samples (or 1, broadcast to "
-        f"all), got rows of shape {list(rows.shape)}: give one sample as x[None]; transposed or stacked inputs, "
-        "modules that get only some of the samples (experts) and torch.vmap cannot be gated per sample"
+        f"all), got rows of shape {list(rows.shape)}: give one sample as x[None], and position ids [T] as [1, T]; what "
+        "is transposed or stacked, goes to some modules only (experts) or uses torch.vmap cannot be gated per sample"
     )
 
 
@@ -127,11 +126,9 @@ def find_parameter(parameters: Mapping[str, nn.Parameter], modules: Mapping[str,
     name = name.partition(".")[0]
     module, plain = modules.get(owner), re.sub("_(orig|g|v)$", "", name)  # as pruning and the older weight norm call it
     if module is not None and (is_parametrized(module, name) or isinstance(vars(module).get(plain), Tensor)):
-        raise ValueError(
-            f"{path}: {name} of {owner!r} is parametrised (weight norm, pruning and the like); decompose the resulting "
-            f"weight: torch.nn.utils.parametrize.remove_parametrizations(module, {plain!r}) on a copy of the target, "
-            "or remove_weight_norm or prune.remove, where it was made by the older functions"
-        )
+        from .hints import PARAMETRISED
+
+        raise ValueError(f"{path}: {name} of {owner!r} {PARAMETRISED.format(plain)}")
     parameter: nn.Parameter = lookup(parameters, path, "parameter")
     if isinstance(parameter, nn.parameter.UninitializedParameter):
         raise ValueError(f"{path} is lazy and has no shape yet: run the target on a batch first")
@@ -194,9 +191,9 @@ def _matrix(module: nn.Module, name: str, tensor: Tensor) -> tuple[Rule, Tensor]
 def lookup(known: Mapping[str, Any], path: str, kind: str) -> Any:
     """Look up a path of the target, or raise a KeyError that suggests similar paths."""
     if path not in known:
-        close = difflib.get_close_matches(path, known, n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else f"it has {', '.join(list(known)[:12])}"
-        raise KeyError(f"the target has no {kind} {path!r}; {hint}")
+        from .hints import similar
+
+        raise KeyError(f"the target has no {kind} {path!r}; {similar(path, known)}")
     return known[path]
 
 

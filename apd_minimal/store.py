@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -95,12 +96,16 @@ def write_tensors(path: str | os.PathLike[str], kind: str, tensors: Mapping[str,
     for name, t in tensors.items():
         checks.kind(f"tensors: {checks.given(name)}", t, Tensor, "a tensor with text for a name")
         checks.kind("names of tensors", name, str, "text")
+        if t.layout != torch.strided or t.is_meta:
+            raise TypeError(f"tensors: {name} must be dense and hold numbers, got {t.layout} on {t.device}")
     try:
         text = json.dumps(facts, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"facts must be representable in strict JSON, got {checks.given(facts)}: {error}") from None
     header = {"format": FORMAT, "kind": kind, "facts": text, "checksum": UNKNOWN}
-    data = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata=header)
+    # Copied, since the library refuses tensors that share memory.
+    dense = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
+    data = save(dense, metadata=header)
     write(path, data.replace(_entry(UNKNOWN), _entry(hashlib.sha256(data).hexdigest()), 1))
 
 

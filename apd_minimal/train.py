@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -58,6 +59,7 @@ class Run:
         self.given = attribution, selection
         self.attribution = attribution or self._gradient
         self.selection = selection or TopK(config.top_k, config.per_sample)
+        self.chooser = type(self.selection).__name__
         self.local = local or Local()
         self.target = network
         weight = next(iter(network.weights.values()))
@@ -71,9 +73,10 @@ class Run:
             confine(components, config.per_weight)
         self.components = components.map(lambda t: self.local.own(t.to(weight.dtype)).requires_grad_())
         self.selection.start(config.restarts, config.n_components, self.components.parameters()[0].detach())
+        checks.leaves(f"{self.chooser}.parameters", self.selection.parameters())
         # The fused kernel updates all factors in one call, so that Ctrl-C cannot fall in between.
         self.optimiser = torch.optim.Adam(self.parameters(), lr=config.lr, fused=True)
-        self.step = 0
+        self.step, self.moved = 0, False  # whether any component has had an attribution other than 0
         self.history: dict[str, list[Any]] = {"step": []}
         self.remember()
 
@@ -121,7 +124,7 @@ class Run:
         for part in x.split(self.micro_batch or self.batch_size):
             found = self.attribution(self.network, components.map(Tensor.detach), part)
             shape = self.config.restarts, len(part), ..., components.n_components
-            scores.append(checks.tensor("attributions", found, *shape, finite=False))
+            scores.append(checks.tensor("attributions", found, *shape, finite=False, real=True))
         # Under autocast some ways to attributions give bfloat16 and others do not.
         return torch.cat(scores, dim=1).to(components.parameters()[0].dtype)
 
@@ -129,17 +132,13 @@ class Run:
         """Choose the active components: [R, B, (positions,) C]. k is for a batch of which x is the given share.
 
         Raises:
-            ValueError: the selection gives no gates of the scores' shape, or some that are not in [0, 1].
+            TypeError, ValueError: the selection gives no gates of the scores' shape, or some that are not in [0, 1].
         """
         with torch.no_grad():
             scores = self.local.all_scores(self.attributions(x, components))
+        self.moved = self.moved or bool(scores.any())
         gates = self.selection.choose(scores, self.step / self.config.steps, share)
-        if gates.shape != scores.shape or (gates.dtype != torch.bool and ((gates < 0) | (gates > 1)).any()):
-            raise ValueError(
-                f"{type(self.selection).__name__}.choose must give gates of the scores' shape {list(scores.shape)}, in "
-                f"[0, 1], got {list(gates.shape)}, from {float(gates.min()):.3g} to {float(gates.max()):.3g}"
-            )
-        return self.local.own_gates(gates, len(x))
+        return self.local.own_gates(checks.gates(f"gates of {self.chooser}.choose", gates, *scores.shape), len(x))
 
     def mask(self, x: Tensor, components: Components) -> Tensor:
         """Say which components are active at all: zeros and ones [R, B, (positions,) C]."""
@@ -171,7 +170,8 @@ class Run:
         if weight["hidden"]:
             losses["hidden"] = hidden(activations, batch.hidden)
         if batch.noise is not None:
-            gates = self.selection.draw(batch.gates, batch.noise)
+            drawn = self.selection.draw(batch.gates, batch.noise)
+            gates = checks.gates(f"gates of {self.chooser}.draw", drawn, *batch.gates.shape)
             outputs = self.network(batch.x, self.components, gates)
             losses["scrub"] = minimality(outputs, batch.outputs, self.divergence)
         if self.selection.observes:  # what the components are does not matter then: one restart will do
@@ -196,8 +196,8 @@ class Run:
         if weight["simplicity"]:
             dense["simplicity"] = batch.share * simplicity(totals, batch.gates, config.p)
         if (own := self.selection.penalty(batch.gates, t)) is not None:
-            name = f"{type(self.selection).__name__}.penalty"
-            dense["penalty"] = batch.share * checks.tensor(name, own, config.restarts, finite=False)
+            loss = checks.tensor(f"{self.chooser}.penalty", own, config.restarts, finite=False, real=True)
+            dense["penalty"] = batch.share * loss
         losses = {name: value.detach() for name, value in dense.items()}
         self.optimiser.zero_grad()
         pieces = batch.pieces(self.micro_batch)
@@ -223,6 +223,10 @@ class Run:
         if config.unit_norm:
             normalise_columns(self.components)
         self.step += 1
+        if not self.moved and self.step == min(100, config.steps):
+            from .hints import NO_SLOPE
+
+            warnings.warn(NO_SLOPE.format(self.step), UserWarning, stacklevel=2)
         if config.tidies(self.step):
             from .tidy.tidy import tidy
 

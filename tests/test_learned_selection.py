@@ -134,7 +134,7 @@ def test_gates_of_another_shape_are_refused() -> None:
         def choose(self, scores: Tensor, t: float, share: float = 1.0) -> Tensor:
             return super().choose(scores, t, share).flatten()
 
-    with pytest.raises(ValueError, match=r"Flat\.choose must give gates of the scores' shape \["):
+    with pytest.raises(ValueError, match=r"gates of Flat\.choose must be"):
         decompose(Flat())
 
 
@@ -185,7 +185,7 @@ def test_a_log_goes_on_where_the_checkpoint_stands(tmp_path: Path) -> None:
 
     files: dict[str, Any] = {"checkpoint": tmp_path / "run.safetensors", "checkpoint_every": 10}
     for log in (tmp_path / "stopped.jsonl", tmp_path / "whole.jsonl"):
-        log.write_text("of an earlier run\n")
+        log.write_text('{"step": 0}\n{"step')  # of an earlier run, which was killed
     with pytest.raises(Stopped):
         runs.decompose(**files, log=tmp_path / "stopped.jsonl", callback=stop)
     with open(tmp_path / "stopped.jsonl", "a") as log_file:
@@ -201,6 +201,9 @@ def test_a_log_is_not_mixed_with_another_file(tmp_path: Path) -> None:
         (tmp_path / "mine").write_text(text)
         with pytest.raises(ValueError, match=r"log must be .*, got .*mine: give it another path"):
             runs.decompose(steps=4, checkpoint=tmp_path / "run", extend=True, log=tmp_path / "mine")
+        if not text.startswith("{"):
+            with pytest.raises(ValueError, match=r"log must be .*, got .*mine: give it another path"):
+                runs.decompose(steps=4, log=tmp_path / "mine")
         assert (tmp_path / "mine").read_text() == text
 
 
@@ -457,7 +460,7 @@ def test_gates_out_of_range_are_refused(gates: tuple[float, float], says: str) -
         def choose(self, scores: Tensor, t: float, share: float = 1.0) -> Tensor:
             return torch.linspace(*gates, scores.numel()).reshape(scores.shape)
 
-    with pytest.raises(ValueError, match=rf"Wide.choose must give gates .*in \[0, 1\], got \[.*\], {says}$"):
+    with pytest.raises(ValueError, match=rf"gates of Wide.choose must be .*in \[0, 1\], got a .*, numbers {says}$"):
         decompose(Wide())
 
 

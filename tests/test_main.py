@@ -21,6 +21,17 @@ from apd_minimal import __main__ as command
 from apd_minimal.study.tune import Tuned
 
 
+def test_a_folder_that_is_not_there_is_refused_first(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["apd_minimal", "--out", "no/such/x.png"])
+    with pytest.raises(SystemExit):
+        command.main()
+    told = capsys.readouterr()
+    assert told.err.strip().endswith("--out must be a file in a folder that is there, got no/such/x.png")
+    assert not told.out, "it had begun"
+
+
 @pytest.mark.parametrize("arguments", [[], ["--seed", "3", "--out", "mine.png"]])
 def test_it_says_who_owns_what_and_saves_the_picture(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

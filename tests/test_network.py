@@ -275,9 +275,9 @@ def test_it_runs_in_eval_mode() -> None:
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("block.up.wieght", "no parameter 'block.up.wieght'; did you mean block.up.weight"),
-        ("zzz", "no parameter 'zzz'; it has mix.weight, "),
-        ("block.up", "no parameter 'block.up'; did you mean block.up."),
+        ("block.up.wieght", "no parameter 'block.up.wieght'; did you mean 'block.up.weight"),
+        ("zzz", "no parameter 'zzz'; known: mix.weight, "),
+        ("block.up", "no parameter 'block.up'; did you mean 'block.up."),
     ],
 )
 def test_unknown_paths_get_a_hint(path: str, message: str) -> None:
@@ -286,7 +286,7 @@ def test_unknown_paths_get_a_hint(path: str, message: str) -> None:
 
 
 def test_unknown_hidden_module() -> None:
-    with pytest.raises(KeyError, match="no module 'nrm'; did you mean norm"):
+    with pytest.raises(KeyError, match="no module 'nrm'; did you mean 'norm"):
         apd.Network(Sequence(), ["mix.weight"], hidden=["nrm"])
 
 

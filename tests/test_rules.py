@@ -56,5 +56,8 @@ def test_convolutions(
 
 
 def test_unknown_kinds_are_named_with_the_known_ones() -> None:
-    with pytest.raises(TypeError, match=r"Bilinear has no rule; known kinds: .*Conv1d, Conv2d, ConvTranspose1d, "):
+    with pytest.raises(TypeError, match=r"Bilinear has no rule; known kinds: .*Conv1D, Conv1d, Conv2d, Conv"):
         apd.rules.rule(nn.Bilinear(2, 2, 2))
+    with pytest.raises(TypeError) as raised:
+        apd.rules.rule(nn.Bilinear(2, 2, 2))
+    assert "RNN" not in str(raised.value)  # which has a rule that refuses it

@@ -103,7 +103,7 @@ def test_time_is_a_limit_and_the_first_run_always_is() -> None:
     assert {row["run"] for row in found.tried} == {0}
 
 
-@pytest.mark.parametrize("name", ["top_k", "per_sample", "selection", "restarts", "judge", "checkpoint"])
+@pytest.mark.parametrize("name", ["top_k", "per_sample", "selection", "restarts", "judge", "checkpoint", "log"])
 def test_what_it_chooses_is_not_given(name: str) -> None:
     with pytest.raises(TypeError, match=f"{name} belongs to one run"):
         tune(target(), batches, ["weight"], 8, **{name: 1})

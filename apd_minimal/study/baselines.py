@@ -25,7 +25,7 @@ from .dictionaries import activations as activations
 from .dictionaries import fit as fit
 from .dictionaries import replaced as replaced
 from .matching import Matching, _match
-from .rate import ALPHA, EPSILONS, SAMPLES, Cost, _checked, _Costs, _search
+from .rate import ALPHA, EPSILONS, SAMPLES, Cost, _checked, _Costs, _search, _variance
 
 GRIDS: dict[str, tuple[float, ...]] = {
     "relu": (0.01, 0.03, 0.1, 0.3),
@@ -86,10 +86,7 @@ class _Spliced(_Costs):
         self.parts = checks.inputs(x).split(SAMPLES)
         self.inputs = [torch.cat(activations(target, part, reads), 1) for part in self.parts]
         self.wanted = [target(part) for part in self.parts]
-        outputs = torch.cat(self.wanted)
-        self.variance = float(mse(outputs.mean(0).expand_as(outputs), outputs).mean())
-        if not self.variance > 0:
-            raise ValueError("the target's outputs are the same on all inputs x: no error can be given as a share")
+        self.variance = _variance(torch.cat(self.wanted))
         self.codes = torch.cat([dictionary.encode(part) for part in self.inputs])
         sizes = (self.codes * (dictionary.decoder / dictionary.scale_out).norm(dim=1)).flatten()
         order = sizes.argsort(descending=True, stable=True)
@@ -342,7 +339,7 @@ def _matrices(weights: Any) -> Mapping[str, Tensor]:
     if not checks.kind("weights", weights, Mapping, "a mapping from parameter paths to matrices [d_in, d_out]"):
         raise ValueError("weights must have at least one parameter path, got none")
     for path, w in weights.items():
-        checks.tensor(f"weights: {path}", w, "d_in", "d_out")
+        checks.tensor(f"weights: {path}", w, "d_in", "d_out", real=True)
     return weights
 
 

@@ -335,6 +335,8 @@ def fit(
     def draw(step: int) -> tuple[Tensor, Tensor]:
         if not drawn:  # several batches go through the target at once, which takes less time
             parts = [checks.batch(batches(s % steps, generator), s % steps) for s in range(step, step + AT_ONCE)]
+            if len(shapes := {part.shape[1:] for part in parts}) > 1:
+                raise ValueError(f"batches must give inputs of one shape, got samples {sorted(map(list, shapes))}")
             values = activations(target, torch.cat(parts), read if writes is None else [*read, *written])
             sizes[:] = [value.shape[1] for value in values]
             sides = torch.cat(values[: len(read)], 1), torch.cat(values[-len(written) :], 1)

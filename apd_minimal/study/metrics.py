@@ -40,7 +40,7 @@ def _check_truth(components: Components, truth: Truth) -> list[str]:
         raise ValueError(f"the truth is about {sorted(truth)}, the components about {sorted(components.paths)}")
     for path in components.paths:
         shape = components.matrices(path).shape[1:]
-        checks.tensor(f"truth: {path}", truth[path], ...)
+        checks.tensor(f"truth: {path}", truth[path], ..., real=True)
         if truth[path].ndim != 3 or truth[path].shape[1:] != shape:
             raise ValueError(f"{path}: the truth must be [J, {shape[0]}, {shape[1]}], got {list(truth[path].shape)}")
     sizes = {len(truth[path]) for path in components.paths}
@@ -367,7 +367,7 @@ def description_length(components: Components, mask: Tensor, alpha: float = 1.0,
         Tensor: a scalar, bits per sample. It has no term for errors (braun2025).
     """
     usable(components, alone=True)
-    checks.tensor("mask", mask, "B", components.n_components)
+    checks.gates("mask", mask, "B", components.n_components)
     alpha = checks.number("alpha", alpha, 0)
     ranks = torch.stack(list(components.ranks(threshold).values())).sum(0)
     return (mask * (alpha * ranks + math.log2(components.n_components))).sum(-1).mean()

@@ -145,7 +145,8 @@ def costs(
         list[Cost]: one for each epsilon; `NEVER` where the error is larger with all components active.
 
     Raises:
-        TypeError, ValueError: arguments that do not fit, or outputs that are the same on all inputs.
+        TypeError, ValueError: arguments that do not fit, outputs that are the same on all inputs, or errors that are
+            NaN.
     """
     epsilons = _checked(epsilons)
     cost = _Costs(target, components, x, divergence, attribution, rank_threshold)
@@ -238,10 +239,10 @@ def shortest(
         Cost: with nothing active, if no mask is worth its bits.
 
     Raises:
-        TypeError, ValueError: as `costs`; "mse", which is a share and no number of bits.
+        TypeError, ValueError: as `costs`; "mse" or `losses.mse`, which is a share and no number of bits.
     """
     alpha = checks.number("alpha", alpha, 0)
-    if not callable(divergence):
+    if not callable(divergence) or divergence is mse:
         checks.choice("divergence", divergence, ["kl"])
     cost = _Costs(target, components, x, divergence, attribution, rank_threshold)
     tried = {0, *_spread(cost.first, cost.pairs, 48)} if cost.pairs else {0}
@@ -259,6 +260,22 @@ def _spread(low: int, high: int, points: int) -> list[int]:
     """Give whole numbers from low to high in about equal ratios."""
     numbers = torch.logspace(math.log10(low), math.log10(high), points, dtype=torch.double).round().long()
     return [int(n) for n in numbers.unique()]
+
+
+def _variance(outputs: Tensor) -> float:
+    """Compute the mean squared distance of outputs [B, ...] from their mean.
+
+    Args:
+        outputs: of the target.
+
+    Raises:
+        ValueError: it is zero, or as small as rounding.
+    """
+    mean = outputs.mean(0).expand_as(outputs)
+    found, rounding = float(mse(mean, outputs).mean()), torch.finfo(outputs.dtype).eps * float(mean.abs().max())
+    if not found > (8 * rounding) ** 2:
+        raise ValueError("the target's outputs are the same on all inputs x: no error can be given as a share")
+    return found
 
 
 class _Costs:
@@ -286,7 +303,7 @@ class _Costs:
             self.wanted = [self.network(part) for part in self.parts]
             parts = [score(self.network, self.components, part) for part in self.parts]
         for part, own in zip(self.parts, parts, strict=True):
-            checks.tensor("attributions", own, len(part), ..., components.n_components)
+            checks.tensor("attributions", own, len(part), ..., components.n_components, real=True)
         scores = torch.cat(parts)
         self.unit = self._unit(torch.cat(self.wanted))
         self.ranks = torch.stack(list(self.components.ranks(rank_threshold).values())).sum(0).to(scores)
@@ -302,10 +319,7 @@ class _Costs:
             return math.log(2)  # from nats to bits
         if self.divergence is not mse:
             return 1.0
-        variance = float(mse(outputs.mean(0).expand_as(outputs), outputs).mean())
-        if not variance > 0:
-            raise ValueError("the target's outputs are the same on all inputs x: no error can be given as a share")
-        return variance
+        return _variance(outputs)
 
     @torch.no_grad()
     def __call__(self, n_pairs: int) -> Cost:
@@ -318,8 +332,11 @@ class _Costs:
                 for part, on, wanted in zip(self.parts, gates.split(SAMPLES), self.wanted, strict=True)
             ]
             counts = gates.flatten(0, -2).sum(0)  # [C]
+            error = float(torch.cat(errors).mean()) / self.unit
+            if math.isnan(error):  # no comparison would notice
+                raise checks.NotFinite(f"divergence must give numbers, got NaN with {n_pairs} pairs active on x")
             self.found[n_pairs] = Cost(
-                error=float(torch.cat(errors).mean()) / self.unit,
+                error=error,
                 active=float(counts.sum()) / self.shape[0],
                 ranks=float(counts @ self.ranks) / self.shape[0],
                 in_use=int((counts > 0).sum()),

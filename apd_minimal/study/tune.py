@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,9 +16,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .. import checks
-from ..algorithm import decompose
+from ..algorithm import check, decompose
 from ..attributions import gradient
 from ..batch import Batches
+from ..config import Config
 from ..decomposition import Decomposition
 from ..selection import Selection, TopK
 from .rate import ALPHA, EPSILONS, Judge
@@ -31,13 +33,20 @@ class Each(Selection):
     """A selection for each restart, none with parameters.
 
     Args:
-        selections: R of them.
+        selections: R of them, one for each restart; none that has to be started, as `Bottleneck` and `Importance` have.
+
+    Raises:
+        TypeError, ValueError: no list of such selections, or an empty one.
     """
 
     def __init__(self, selections: Sequence[Selection]) -> None:
         checks.kind("selections", selections, (list, tuple), "a list of selections")
         for selection in selections:
             checks.kind("selections", selection, Selection, "a list of selections")
+            if type(selection).start is not Selection.start:
+                raise ValueError(f"selections must be of those that a run need not start, got {selection!r}")
+        if not selections:
+            raise ValueError("selections must hold at least one, got none")
         self.selections = list(selections)
 
     def choose(self, scores: Tensor, t: float, share: float = 1.0) -> Tensor:
@@ -48,8 +57,7 @@ class Each(Selection):
             t: progress of the run, in [0, 1].
             share: of the step's samples, those that are in `scores`.
         """
-        pairs = zip(self.selections, scores.split(1), strict=True)
-        return torch.cat([own.choose(part, t, share) for own, part in pairs])
+        return torch.cat([own.choose(part, t, share) for own, part in self._pairs(scores)])
 
     def threshold(self, scores: Tensor) -> Tensor | None:
         """Give each restart's threshold, [R]; None if one has none.
@@ -57,9 +65,14 @@ class Each(Selection):
         Args:
             scores: attributions [R, B, (positions,) C].
         """
-        pairs = zip(self.selections, scores.split(1), strict=True)
+        pairs = self._pairs(scores)
         own = [part for selection, score in pairs if (part := selection.threshold(score)) is not None]
         return torch.cat(own) if len(own) == len(self.selections) else None
+
+    def _pairs(self, scores: Tensor) -> Iterator[tuple[Selection, Tensor]]:
+        if len(self.selections) != len(scores):
+            raise ValueError(f"selections must be one for each of {len(scores)} restarts, got {len(self.selections)}")
+        return zip(self.selections, scores.split(1), strict=True)
 
 
 @dataclass(frozen=True)
@@ -98,6 +111,19 @@ def _around(tried: list[dict[str, Any]], most: float) -> list[float]:
     return [min(k * 2 ** ((i - (n - 1) / 2) / 4), most) for k in (order[0], (away or order)[0]) for i in range(n)]
 
 
+def _check(arguments: dict[str, Any], changed: dict[str, Any]) -> None:
+    """Check arguments of `decompose` and settings of `Config` as a run would, and name what was changed."""
+    names = set(inspect.signature(decompose).parameters) - {"n_components"}
+    functions = {name: arguments.get(name) for name in ("output", "attribution", "callback")}
+    functions["batches"] = lambda step, generator: None
+    values = {name: value for name, value in arguments.items() if name not in names}
+    try:
+        config = Config.from_dict(values | {"top_k": values["n_components"]})
+        check(config, arguments.get("divergence", "mse"), arguments.get("hidden_modules", ()), functions)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"tries: {changed} does not fit: {error}") from error
+
+
 def tune(
     target: nn.Module,
     batches: Batches,
@@ -127,24 +153,27 @@ def tune(
         tries: name of a setting to values that are worth a run, beside its own.
         minutes: no run begins that would end later if it took as long as the longest so far; the first always does.
         progress: show a bar over the runs.
-        **settings: further arguments of `decompose`, such as `divergence`, `attribution`, and any field of `Config`.
+        **settings: further arguments of `decompose`, such as `divergence`, `attribution`, and any field of `Config`. A
+            `callback` is called along every run, whose steps begin at 0.
 
     Returns:
         Tuned: the best decomposition, and all that was tried. There is a warning if none reached an error of
         `epsilons`, since nothing can be compared then.
 
     Raises:
-        TypeError: a k, selection, judge, number of restarts or checkpoint, which belong to one run.
-        TypeError, ValueError: as `decompose`.
+        TypeError: a k, `per_sample`, selection, judge, number of restarts, checkpoint or log, which belong to one run.
+        TypeError, ValueError: as `decompose`; of `tries` before the first run.
     """
     checks.kind("tries", tries, (Mapping, type(None)), "a mapping from settings to values that are worth a run")
     for name, values in (tries or {}).items():
         if not checks.kind(f"tries: {name}", values, (list, tuple), "a list of values"):
             raise ValueError(f"tries: {name} must have at least one value, got {values!r}")
     given = settings.keys() | (tries or {}).keys()
-    for name in ("top_k", "per_sample", "selection", "restarts", "judge", "checkpoint"):
+    for name in ("top_k", "per_sample", "selection", "restarts", "judge", "checkpoint", "log"):
         if name in given:
             raise TypeError(f"{name} belongs to one run, and tune makes several: it must not be given")
+    for name in {"target", "batches", "weights"} & set(tries or {}):
+        raise TypeError(f"tries must be settings, and {name} is the same for all runs: got {list(tries or {})}")
     progress = checks.flag("progress", progress)
     seconds = 60 * (minutes if minutes == math.inf else checks.number("minutes", minutes, 0))
     where = {"at": settings.get("attribute_at", "target"), "per_position": settings.get("per_position", False)}
@@ -154,6 +183,8 @@ def tune(
     kept: dict[str, Any] = {"n_components": C}
     plan: list[dict[str, Any]] = [{}, {}, *({name: v} for name, values in (tries or {}).items() for v in values)]
     ks = [C / 256 * 2 ** (6 * i / (KS - 1)) for i in range(KS)]
+    for changed in plan[2:]:  # now, and not after the runs before it
+        _check(settings | kept | changed, changed)
     start, longest, least = time.monotonic(), 0.0, math.inf
     best, k, runs, tried = None, math.nan, list[Decomposition](), list[dict[str, Any]]()
     with tqdm(total=len(plan), disable=not progress, unit="run") as bar:

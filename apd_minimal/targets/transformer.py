@@ -130,7 +130,7 @@ class Transformer(nn.Module):
             x: a task, then eight letters.
 
         Raises:
-            TypeError, ValueError: no whole numbers, or another shape.
+            TypeError, ValueError: no whole numbers, another shape, or no such tokens.
         """
         self._tokens(x)
         stream = self.embed(x) + self.position
@@ -140,10 +140,11 @@ class Transformer(nn.Module):
 
     def _tokens(self, x: Tensor) -> None:
         checks.tensor("x", x, ..., LETTERS + 1, finite=False)
+        most = self.n_letters + len(TASKS) - 1
         if x.is_floating_point():
-            raise TypeError(
-                f"x must be tokens, whole numbers from 0 to {self.n_letters + len(TASKS) - 1}, got {checks.given(x)}"
-            )
+            raise TypeError(f"x must be tokens, whole numbers from 0 to {most}, got {checks.given(x)}")
+        if x.numel() and not 0 <= x.min() <= x.max() <= most:
+            raise ValueError(f"x must be tokens from 0 to {most}, got {int(x.min())} to {int(x.max())}")
 
     def answers(self, x: Tensor) -> Tensor:
         """Compute the right answers [B] to questions [B, 9].

@@ -70,7 +70,7 @@ def merge_and_prune(components: Components, mask: Tensor, min_cosine: float = 0.
 
     Args:
         components: stacked components, factors [R, C, d_in, m] and [R, C, m, d_out].
-        mask: which are active on a large batch, [R, B, (positions,) C].
+        mask: which are active on a large batch, boolean or zeros and ones [R, B, (positions,) C].
         min_cosine: used components with at least this cosine are merged.
         dead_share: a component is unused if it is active less often than this share of the mean.
 
@@ -83,7 +83,7 @@ def merge_and_prune(components: Components, mask: Tensor, min_cosine: float = 0.
     _check(components, mask)
     min_cosine = checks.number("min_cosine", min_cosine, 0, above=True)
     dead_share = checks.number("dead_share", dead_share, 0)
-    use = mask.flatten(1, -2).mean(1)  # [R, C]
+    use = mask.flatten(1, -2).to(components.parameters()[0]).mean(1)  # [R, C]
     dead = use < dead_share * use.mean(1, keepdim=True)
     changed = dead.clone()
     for r in range(len(use)):
@@ -107,7 +107,7 @@ def merge_and_prune(components: Components, mask: Tensor, min_cosine: float = 0.
 def _check(components: Components, mask: Tensor) -> None:
     if usable(components).restarts is None:
         raise ValueError("components must be stacked, with a leading axis of restarts: components.stacked()")
-    checks.tensor("mask", mask, components.restarts, "B", ..., components.n_components)
+    checks.gates("mask", mask, components.restarts, "B", ..., components.n_components)
 
 
 def _merge(components: Components, r: int, group: list[int]) -> None:
@@ -172,7 +172,7 @@ def shortened(components: Components, mask: Tensor, alpha: float) -> Components:
         TypeError, ValueError: components with restarts, or as in `merge_by_bits`.
     """
     usable(components, alone=True)
-    checks.tensor("mask", mask, "B", ..., components.n_components)
+    checks.gates("mask", mask, "B", ..., components.n_components)
     merged = components.map(lambda t: t.detach().clone()).stacked()
     merge_by_bits(merged, mask[None], alpha)
     nonzero = (merged.restart(0).norms() > 0).nonzero().flatten().tolist()
