@@ -67,7 +67,7 @@ FOUR = ["Z6", "S3", "D5", "D4"]
 def jobs() -> list[Job]:
     """List the runs on targets written by hand."""
     every = [(kind, MECHANISMS[kind], FIRST + i) for i in range(10) for kind in ("shared", "apart", "irrep")]
-    every += [(kind, 3, FIRST + i) for i in range(3) for kind in MECHANISMS if "," in kind and kind not in ONE_GROUP]
+    every += [(kind, 3, FIRST + i) for i in range(5) for kind in MECHANISMS if "," in kind and kind not in ONE_GROUP]
     every += [(kind, n, FIRST + 10 + i) for kind, n in ONE_GROUP.items() for i in range(5)]
     return every + [(kind, n, FIRST) for kind, counts in OTHERS.items() for n in counts]
 
@@ -81,7 +81,7 @@ def target_of(kind: str, seed: int) -> GroupOperations:
         return GroupOperations(["Z6", "S3", "D5"], seed=seed)
     if kind == "shared, all":
         return GroupOperations(["Z6", "S3", "S3"], switches="group", seed=seed)
-    target = GroupOperations(*THREE, switches=None if kind == "apart" else "group", seed=seed)
+    target = GroupOperations(*THREE, switches=None if kind.startswith("apart") else "group", seed=seed)
     return without_irreps(target, seed) if "no irreps" in kind else target
 
 
@@ -302,12 +302,12 @@ def cuts(task: GroupOperations, net: OneLayer) -> dict[str, apd.Components]:
 def trained_jobs() -> list[Job]:
     """List the runs on trained networks."""
     every = [("trained", 3, FIRST + i) for i in range(5)]
-    every += [("untrained", 3, FIRST + i) for i in range(2)]
+    every += [("untrained", 3, FIRST + i) for i in range(5)]
     every += [("answers", 4, FIRST + i) for i in range(10)]
     every += [("answers", 6, FIRST + i) for i in range(5, 10)]
-    every += [("answers, untrained", 4, FIRST + i) for i in range(2)]
+    every += [("answers, untrained", 4, FIRST + i) for i in range(5)]
     every += [("trained, one each", 3, FIRST + i) for i in range(10)]
-    return every + [("trained, shared tokens", 3, FIRST + i) for i in range(2)] + [("trained", 6, FIRST)]
+    return every + [("trained, shared tokens", 3, FIRST + i) for i in range(5)] + [("trained", 6, FIRST)]
 
 
 def run_trained(job: Job) -> tuple[list[Row], Tensors]:
