@@ -32,7 +32,7 @@ from experiments import induction, pieces
 from experiments.experiment import DATA, Row, Rows, Study, Tensors, factors, numbers, of
 
 Job = tuple[str, int]  # what, seed
-AGAIN, POSITIONS = 1, 2  # targets of experiments/pieces.py, from its first
+AGAIN, POSITIONS = 5, 5  # targets of experiments/pieces.py, from its first
 BATCH = 96  # sequences, with gates per position
 ON = induction.ACTIVE["position"]  # circuits or roles, at a position
 TRIED = (0.25, 0.35, 0.5, 0.65, 0.8, 1.0, 1.3)  # pieces of matrices that are on at a position
