@@ -9,6 +9,7 @@ Chapter 35. Targets are written by hand (`targets.ModularArithmetic`), so that n
 - "frequency": one addition with five frequencies, after an embedding; each is open on a fifth of the samples.
 - "task, larger" and "frequency, larger": four tasks of moduli up to 31, and eight frequencies modulo 31.
 - "task, multiplication": an addition, a subtraction and a multiplication modulo 23, two frequencies each.
+- "task, drawn": the tasks of "task", and each seed draws other frequencies: networks, not bases of one.
 - "task, no waves" and "tokens, no waves": the controls. The same switches, or the same one-hot inputs, and every
   frequency's weights replaced by random ones of the same singular values: nothing is left of the arithmetic.
 
@@ -36,7 +37,7 @@ from experiments.experiment import Row, Rows, Study, Tensors, numbers
 Job = tuple[str, int, int, str]  # kind, number of components, seed, weights of the losses
 MECHANISMS = {
     "tokens": 26, "task": 3, "frequency": 5, "task, no waves": 3, "task, larger": 4, "frequency, larger": 8,
-    "tokens, no waves": 26, "task, multiplication": 3,
+    "tokens, no waves": 26, "task, multiplication": 3, "task, drawn": 3,
 }  # fmt: skip
 ACTIVE = {"tokens": 2.0, "frequency, larger": 1.6, "tokens, no waves": 2.0}  # on a sample; else one mechanism
 FIRST = 7700
@@ -51,10 +52,11 @@ def jobs() -> list[Job]:
     """List the runs: every target under both sets of weights, of which the judge is to choose."""
     one = [("tokens", 40, FIRST + i) for i in range(5)]
     one += [(kind, MECHANISMS[kind], FIRST + i) for kind in ("task", "frequency") for i in range(10)]
-    others = ("task, no waves", "task, larger", "frequency, larger")
-    one += [(kind, MECHANISMS[kind], FIRST + i) for kind in others for i in range(3)]
-    one += [("tokens, no waves", 40, FIRST)]
-    one += [("task, multiplication", MECHANISMS["task, multiplication"], FIRST + i) for i in range(10)]
+    others = {"task, no waves": 5, "task, larger": 3, "frequency, larger": 3}
+    one += [(kind, MECHANISMS[kind], FIRST + i) for kind, targets in others.items() for i in range(targets)]
+    one += [("tokens, no waves", 40, FIRST + i) for i in range(5)]
+    late = {"task, multiplication": 10, "task, drawn": 5}
+    one += [(kind, MECHANISMS[kind], FIRST + i) for kind, targets in late.items() for i in range(targets)]
     one += [(kind, c, FIRST) for kind, counts in OTHERS.items() for c in counts]
     return [(*job, weights) for job in one for weights in WEIGHTS]
 
@@ -76,9 +78,18 @@ def target_of(kind: str, seed: int) -> ModularArithmetic:
         return ModularArithmetic(tasks, switches="task", embedding=True, seed=seed)
     if kind == "frequency":
         return ModularArithmetic([ModularTask(23, 1, (1, 3, 4, 6, 9))], switches="frequency", embedding=True, seed=seed)
-    tasks = [ModularTask(23, 1, (1, 4)), ModularTask(23, -1, (3, 7)), ModularTask(19, 1, (2, 5))]
+    frequencies = drawn(seed) if "drawn" in kind else ((1, 4), (3, 7), (2, 5))
+    tasks = [ModularTask(*task) for task in zip((23, 23, 19), (1, -1, 1), frequencies, strict=True)]
     target = ModularArithmetic(tasks, switches="task", embedding=True, seed=seed)
     return without_waves(target, seed) if "no waves" in kind else target
+
+
+def drawn(seed: int) -> tuple[tuple[int, int], ...]:
+    """Draw two frequencies for each task: four different ones of the 11 modulo 23, and two of the 9 modulo 19."""
+    generator = torch.Generator().manual_seed(seed)
+    a, b, c, d = (1 + torch.randperm(11, generator=generator)[:4]).tolist()
+    e, f = (1 + torch.randperm(9, generator=generator)[:2]).tolist()
+    return (a, b), (c, d), (e, f)
 
 
 def like(w: Tensor, generator: torch.Generator) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 import apd_minimal as apd
 from apd_minimal.targets import ModularArithmetic, ModularTask
 from apd_minimal.targets.modular import GRID
+from experiments import modular
 
 signs = st.sampled_from([1, -1])
 seeds = st.integers(0, 2**31)
@@ -221,3 +222,19 @@ def test_nine_neurons_a_frequency() -> None:
         GRID * 29,
         GRID * 56,
     ]
+
+
+def test_drawn_frequencies_are_other_ones_for_each_task_and_each_seed() -> None:
+    """Tasks with the same modulus share none, and every network answers rightly with all of a task's."""
+    every = [modular.drawn(seed) for seed in range(30)]
+    for add, subtract, other in every:
+        assert len({*add, *subtract}) == 4
+        assert len(set(other)) == 2
+        assert {*add, *subtract} <= set(range(1, 12))
+        assert set(other) <= set(range(1, 10))
+    assert len(set(every)) > 25
+    target = modular.target_of("task, drawn", 3)
+    assert tuple(task.frequencies for task in target.tasks) == modular.drawn(3)
+    assert [(task.p, task.sign) for task in target.tasks] == [(23, 1), (23, -1), (19, 1)]
+    x = target.inputs()
+    assert (target(x).argmax(1) == target.answers(x)).all()
