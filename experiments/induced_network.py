@@ -27,6 +27,7 @@ class TwoLayers(nn.Module):
     Args:
         seed: of the table.
         n_heads: of each layer.
+        packed: letters and answers are corners of a cube, 8 in 3 dimensions; else each has a direction of its own.
     """
 
     table: Tensor
@@ -34,13 +35,17 @@ class TwoLayers(nn.Module):
     places: Tensor
     unembed: Tensor
 
-    def __init__(self, seed: int, n_heads: int = 2) -> None:
+    def __init__(self, seed: int, n_heads: int = 2, packed: bool = False) -> None:
         super().__init__()
         n, T = LETTERS, POSITIONS
-        d = 2 * n + 2 + T + FREE
+        codes = corners()
+        width = codes.shape[1] if packed else n
+        d = 2 * width + 2 + T + FREE
         generator = torch.Generator().manual_seed(seed + 3_000_000_019)
         turn = torch.linalg.qr(torch.randn(d, d, generator=generator)).Q
-        letters, marks, places, answers, _ = turn.split([n, 2, T, n, FREE])
+        letters, marks, places, answers, _ = turn.split([width, 2, T, width, FREE])
+        if packed:
+            letters, answers = codes @ letters, codes @ answers
         self.register_buffer("table", torch.randperm(n, generator=generator))
         self.register_buffer("embed", torch.cat([letters, letters + marks[:1], marks[1:]]))
         self.register_buffer("places", places)
@@ -134,6 +139,11 @@ class TwoLayers(nn.Module):
         stream = self.stream(x)
         first, second = self.blocks
         return torch.stack([first.patterns(stream), second.patterns(first(stream))], 1)  # type: ignore[operator]
+
+
+def corners(bits: int = 3) -> Tensor:
+    """Give the corners of a cube, [2^bits, bits], of length 1."""
+    return (1.0 - 2 * (torch.arange(2**bits)[:, None] // 2 ** torch.arange(bits) % 2)) * bits**-0.5
 
 
 def repeats(x: Tensor) -> Tensor:
