@@ -1,15 +1,17 @@
 """Create data/one_call.json: circuits of three kinds taken apart by one call, with one recipe (chapter 38).
 
-python -m experiments.one_call [--only induction apart shared] [--processes N]      (forty-five minutes of one core)
+python -m experiments.one_call [--only induction apart shared ...] [--processes N]      (two hours of one core)
 
 The targets are those of chapters 36 and 37: induction beside two other circuits ("induction", lean), and products in
 three groups, on disjoint vocabularies ("apart") or on shared tokens with a switch ("shared").
 
 The call is that of experiments/pieces.py. It does not know how many mechanisms there are: eight starts have eight
-components, six starts have four, and of the fourteen the judge keeps one. (On induction the six were not run, for want
-of time. On a seed on which settings were made none of four such starts owned anything.) Attributions, the judge, the
-losses and all other settings are the same for all kinds. Two things differ: the inputs are each target's own, and
-components are of rank four in induction, of any rank in groups.
+components, six starts have four, and of the fourteen the judge keeps one. Attributions, the judge, the losses and all
+other settings are the same for all kinds. Two things differ: the inputs are each target's own, and components are of
+rank four in induction, of any rank in groups.
+
+The controls, "no irreps", are the same networks of groups with random weights, of the same singular values, in place of
+each representation's. What is found is compared with the random weights of each group.
 
 Settled on seeds 90, 91 and 92 of groups, where starts with four components came in ("log" has these runs), and on those
 of experiments/pieces.py. Reported are other ones, each run once: groups from 8670 up, and for induction the ten of
@@ -34,6 +36,7 @@ from experiments.experiment import Row, Rows, Study, Tensors, numbers
 Job = tuple[str, int, int]  # kind, number of components, seed
 FIRST, BATCH = 8670, 256
 TARGETS = {"shared": 10, "apart": 10, "induction": 10}
+CONTROLS = {"shared, no irreps": 3, "apart, no irreps": 3}
 STARTS = {4: 6, 8: 8}  # by the number of components
 MEASURED = (
     "in_use", "relative_faithfulness", "scores", "owned_by_restart", "owned", "cosine", "dealt_owned", "dealt_cosine",
@@ -43,8 +46,8 @@ MEASURED = (
 
 def jobs() -> list[Job]:
     """List the runs."""
-    every = [(kind, n, first_of(kind) + i) for kind, targets in TARGETS.items() for i in range(targets) for n in STARTS]
-    return [job for job in every if job[:2] != ("induction", 4)]
+    both = TARGETS | CONTROLS
+    return [(kind, n, first_of(kind) + i) for kind, targets in both.items() for i in range(targets) for n in STARTS]
 
 
 def first_of(kind: str) -> int:
@@ -128,7 +131,7 @@ RUNS = Rows(
     jobs=lambda rows: jobs(),
     run=run,
     settings=lambda job: numbers(settings_of(job), batch=BATCH),
-    order=lambda job: (list(TARGETS).index(job[0]), job[2], job[1]),
+    order=lambda job: (list(TARGETS | CONTROLS).index(job[0]), job[2], job[1]),
 )
 STUDY = Study("one_call", {"runs": RUNS}, about=lambda processes: {"processes": processes}, compact=True)
 

@@ -40,8 +40,8 @@ def test_the_recipe_is_one() -> None:
         {k: v for k, v in s.items() if k not in free} == {k: v for k, v in of[0].items() if k not in free} for s in of
     )
     assert {(s["n_components"], s["restarts"]) for s in of} == set(one_call.STARTS.items())
-    for kind in one_call.TARGETS:
-        assert {n for k, n, _ in one_call.jobs() if k == kind} == ({8} if kind == "induction" else {4, 8})
+    for kind in one_call.TARGETS | one_call.CONTROLS:
+        assert {n for k, n, _ in one_call.jobs() if k == kind} == set(one_call.STARTS)
 
 
 def test_no_target_is_one_that_settings_were_made_on() -> None:
