@@ -18,7 +18,7 @@ from apd_minimal.targets.training import train
 LETTERS, POSITIONS = 8, 8
 SILENT = 5.0  # the score of saying nothing, beside the letters'
 NOTHING = 3.0  # the score of looking at nothing
-FREE = 8  # dimensions of the stream that nothing goes into and nothing is read from
+FREE = 8  # dimensions of the stream, if nothing else is said
 
 
 class TwoLayers(nn.Module):
@@ -28,6 +28,7 @@ class TwoLayers(nn.Module):
         seed: of the table.
         n_heads: of each layer.
         packed: letters and answers are corners of a cube, 8 in 3 dimensions; else each has a direction of its own.
+        free: dimensions of the stream that nothing goes into and nothing is read from.
     """
 
     table: Tensor
@@ -35,15 +36,15 @@ class TwoLayers(nn.Module):
     places: Tensor
     unembed: Tensor
 
-    def __init__(self, seed: int, n_heads: int = 2, packed: bool = False) -> None:
+    def __init__(self, seed: int, n_heads: int = 2, packed: bool = False, free: int = FREE) -> None:
         super().__init__()
         n, T = LETTERS, POSITIONS
         codes = corners()
         width = codes.shape[1] if packed else n
-        d = 2 * width + 2 + T + FREE
+        d = 2 * width + 2 + T + free
         generator = torch.Generator().manual_seed(seed + 3_000_000_019)
         turn = torch.linalg.qr(torch.randn(d, d, generator=generator)).Q
-        letters, marks, places, answers, _ = turn.split([width, 2, T, width, FREE])
+        letters, marks, places, answers, _ = turn.split([width, 2, T, width, free])
         if packed:
             letters, answers = codes @ letters, codes @ answers
         self.register_buffer("table", torch.randperm(n, generator=generator))
