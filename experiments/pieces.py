@@ -1,6 +1,6 @@
 """Create data/pieces.json: an induction circuit found from random starts, in pieces that are merged (chapter 36).
 
-python -m experiments.pieces [--only "as it is" "usual inputs" ...] [--processes N]          (an hour and a quarter of one core)
+python -m experiments.pieces [--only "as it is" "usual inputs" ...] [--processes N]          (75 minutes of one core)
 
 The target is chapter 36's, "lean": no query or key has more rank than its head needs. Inputs ask one circuit each.
 Eight components, one on at a time, at a high price of rank, become pieces of circuits. When that price has fallen to
