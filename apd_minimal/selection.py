@@ -218,7 +218,7 @@ class FinalSelection:
         checks.kind("selection", self.selection, Selection, "an apd_minimal.selection.Selection")
         checks.number("restarts", self.restarts, 1, whole=True)
         checks.number("index", self.index, 0, self.restarts - 1, whole=True)
-        None if self.threshold is None else checks.number("threshold", self.threshold)
+        checks.number("threshold", 0.0 if self.threshold is None else self.threshold)
         checks.flag("per_position", self.per_position)
 
     def gates(self, scores: Tensor) -> Tensor:
