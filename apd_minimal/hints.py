@@ -1,4 +1,4 @@
-"""What to do about input that is refused; no run that begins reads this."""
+"""What to do about input that is refused; a run with top-k reads this only where it refuses or warns."""
 
 from __future__ import annotations
 

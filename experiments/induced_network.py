@@ -83,6 +83,11 @@ class TwoLayers(nn.Module):
         task[(x >= n) & (x < 2 * n)] = 2
         return task
 
+    def says(self, x: Tensor) -> Tensor:
+        """Say which task asks for which letter where, boolean [B, T, 3, n]: none where it is not asked."""
+        letter = F.one_hot(self.answers(x), LETTERS + 1)[..., None, :LETTERS].bool()
+        return letter & (self.asked(x)[..., None, None] == torch.arange(len(CIRCUITS))[:, None])
+
     def answers(self, x: Tensor) -> Tensor:
         """Compute the right answers [B, T]: a letter, or n for nothing; where a letter is marked, its entry."""
         n = LETTERS

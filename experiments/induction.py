@@ -43,6 +43,7 @@ from apd_minimal.study.rate import Judge
 from apd_minimal.targets.induction import CIRCUIT_OF, CIRCUITS, Induction
 from experiments import architectures
 from experiments.experiment import Row, Rows, Study, Tensors, numbers
+from experiments.induced_network import TwoLayers
 from experiments.modular import like
 
 Job = tuple[str, str, int]  # gates, start, seed
@@ -125,7 +126,7 @@ def heads(target: Induction) -> dict[str, Tensor]:
 def asked(target: Induction, circuit: int, n: int = 256, seed: int = 0) -> Tensor:
     """Draw sequences in which this circuit is asked, and no other: [n, T]."""
     x = target.data(16 * n)(0, torch.Generator().manual_seed(seed))
-    on = (target.says(x) != 0).any(-1).any(1)  # [B, circuit]
+    on = target.says(x).any(-1).any(1)  # [B, circuit]
     return x[on[:, circuit] & (on.sum(1) == 1)][:n]
 
 
@@ -302,15 +303,15 @@ def run_many(job: tuple[str, int]) -> tuple[list[Row], Tensors]:
 
 @dataclass(frozen=True)
 class OneAtATime:
-    """A source of batches [batch_size, T] of sequences that ask exactly one circuit."""
+    """A source of batches [batch_size, T] of sequences that ask exactly one circuit of a target, written or learned."""
 
-    target: Induction
+    target: Induction | TwoLayers
     batch_size: int
 
     def __call__(self, step: int, generator: torch.Generator) -> Tensor:
         """Draw more sequences than are needed, and keep those that ask one circuit."""
         x = self.target.data(4 * self.batch_size)(step, generator)  # four in nine do
-        return x[(self.target.says(x) != 0).any(-1).any(1).sum(1) == 1][: self.batch_size]
+        return x[self.target.says(x).any(-1).any(1).sum(1) == 1][: self.batch_size]
 
 
 # What is changed: settings (none: those of "scratch"), whether inputs ask one circuit each, and the gap of attention.

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -37,6 +36,7 @@ from apd_minimal.study.rate import Judge
 from experiments import induced
 from experiments.experiment import Row, Rows, Study, Tensors, numbers
 from experiments.induced_network import FREE, LETTERS, TwoLayers
+from experiments.induction import OneAtATime
 
 Job = tuple[str, int]  # kind of target, seed
 BATCH = 128
@@ -47,30 +47,12 @@ SETTINGS: Row = induced.SETTINGS | {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class OneTask:
-    """A source of batches [batch_size, T] of sequences that ask exactly one task."""
-
-    net: TwoLayers
-    batch_size: int
-
-    def __call__(self, step: int, generator: torch.Generator) -> Tensor:
-        """Draw more sequences than are needed, and keep those that ask one task."""
-        x = self.net.data(4 * self.batch_size)(step, generator)  # four in nine do
-        return x[asks(self.net, x).sum(1) == 1][: self.batch_size]
-
-
 def target_of(kind: str, seed: int) -> TwoLayers:
     """Train a network."""
     if kind == "trained":
         return induced.target_of(kind, seed)
     packed, free = kind != "longer", FREE + 10 if kind == "wide" else FREE
     return TwoLayers(seed, induced.HEADS, packed, free).fit(seed, steps=5000).requires_grad_(False)
-
-
-def asks(net: TwoLayers, x: Tensor) -> Tensor:
-    """Say which tasks a sequence asks, boolean [B, 3]."""
-    return (net.asked(x)[..., None] == torch.arange(3)).any(1)
 
 
 def attribution(network: apd.Network, components: apd.Components, x: Tensor) -> Tensor:
@@ -138,7 +120,7 @@ def measure(net: TwoLayers, components: apd.Components, seed: int) -> Row:
     fit, test = (induced.Doing(net, components, half) for half in x.chunk(2))
     owner = induced.owners(fit.each()[0], relative=True)
     gone, alone = test.each()
-    one = OneTask(net, 1024)(0, torch.Generator().manual_seed(30_000 + seed))
+    one = OneAtATime(net, 1024)(0, torch.Generator().manual_seed(30_000 + seed))
     return {
         "owner": owner,
         "gone": gone.tolist(),
@@ -160,7 +142,7 @@ def run(job: Job) -> tuple[list[Row], Tensors]:
     _, seed = job
     net, began = target_of(*job), time.process_time()
     result = apd.decompose(
-        net, OneTask(net, BATCH), net.weights, divergence="kl", attribution=attribution, judge=judge_of(),
+        net, OneAtATime(net, BATCH), net.weights, divergence="kl", attribution=attribution, judge=judge_of(),
         progress=False, **settings_of(job),
     )  # fmt: skip
     seconds, every = time.process_time() - began, result.restarts

@@ -19,12 +19,14 @@ def network() -> TwoLayers:
 
 def test_every_sequence_asks_one_task() -> None:
     net = network()
-    x = one_question.OneTask(net, 64)(0, torch.Generator().manual_seed(0))
+    x = one_question.OneAtATime(net, 64)(0, torch.Generator().manual_seed(0))
     asked = [{int(t) for t in row if t < 3} for row in net.asked(x)]
     assert len(x) == 64
     assert {len(tasks) for tasks in asked} == {1}
     assert set().union(*asked) == {0, 1, 2}
-    assert [set(row.nonzero().flatten().tolist()) for row in one_question.asks(net, x)] == asked
+    for said, task, answer in zip(net.says(x), net.asked(x), net.answers(x), strict=True):
+        places = {(t, int(task[t]), int(answer[t])) for t in range(POSITIONS) if task[t] < 3}
+        assert {tuple(place) for place in said.nonzero().tolist()} == places
 
 
 def test_the_whole_network_beside_an_empty_part() -> None:
@@ -43,7 +45,7 @@ def test_the_whole_network_beside_an_empty_part() -> None:
 
 def test_scores_are_shares_and_their_sum_is_one() -> None:
     net = network()
-    x = one_question.OneTask(net, 32)(0, torch.Generator().manual_seed(0))
+    x = one_question.OneAtATime(net, 32)(0, torch.Generator().manual_seed(0))
     components = induced.heads(apd.Network(net, net.weights).weights)
     scores = one_question.attribution(apd.Network(net, net.weights), components, x)
     assert scores.shape == (32, 4)
@@ -101,7 +103,7 @@ def test_bits_about_in_closed_form() -> None:
 def test_a_part_that_is_on_for_one_task_tells_the_task() -> None:
     """Every task has a head of its own in the network by hand, but for induction's two."""
     net = by_hand()
-    x = one_question.OneTask(net, 512)(0, torch.Generator().manual_seed(0))
+    x = one_question.OneAtATime(net, 512)(0, torch.Generator().manual_seed(0))
     heads = induced.heads(apd.Network(net, net.weights).weights)
     itself, task, answer, anew = one_question.masked(net, heads, x)["tells"]
     assert itself == pytest.approx(task, abs=0.05)

@@ -151,7 +151,8 @@ class TMS(nn.Module):
         if not 0.05 <= self.probability <= 0.1:
             return (
                 "recipes were made for features that are on with a probability of 0.05; with 0.02 that of 5-2 owned "
-                f"none, and this is {self.probability:g}. A run without k has no such number: see `bottleneck`"
+                f"none on five targets, and this is {self.probability:g}. A run without k has no such number: see "
+                "apd_minimal.bottleneck"
             )
         if own_size:
             return ""
