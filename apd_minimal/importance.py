@@ -23,6 +23,9 @@ from .config import Schedule, at_progress, schedule
 from .hints import NOT_STARTED
 from .selection import Selection
 
+REFERENCE = 32_768
+"""Samples in a batch for which the charge on frequency is worked out, whatever the batch (bushnaq2026)."""
+
 
 class _LeakyClamp(torch.autograd.Function):
     """Clamp to [0, 1]; where that cuts off, a part of the gradient that would bring the value back."""
@@ -71,6 +74,10 @@ class Importance(Selection):
         coefficient: weight of the penalty, a number or points (progress, value); 0 while there is to be none.
         p: the penalty is the sum of (g + 1e-12)^p over components, averaged over samples; a number or points.
         gamma: instead of p, the smooth count g^2 / (g^2 + gamma^2), as in the later code of bushnaq2025.
+        frequency: with gamma, charge a component also for how often it is important: this times f log2(1 + 32768 f) is
+            added to its mean count f, over the samples that the penalty is given (bushnaq2026; its code has 0.5). What
+            two components do costs more in one of them. Several processes each count their own samples, which costs
+            no less.
         per_weight: number of components of each weight, as for `decompose`. Then the masks of one weight alone are
             drawn as often as those of all weights together, and the other weights run whole. (bushnaq2025 has both
             losses, and calls the first layerwise.) None always draws all.
@@ -79,7 +86,7 @@ class Importance(Selection):
         seed: of the networks' initial weights.
 
     Raises:
-        TypeError, ValueError: numbers out of range, or both p and gamma, or neither.
+        TypeError, ValueError: numbers out of range, both p and gamma, or neither, or p with a frequency.
     """
 
     needs_attribution = "apd.attributions.inner_activation, or another with a sign"  # which `decompose` asks for
@@ -87,6 +94,7 @@ class Importance(Selection):
     coefficient: Schedule
     p: Schedule | None = None
     gamma: Schedule | None = None
+    frequency: float = 0.0
     per_weight: tuple[int, ...] | None = None
     hidden: int = 16
     alive: float = 0.1
@@ -99,6 +107,9 @@ class Importance(Selection):
         above_zero = partial(checks.number, low=0, above=True)
         self.p = None if self.p is None else schedule("p", self.p, above_zero)
         self.gamma = None if self.gamma is None else schedule("gamma", self.gamma, above_zero)
+        self.frequency = checks.number("frequency", self.frequency, 0)
+        if self.frequency and self.gamma is None:
+            raise ValueError(f"frequency is for gamma, not for p: got frequency={self.frequency} and p={self.p!r}")
         if self.per_weight is not None:
             checks.kind("per_weight", self.per_weight, (list, tuple), "whole numbers, one for each weight, or None")
             self.per_weight = tuple(checks.number("per_weight", n, 1, whole=True) for n in self.per_weight)
@@ -167,7 +178,10 @@ class Importance(Selection):
         else:
             assert self.p is not None
             cost = (gates + 1e-12) ** at_progress(self.p, t)
-        return at_progress(self.coefficient, t) * cost.sum(-1).flatten(1).mean(1)
+        often = cost.flatten(1, -2).mean(1)  # [R, C]
+        if self.frequency:
+            often = often * (1 + self.frequency * torch.log2(1 + REFERENCE * often))
+        return at_progress(self.coefficient, t) * often.sum(-1)
 
     def active(self, scores: Tensor, threshold: Tensor | None) -> Tensor:
         """Say who is active once the run is over: who is more important than `alive`.

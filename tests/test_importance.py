@@ -208,6 +208,54 @@ def test_the_penalty_counts_importances(positions: bool) -> None:
         assert float(smooth.penalty(gates, t)[r]) == pytest.approx(0.25 * counted, rel=1e-5)
 
 
+def test_the_charge_on_frequency_by_hand() -> None:
+    """Two components, important (1) on 8 and 2 of 16 samples; gamma is so small that they count as 1.
+
+    32768 / 2 = 2^14 and 32768 / 8 = 2^12, beside which the 1 hardly counts: the charge is 0.5 (14 / 2 + 12 / 8) = 4.25.
+    """
+    gates = torch.zeros(1, 16, 2)
+    gates[0, :8, 0] = gates[0, 3:5, 1] = 1.0
+    penalty = Importance(0.1, gamma=1e-4, frequency=0.5).penalty(gates, 0.5)
+    assert float(penalty) == pytest.approx(0.1 * (0.5 + 0.125 + 4.25), rel=1e-4)
+    positions = Importance(0.1, gamma=1e-4, frequency=0.5).penalty(gates.reshape(1, 4, 4, 2), 0.5)
+    assert torch.equal(positions, penalty), "a position counts as a sample does"
+
+
+def test_a_rare_component_costs_little_more_and_two_in_one_cost_more() -> None:
+    """What the charge is for: with as many importances in all, one component for two features is the dearer way."""
+    one, two = torch.zeros(1, 64, 2), torch.zeros(1, 64, 2)
+    one[0, :16, 0] = 1.0  # does what the two do
+    two[0, :8, 0] = two[0, 8:16, 1] = 1.0
+    plain, charged = Importance(1.0, gamma=1e-4), Importance(1.0, gamma=1e-4, frequency=0.5)
+    assert float(plain.penalty(one, 0.5)) == pytest.approx(float(plain.penalty(two, 0.5)))
+    dearer = float(charged.penalty(one, 0.5) - charged.penalty(two, 0.5))
+    assert dearer == pytest.approx(0.5 * 0.25, rel=1e-3)  # one bit more, for a quarter of the samples
+    assert float(charged.penalty(torch.zeros(1, 64, 2), 0.5)) == 0.0
+    once = torch.full((1, 64, 1), 32767**-0.5)  # with gamma 1 it counts as once in 32768
+    rare = float(Importance(1.0, gamma=1.0, frequency=0.5).penalty(once, 0.5))
+    assert rare == pytest.approx(1.5 / 32768, rel=1e-4)
+
+
+def test_the_slope_of_the_charge_is_that_of_its_formula() -> None:
+    """f = mean g^2 / (g^2 + gamma^2) and f (1 + b log2(1 + N f)), differentiated by hand."""
+    gates = torch.rand(2, 7, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+    (slope,) = torch.autograd.grad(Importance(0.3, gamma=0.2, frequency=0.7).penalty(gates, 0.5).sum(), gates)
+    g, N = gates.detach(), 32768
+    f = (g**2 / (g**2 + 0.04)).mean(1, keepdim=True)
+    along = 2 * g * 0.04 / (g**2 + 0.04) ** 2 / 7
+    torch.testing.assert_close(
+        slope, 0.3 * along * (1 + 0.7 * (torch.log1p(N * f) + N * f / (1 + N * f)) / torch.log(torch.tensor(2.0)))
+    )
+
+
+def test_processes_that_count_their_own_samples_pay_no_less() -> None:
+    gates = torch.rand(1, 12, 4, generator=torch.Generator().manual_seed(0)) ** 4
+    selection = Importance(1.0, gamma=0.1, frequency=0.5)
+    whole = float(selection.penalty(gates, 0.5))
+    parts = [float(selection.penalty(part, 0.5)) for part in gates.split(4, dim=1)]
+    assert whole < sum(parts) / 3 < 1.2 * whole
+
+
 def test_forgetting_gives_a_component_its_first_network() -> None:
     selection = Importance(1.0, p=1.0)
     selection.start(2, 3, torch.zeros(()))
@@ -231,6 +279,8 @@ def test_forgetting_gives_a_component_its_first_network() -> None:
         ({"gamma": ((0.0, 1.0), (1.0, 0.0))}, "gamma must be .*above 0.*got 0"),
         ({"p": 1.0, "coefficient": -1}, "coefficient must be .*at least 0.*got -1"),
         ({"p": 1.0, "per_weight": (2, 0)}, "per_weight must be .*at least 1.*got 0"),
+        ({"p": 1.0, "frequency": 0.5}, r"frequency is for gamma, not for p: got frequency=0\.5 and p=1\.0"),
+        ({"gamma": 1.0, "frequency": -1.0}, "frequency must be .*at least 0.*got -1"),
         ({"p": 1.0, "hidden": 0}, "hidden must be .*got 0"),
         ({"p": 1.0, "alive": 1.0}, r"alive must be .*got 1\.0"),
         ({"p": ((0.5, 1.0), (0.0, 2.0))}, "progress in p must increase"),
