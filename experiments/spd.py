@@ -1,6 +1,6 @@
 """Create data/spd.*: stochastic parameter decomposition (bushnaq2025) of the targets of chapter 7 and of an OR.
 
-python -m experiments.spd [--only tms-5-2 | tms-40-10 | or] [--processes N]     (about 17 minutes on one core)
+python -m experiments.spd [--only tms-5-2 | tms-40-10 | or] [--processes N]     (about 19 minutes on one core)
 
 The targets are those of experiments/tms.py. "tied" takes them as they are, with one matrix that is used twice; "untied"
 gives the decoder a matrix of its own, with components of its own, as published. Settings were chosen on target seed
