@@ -2,10 +2,11 @@
 
 python -m experiments.leaks [--only tms-5-2 ...] [--processes N]     (about twenty minutes of a core)
 
-Nothing is trained: components and targets are those of the other studies, and their seeds too. The inputs are drawn
-from streams that no run has seen, and samples without any input on are left out. "runs" has one deal of the dealt
-control for each decomposition, "deals" six for some kinds (the first is that of "runs"), "random" the same measures of
-networks whose weights were shuffled, "room" what a mask could spell and an answer needs.
+Components and targets are those of the other studies, and their seeds too; four networks whose parts are not stored
+are taken apart again, which takes two minutes (experiments/leaks_later.py). The inputs are drawn from streams that no
+run has seen, and samples without any input on are left out. "runs" has one deal of the dealt control for each
+decomposition, "deals" six for some kinds (the first is that of "runs"), "random" the same measures of networks whose
+weights were shuffled, "room" what a mask could spell and an answer needs.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from apd_minimal.targets.transformer import Transformer, answer_shares, last_pos
 from experiments import gated, larger, residual, tms, unknown
 from experiments.experiment import Row, Rows, Study, Tensors, of, stored
 from experiments.leaks_cases import FEW, FEWER, SAMPLES, Case, Kind, PartOf, bits_of, further, set_bits, shuffled
+from experiments.leaks_later import later
 
 SEED = 0  # of the pairs and of the deal
 DEALS = ((0, 1), (2, 3), (4, 5))  # seeds of the deals that are compared
@@ -188,7 +190,7 @@ KINDS["gated, plain"] = range(5), partial(functions, "plain")
 for _job in unknown.JOBS:
     if _job[0] == "short":
         KINDS[f"perceptron, C = {_job[1]}, k = {_job[2]:g}"] = range(2), partial(perceptron, *_job)
-KINDS |= further()
+KINDS |= further() | later()
 DEALT = [kind for kind in FIRST if not any(word in kind for word in ("plain", "identity", "reading"))]
 SHUFFLED = ["tms-5-2", "tms-40-10", "residual-50", "gated", "perceptron", "transformer-answer"]
 

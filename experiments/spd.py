@@ -1,6 +1,6 @@
 """Create data/spd.*: stochastic parameter decomposition (bushnaq2025) of the targets of chapter 7 and of an OR.
 
-python -m experiments.spd [--only tms-5-2 | tms-40-10 | or] [--processes N]     (about 19 minutes on one core)
+python -m experiments.spd [--only tms-5-2 | tms-40-10 | or] [--processes N]     (about 25 minutes on one core)
 
 The targets are those of experiments/tms.py. "tied" takes them as they are, with one matrix that is used twice; "untied"
 gives the decoder a matrix of its own, with components of its own, as published. Settings were chosen on target seed
@@ -8,21 +8,28 @@ gives the decoder a matrix of its own, with components of its own, as published.
 steps and three starts; a third and three times the coefficient, rotated inputs, and the smooth count are run as long.
 So are "dearer", the smooth count at twice the price, "frequency", the same count with a charge on frequency, and "VPD",
 that with half of the samples under gates that are attacked (bushnaq2026).
+The OR is also taken apart with other attributions, by the rule without a k (chapter 28) and by `tune`, all with the
+settings that were there for gradients.
 """
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import apd_minimal as apd
+from apd_minimal import bottleneck
 from apd_minimal.attributions import Attribution, inner_activation
 from apd_minimal.config import Schedule
 from apd_minimal.importance import Importance
 from apd_minimal.losses import minimality
+from apd_minimal.study.rate import Judge
+from apd_minimal.study.tune import tune
 from experiments.experiment import Row, Rows, Study, Tensors, factors, ownership_lists, prefix, taken_apart
 from experiments.tms import stored_target
 
@@ -254,41 +261,80 @@ class Either(nn.Module):
         return torch.stack([both - torch.relu(both - 1), h[..., 2]], -1)
 
 
-def either_settings(job: tuple[str, int, str, int]) -> Row:
-    """Return the settings of a run on `Either`: by APD's top k at the mean number of inputs that are on, or by SPD."""
+# Shapley values are exact: six components have 64 coalitions.
+BY_TOP_K: dict[str, Attribution] = {
+    "top k": apd.attributions.gradient,
+    "integrated gradients": partial(apd.attributions.integrated_gradients, n_steps=4),
+    "ablation": apd.attributions.ablation,
+    "shapley": apd.attributions.shapley,
+}
+WITHOUT_K: dict[str, Attribution] = {
+    "no k": apd.attributions.gradient,
+    "no k, shapley": apd.attributions.shapley,
+    "tuned": apd.attributions.gradient,
+}
+EITHER_METHODS = (*BY_TOP_K, "importance", *WITHOUT_K)
+EitherJob = tuple[str, int, str, int]  # "or", readers, method, seed
+
+
+def either_settings(job: EitherJob) -> Row:
+    """Return the settings of a run on `Either`.
+
+    By APD's top k at the mean number of inputs that are on, by SPD, by the rule without a k, which makes its own
+    settings and may use all ranks, or by `tune`, which makes its own k.
+    """
     _, readers, method, seed = job
     common = {"n_components": 6, "rank": 1, "steps": 1500, "lr": 1e-2, "restarts": 4, "seed": seed}
-    if method == "top k":
-        return common | {"top_k": 0.3 * (4 - readers), "simplicity": ((0.0, 1.0), (0.7, 0.0))}
+    simplicity = {"simplicity": ((0.0, 1.0), (0.7, 0.0))}
+    if method in BY_TOP_K:
+        return common | {"top_k": 0.3 * (4 - readers)} | simplicity
+    if method.startswith("no k"):
+        return {"n_components": 6, "rank": 4 - readers, "seed": seed}
+    if method == "tuned":
+        return {name: value for name, value in common.items() if name != "restarts"} | simplicity
     spd = {"minimality": 0.0, "simplicity": 0.0, "tidy_every": 0.0, "warmup": 0.0, "init_std": 0.5}
     return common | spd | {"scrub": after_warm_up(1.0, 1500), "coefficient": after_warm_up(1e-2, 1500), "p": 1.0}
 
 
-def run_either(job: tuple[str, int, str, int]) -> tuple[list[Row], Tensors]:
+def take_either_apart(job: EitherJob) -> tuple[apd.Decomposition, Attribution, float]:
+    """Decompose `Either`: the result, the attributions that it goes by, and CPU seconds."""
+    _, readers, method, _ = job
+    settings, target = either_settings(job), Either(readers)
+    data = apd.data.SparseFeatures(4 - readers, 0.3, 1.0, 1.0, batch_size=128)
+    attribution = (BY_TOP_K | WITHOUT_K | {"importance": inner_activation})[method]
+    given: Row = {"batches": data, "weights": ["read.weight"]}
+    if method != "top k":
+        given["attribution"] = attribution
+    if method == "tuned":
+        start = time.process_time()
+        best = tune(target, progress=False, **given, **settings).best
+        return best, attribution, round(time.process_time() - start, 1)
+    if method == "importance":
+        settings = settings | {"selection": Importance(settings.pop("coefficient"), p=settings.pop("p"))}
+    if method.startswith("no k"):
+        network, x = apd.Network(target, given["weights"]), data(0, torch.Generator().manual_seed(7))
+        settings = bottleneck.settings(network, x, 6) | settings | {"judge": Judge(attribution=attribution)}
+    result, seconds = taken_apart(target, settings | given)
+    return result, attribution, seconds
+
+
+def run_either(job: EitherJob) -> tuple[list[Row], Tensors]:
     """Decompose `Either`, and say who is active on each of its inputs."""
     _, readers, method, _ = job
-    settings = either_settings(job)
-    target, n = Either(readers), 4 - readers
-    data = apd.data.SparseFeatures(n, 0.3, 1.0, 1.0, batch_size=128)
-    learned = method != "top k"
-    attribution: Attribution = inner_activation if learned else apd.attributions.gradient
-    if learned:
-        settings = settings | {"selection": Importance(settings.pop("coefficient"), p=settings.pop("p"))}
-    given = {"batches": data, "weights": ["read.weight"], "attribution": inner_activation if learned else None}
-    result, seconds = taken_apart(target, settings | given)
-    x = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * n)  # all inputs
-    network = apd.Network(target, ["read.weight"])
-    scores = attribution(network, result.components, x)
-    gates = result.final_selection.gates(scores) if learned else result.final_selection.active(scores).float()
+    result, attribution, seconds = take_either_apart(job)
+    x = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * (4 - readers))  # all inputs
+    network = apd.Network(Either(readers), ["read.weight"])
+    scores, last = attribution(network, result.components, x), result.final_selection
+    gates = last.gates(scores) if method == "importance" else last.active(scores).float()
     with torch.no_grad():
         errors = (network(x, result.components, gates) - network(x)).abs()
     facts = {"seconds": seconds, "inputs": x.tolist(), "gates": gates.tolist(), "errors": errors.tolist()}
     return [facts | {"scores": result.scores}], factors(result.components, prefix(job))
 
 
-def either_jobs() -> list[tuple[str, int, str, int]]:
-    """List every run on `Either`; settings were tried on seed 100."""
-    return [("or", readers, method, s) for readers in (1, 2) for method in ("top k", "importance") for s in range(3)]
+def either_jobs() -> list[EitherJob]:
+    """List every run on `Either`; settings were tried on seed 100, with gradients and with SPD."""
+    return [("or", readers, method, s) for readers in (1, 2) for method in EITHER_METHODS for s in range(3)]
 
 
 EITHER = Rows(

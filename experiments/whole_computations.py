@@ -227,7 +227,7 @@ RESIDUALS = Rows(
 )
 AGAIN = Rows(
     ("method", "seed"),
-    lambda rows: [(m, s) for m in SPARSITY for s in RESIDUAL[: 2 if m == "crosscoder" else 1]],
+    lambda rows: [(m, s) for m in SPARSITY for s in RESIDUAL[:3]],
     judged_run,
     order=order,
 )

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import apd_minimal as apd
-from experiments.fused import LATER, READ, WAYS, Stored, maps, stored, whole
+from experiments.fused import READ, WAYS, Stored, maps, stored, whole
 from experiments.planted_kinds import KINDS
 
 TARGET = KINDS["attention"](seed=3)
 X = TARGET.data(32)(0, torch.Generator().manual_seed(0))
-N_WEIGHTS = {"apart": 4, "fused": 2, "heads": 12} | dict.fromkeys(LATER, 4)
+N_WEIGHTS = dict.fromkeys(WAYS, 4) | {"fused": 2, "heads": 12}
 
 
 @pytest.mark.parametrize("way", WAYS)
