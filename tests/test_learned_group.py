@@ -5,6 +5,7 @@ The traces of irreps give all scores of such a network (chapter 37), so that wha
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -47,12 +48,12 @@ def test_neurons_by_irrep_are_the_irreps_of_a_network_written_by_hand() -> None:
 @pytest.mark.parametrize("name", CUTS)
 def test_cuts_sum_to_the_weights(name: str) -> None:
     for path in PATHS:
-        torch.testing.assert_close(CUTS[name][0].matrices(path).sum(0), NETWORK.weights[path], atol=1e-5, rtol=0)
+        torch.testing.assert_close(CUTS[name][0].matrices(path).sum(0), NETWORK.weights[path], atol=1e-4, rtol=0)
 
 
 def test_each_token_in_each_place_has_a_part() -> None:
     parts, on = CUTS["tokens"]
-    reads, writes = (parts.matrices(path).norm(dim=2) > 1e-6 for path in PATHS)
+    reads, writes = (parts.matrices(path).norm(dim=2) > 1e-3 for path in PATHS)
     assert torch.equal(reads, torch.eye(49, 48, dtype=torch.bool)) and on == 3
     assert not writes[:-1].any() and writes[-1].all()
 
@@ -110,7 +111,10 @@ def test_tokens_need_three_parts_and_no_other() -> None:
     found = causal(NETWORK, parts, on, x, TASK.answers())
     assert found["on"] == found["without, others"] == pytest.approx([1, 0], abs=1e-4)
     assert found["alone"][0] == pytest.approx(1 / 24, abs=1e-4)  # all scores are zero, and the first token is chosen
-    assert found["without"][0] < 0.2
+    p = scores_of([0, 1, 2, 3]).log_softmax(1)
+    silent = float((p.exp() * p).sum(1).mean()) + math.log(24)  # both signs of a product cancel without one of its two
+    assert found["alone"][1] == pytest.approx(silent, abs=2e-4)
+    assert found["without"][1] == pytest.approx(silent, abs=2e-4)
 
 
 def test_shown_and_held_out_pairs_are_scored_apart(monkeypatch: pytest.MonkeyPatch) -> None:
