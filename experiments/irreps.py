@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from functools import cache
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -62,6 +63,7 @@ def constant_on(group: Group, own: list[int], left: bool) -> Tensor:
     return U[:, S > 1e-6]
 
 
+@cache
 def spaces(group: Group) -> dict[str, list[Tensor]]:
     """Give the spaces of functions in which a function is looked for, by kind."""
     cosets = [constant_on(group, own, left) for own in subgroups(group) for left in (True, False)]

@@ -1,0 +1,158 @@
+"""Networks that learned S4, taken apart: cuts and scores of networks written by hand, whose answers follow from theory.
+
+The traces of irreps give all scores of such a network (chapter 37), so that what a part says alone is known.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+import apd_minimal as apd
+from apd_minimal.targets import Group, GroupOperations
+from experiments import groups, irreps, learned_group
+from experiments.groups import HIDDEN, OUT, PATHS
+from experiments.irreps import subgroups
+from experiments.learned_group import causal, cuts, in_one, told
+
+TASK = GroupOperations(["S4"], embedding=False, seed=1)
+GROUP, NETWORK = TASK.groups[0], apd.Network(TASK, list(PATHS))
+CUTS = cuts(TASK, NETWORK.weights)
+PAIRS = torch.cartesian_prod(torch.arange(24), torch.arange(24))
+PLACES = ("first", "second", "answer")
+
+
+def scores_of(some: list[int]) -> Tensor:
+    """Give the scores of all pairs and answers [576, 24] by some irreps, from their traces; answers are tokens."""
+    total = torch.zeros(24, 24, 24, dtype=torch.double)
+    for i in some:
+        rho = GROUP.irreps[i].double()
+        total += GROUP.weights[i] / 24 * torch.einsum("aij,bjk,cik->abc", rho, rho, rho)
+    scores = torch.empty_like(total)
+    scores[:, :, TASK.tokens[0]] = total
+    return scores.flatten(0, 1)
+
+
+def test_neurons_by_irrep_are_the_irreps_of_a_network_written_by_hand() -> None:
+    parts, on = CUTS["neurons by irrep"]
+    for path, own in TASK.mechanisms("irrep").items():
+        torch.testing.assert_close(parts.matrices(path), own, atol=1e-5, rtol=0)
+    assert on == 1
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_cuts_sum_to_the_weights(name: str) -> None:
+    for path in PATHS:
+        torch.testing.assert_close(CUTS[name][0].matrices(path).sum(0), NETWORK.weights[path], atol=1e-4, rtol=0)
+
+
+def test_each_token_in_each_place_has_a_part() -> None:
+    parts, on = CUTS["tokens"]
+    reads, writes = (parts.matrices(path).norm(dim=2) > 1e-3 for path in PATHS)
+    assert torch.equal(reads, torch.eye(49, 48, dtype=torch.bool)) and on == 3
+    assert not writes[:-1].any() and writes[-1].all()
+
+
+def test_by_what_it_is_told_which_parts_are_on() -> None:
+    own = next(s for s in subgroups(GROUP) if len(s) == 6)
+    cosets = sorted({tuple(sorted(GROUP.table[g, own].tolist())) for g in range(24)})
+    of = torch.tensor([next(i for i, coset in enumerate(cosets) if g in coset) for g in range(24)])
+    first, second = PAIRS.T
+    for place, element in (("first", first), ("second", second), ("answer", GROUP.table[first, second])):
+        for classes, coset in ((of, 1.0), (torch.arange(24), 11 / 23)):  # one element: half of a coset of two
+            found = told(GROUP, one_hot(classes[element]).float())
+            assert {name: found[name] for name in PLACES} == {name: float(name == place) for name in PLACES}
+            assert found[f"{place}, coset"] == pytest.approx(coset, abs=1e-3)
+    random = torch.randint(4, (576,), generator=torch.Generator().manual_seed(0))
+    by_chance = told(GROUP, one_hot(random).float())
+    assert all(0.01 < by_chance[name] < 0.09 for name in PLACES)  # expected: 23 / 575
+
+
+def test_how_much_of_an_element_lies_in_one_part() -> None:
+    assert set(in_one(TASK, CUTS["tokens"][0]).values()) == {1}
+    twice = {HIDDEN: (0.7, 0.3), OUT: (0.5, 0.5)}  # the network in two parts, of different lengths where they read
+    parts = apd.Components.from_matrices(
+        {path: torch.stack([share * NETWORK.weights[path].detach() for share in own]) for path, own in twice.items()}
+    )
+    wanted = {"first": 0.49 / 0.58, "second": 0.49 / 0.58, "written": 0.5}
+    assert in_one(TASK, parts) == pytest.approx(wanted, abs=1e-4)
+
+
+def test_what_irreps_do_follows_from_their_traces() -> None:
+    parts, x, said = CUTS["neurons by irrep"][0], TASK.inputs(), TASK.answers()
+    on = one_hot(torch.full((576,), 2), 4).float()
+    found = causal(NETWORK, parts, on, x, said)
+
+    def by_traces(some: list[int]) -> tuple[float, float]:
+        p, q = scores_of([0, 1, 2, 3]).log_softmax(1), scores_of(some).log_softmax(1)
+        right = (q.gather(1, said[:, None])[:, 0] >= q.amax(1) - 1e-9).double().mean()
+        return float(right), float((p.exp() * (p - q)).sum(1).mean())
+
+    assert found["on"] == found["alone"] == pytest.approx(by_traces([2]), abs=2e-4)
+    assert found["without"] == pytest.approx(by_traces([0, 1, 3]), abs=2e-4)
+    others = [by_traces([i])[1] for i in (0, 1, 3)]  # answers of two of these tie
+    assert found["alone, others"][1] == pytest.approx(sum(others) / 3, abs=2e-4)
+    rest = [by_traces([j for j in range(4) if j != i]) for i in (0, 1, 3)]
+    assert found["without, others"] == pytest.approx([sum(v) / 3 for v in zip(*rest, strict=True)], abs=2e-4)
+    assert found["best"][0] == 1
+    wrong = said.clone()
+    wrong[:144] = (wrong[:144] + 1) % 24
+    assert causal(NETWORK, parts, on, x, wrong)["on"][0] == 0.75
+
+
+def test_tokens_need_three_parts_and_no_other() -> None:
+    parts, x = CUTS["tokens"][0], TASK.inputs()
+    on = torch.cat([x, torch.ones(576, 1)], 1)
+    found = causal(NETWORK, parts, on, x, TASK.answers())
+    assert found["on"] == found["without, others"] == pytest.approx([1, 0], abs=1e-4)
+    assert found["alone"][0] == pytest.approx(1 / 24, abs=1e-4)  # all scores are zero, and the first token is chosen
+    p = scores_of([0, 1, 2, 3]).log_softmax(1)
+    silent = float((p.exp() * p).sum(1).mean()) + math.log(24)  # both signs of a product cancel without one of its two
+    assert found["alone"][1] == pytest.approx(silent, abs=2e-4)
+    assert found["without"][1] == pytest.approx(silent, abs=2e-4)
+
+
+def test_shown_and_held_out_pairs_are_scored_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = irreps.split(576, 1)[0]
+    monkeypatch.setattr(learned_group, "JUDGE", lambda network, parts, x: len(x))
+    told_wrong = TASK.answers()
+    told_wrong[shown] = (told_wrong[shown] + 1) % 24
+    monkeypatch.setattr(TASK, "answers", lambda: told_wrong)
+    net: Any = TASK
+    for kind, right in (("learned", 0), ("untrained", 1)):  # an untrained network is asked for its own answers
+        found = learned_group.measured((kind, 1, 1, 1), TASK, net, CUTS["lump"][0])
+        assert (found["shown"]["bits"], found["held"]["bits"]) == (403, 173)
+        assert (found["shown"]["on"][0], found["held"]["on"][0]) == (right, 1)
+    assert found["shares"]["irrep"] == pytest.approx(1, abs=1e-3)
+    assert found["apart"] == pytest.approx(irreps.energies(TASK, CUTS["neurons by irrep"][0]).sum(1).amax().item() / (
+        irreps.energies(TASK, CUTS["lump"][0]).sum().item()), abs=1e-3)  # fmt: skip
+
+
+def test_apd_sees_only_what_the_network_was_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    def stop(net: Any, batches: Any, paths: Any, **settings: Any) -> None:
+        seen.update(settings, net=net, table=batches.table)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(apd, "decompose", stop)
+    with pytest.raises(KeyboardInterrupt):
+        learned_group.run(("untrained", 3, 8, 90))
+    task = GroupOperations(["S4"], embedding=False, seed=90)
+    assert torch.equal(seen["table"], task.inputs()[irreps.split(576, 90)[0]])
+    assert (seen["top_k"], seen["n_components"], seen["divergence"]) == (3.0, 8, "kl")
+    for mine, start in zip(seen["net"].parameters(), groups.OneLayer(48, 24, True, 90, 128).parameters(), strict=True):
+        assert torch.equal(mine, start)
+
+
+def test_settings_are_those_for_networks_that_learned_answers() -> None:
+    for job in learned_group.RUNS.jobs([]):
+        own, theirs = learned_group.settings_of(job), groups.settings_of(("answers", job[2], job[3]))
+        assert {k for k in own if own[k] != theirs[k]} - {"top_k"} == {"restarts"}
+        assert job[3] not in range(90, 94) and own["top_k"] == job[1]
+    assert isinstance(GROUP, Group) and len(GROUP.irreps) == 4
