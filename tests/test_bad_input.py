@@ -824,6 +824,7 @@ OWN_KINDS: dict[str, dict[str, Strategy]] = {
         "coefficient": schedule(),
         "p": schedule(0.0),
         "gamma": st.just(1.0),  # with p
+        "frequency": number(0),
         "per_weight": of_number_or_list(number(1, whole=True)).filter(
             lambda v: v is not None and not (isinstance(v, tuple) and not v)
         ),
