@@ -94,3 +94,4 @@ def test_patterns_are_counted_as_wholes() -> None:
     on = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]]).repeat(50, 1)
     assert patterns(on) == pytest.approx(2.0)
     assert patterns(on[:, :1]) == pytest.approx(1.0)
+    assert patterns(on[:, :1].expand(-1, 2)) == pytest.approx(1.0), "two that are always on together tell one bit"
