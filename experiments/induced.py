@@ -31,7 +31,7 @@ from experiments.induced_network import LETTERS, POSITIONS, SILENT, TwoLayers, r
 
 Job = tuple[str, int]  # kind of target, seed
 FIRST, BATCH, HEADS = 8900, 32, 2
-SEEDS = {"trained": 7, "untrained": 3, "labels": 3}
+SEEDS = {"trained": 7, "untrained": 5, "labels": 5}
 EPSILONS = (0.03, 0.1, 0.3)  # bits of a position
 HARM = 0.1  # a component that does less than this to every task, as a share of silence, belongs to none
 SETTINGS: dict[str, Any] = {

@@ -52,7 +52,7 @@ def jobs() -> list[Job]:
     """List the runs: every target under both sets of weights, of which the judge is to choose."""
     one = [("tokens", 40, FIRST + i) for i in range(5)]
     one += [(kind, MECHANISMS[kind], FIRST + i) for kind in ("task", "frequency") for i in range(10)]
-    others = {"task, no waves": 5, "task, larger": 3, "frequency, larger": 3}
+    others = {"task, no waves": 5, "task, larger": 5, "frequency, larger": 5}
     one += [(kind, MECHANISMS[kind], FIRST + i) for kind, targets in others.items() for i in range(targets)]
     one += [("tokens, no waves", 40, FIRST + i) for i in range(5)]
     late = {"task, multiplication": 10, "task, drawn": 5}

@@ -36,7 +36,7 @@ from experiments.experiment import Row, Rows, Study, Tensors, numbers
 Job = tuple[str, int, int]  # kind, number of components, seed
 FIRST, BATCH = 8670, 256
 TARGETS = {"shared": 10, "apart": 10, "induction": 10}
-CONTROLS = {"shared, no irreps": 3, "apart, no irreps": 3}
+CONTROLS = {"shared, no irreps": 5, "apart, no irreps": 5}
 STARTS = {4: 6, 8: 8}  # by the number of components
 MEASURED = (
     "in_use", "relative_faithfulness", "scores", "owned_by_restart", "owned", "cosine", "dealt_owned", "dealt_cosine",
