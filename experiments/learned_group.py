@@ -8,9 +8,9 @@ one component is on for each pair, of four (as many as irreps) or of eight. Thre
 each place, and for what is written; that was tried on seed 90 ("log", written by hand). The same is measured of dealt
 and of turned parts, and in "cuts" of one lump, of neurons by the irrep they have most of, of neurons, and of tokens.
 
-"whole" looks at neurons, and certifies. "orbits" asks whether what a neuron reads or writes has the form a' rho(g) b, an
-irrep between two vectors, and whether the vectors rho(g) b (or a' rho(g)) are fewer than elements; random functions in
-the same irreps, of that form or not, stand beside it. "proofs" bounds the wrong pairs of the network and of every part.
+"whole" looks at neurons, and certifies. "orbits" asks whether what a neuron reads or writes is a' rho(g) b, an irrep
+between two vectors, and whether the vectors rho(g) b (or a' rho(g)) are fewer than elements; random functions in the
+same irreps, of that form or not, stand beside it. "proofs" bounds the wrong pairs of the network and of every part.
 """
 
 from __future__ import annotations
@@ -195,17 +195,16 @@ def of_one_rank(group: Group, functions: Tensor, generator: torch.Generator) -> 
 
 
 def looked_at(group: Group, functions: Tensor) -> Row:
-    """Average over functions [n, m] by their squared length without the mean, and list how much has which orbit."""
+    """Average over functions [n, m] by their squared length without the mean, and say how much has which orbit."""
     size = (functions.double() - functions.double().mean(0)).square().sum(0)
     size, orbit = size / size.sum(), orbits(group, functions)
     row: Row = {
-        "values": float((values(functions) * size).sum()),
         "rank": float((one_rank(group, functions) * size).sum()),
+        "coset": irreps.mean_share(functions, irreps.spaces(group)["coset"]),
+        "values": float((values(functions) * size).sum()),
     }
-    row |= {
-        str(k): float(size[orbit == k].sum()) for k in sorted({group.order // len(s) for s in irreps.subgroups(group)})
-    }
-    return row
+    indices = sorted({group.order // len(own) for own in irreps.subgroups(group)})
+    return row | {str(k): float(size[orbit == k].sum()) for k in indices}
 
 
 def read_and_written(task: GroupOperations, weights: dict[str, Tensor], seed: int) -> Row:
