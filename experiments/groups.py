@@ -11,8 +11,9 @@ of the representations and another basis of the embedding, so that each is anoth
 - "irrep": S4 alone with all four of its representations; each is open on a fifth of the samples. "irrep, S3",
   "irrep, D5", "irrep, A4" and "irrep, S5" (three of six) are other groups alone, five targets each, from seed 8710.
 - "apart, all" and "shared, all": small groups with all their representations; these fill the space of the tokens.
-- "shared, no irreps": the control. The same switches, and every representation's weights replaced by random ones with
-  the same singular values.
+- "shared, no irreps" and "irrep, no irreps": the controls. The same switches, and every representation's weights
+  replaced by random ones with the same singular values. "apart, own tokens": the same of "apart", but that random
+  weights, too, read only of the tokens of their own group. Without that every group would be on for every pair.
 
 Seeds from 8700 up, and 1,000 more for the decomposition; settled on seeds 90 and 91. One set of settings for all kinds,
 that of chapter 35 which was called gentle there. "trained" are networks of three groups with squaring neurons, trained
@@ -41,6 +42,7 @@ from experiments.modular import like
 Job = tuple[str, int, int]  # kind, number of components, seed
 HIDDEN, OUT = PATHS = ("hidden.weight", "out.weight")
 MECHANISMS = {"apart": 3, "shared": 3, "irrep": 4, "apart, all": 3, "shared, all": 3, "shared, no irreps": 3}
+MECHANISMS |= {"irrep, no irreps": 4, "apart, own tokens": 3}
 ONE_GROUP = {"irrep, S3": 2, "irrep, D5": 3, "irrep, A4": 2, "irrep, S5": 3}  # S5 with the sign and both of dimension 4
 MECHANISMS |= ONE_GROUP
 THREE = (["S4", "D12", "Z24"], [(2,), (3, 7), (0, 4)])
@@ -67,32 +69,43 @@ FOUR = ["Z6", "S3", "D5", "D4"]
 def jobs() -> list[Job]:
     """List the runs on targets written by hand."""
     every = [(kind, MECHANISMS[kind], FIRST + i) for i in range(10) for kind in ("shared", "apart", "irrep")]
-    every += [(kind, 3, FIRST + i) for i in range(5) for kind in MECHANISMS if "," in kind and kind not in ONE_GROUP]
+    rest = [kind for kind in MECHANISMS if "," in kind and kind not in ONE_GROUP]
+    every += [(kind, MECHANISMS[kind], FIRST + i) for i in range(5) for kind in rest]
     every += [(kind, n, FIRST + 10 + i) for kind, n in ONE_GROUP.items() for i in range(5)]
     return every + [(kind, n, FIRST) for kind, counts in OTHERS.items() for n in counts]
 
 
 def target_of(kind: str, seed: int) -> GroupOperations:
     """Write down a target."""
-    if kind == "irrep" or kind in ONE_GROUP:
+    if by_of(kind) == "irrep":
         name = kind.removeprefix("irrep, ") if kind in ONE_GROUP else "S4"
-        return GroupOperations([name], [(0, 1, 2)] if name == "S5" else None, switches="irrep", seed=seed)
+        target = GroupOperations([name], [(0, 1, 2)] if name == "S5" else None, switches="irrep", seed=seed)
+        return without_irreps(target, seed) if "no irreps" in kind else target
     if kind == "apart, all":
         return GroupOperations(["Z6", "S3", "D5"], seed=seed)
     if kind == "shared, all":
         return GroupOperations(["Z6", "S3", "S3"], switches="group", seed=seed)
     target = GroupOperations(*THREE, switches=None if kind.startswith("apart") else "group", seed=seed)
-    return without_irreps(target, seed) if "no irreps" in kind else target
+    own_tokens = "own tokens" in kind
+    return without_irreps(target, seed, own_tokens) if own_tokens or "no irreps" in kind else target
 
 
 @torch.no_grad()
-def without_irreps(target: GroupOperations, seed: int) -> GroupOperations:
-    """Replace what every representation reads and writes by random matrices of the same singular values."""
+def without_irreps(target: GroupOperations, seed: int, own_tokens: bool = False) -> GroupOperations:
+    """Replace what every representation reads and writes by random matrices of the same singular values.
+
+    With `own_tokens` what is read stays in the space that the embedded tokens of its group span.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     for irrep in target.owner.unique():
-        own = target.owner == irrep
-        target.hidden.weight[own] = like(target.hidden.weight[own], generator)
+        own, Q = target.owner == irrep, torch.eye(target.embed.shape[1])
+        if own_tokens:
+            tokens = target.tokens[target.group_of[irrep]]
+            embedded = target.embed[torch.cat([tokens, target.n_tokens + tokens])]
+            S, Vh = torch.linalg.svd(embedded, full_matrices=False)[1:]
+            Q = Vh[S > 1e-4].T  # [D, dimensions of these tokens]
+        target.hidden.weight[own] = like(target.hidden.weight[own] @ Q, generator) @ Q.T
         target.out.weight[:, own] = like(target.out.weight[:, own], generator)
     return target
 

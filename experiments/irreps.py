@@ -165,18 +165,26 @@ def run(job: Job) -> tuple[list[Row], Tensors]:
     return [row], {}
 
 
+def lengths_inside(group: Group, functions: Tensor) -> Tensor:
+    """Give the squared length of each function [n, m] in each irrep: [irreps, m]."""
+    return torch.stack([(Q.T @ functions.double()).square().sum(0) for Q in spaces(group)["irrep"]])
+
+
+def redraw(group: Group, functions: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw a random function for each of functions [n, m], in the irrep that has most of it, and as long there."""
+    inside, like = lengths_inside(group, functions), torch.zeros_like(functions, dtype=torch.double)
+    for i, Q in enumerate(spaces(group)["irrep"]):
+        own = inside.argmax(0) == i
+        random = Q @ torch.randn(Q.shape[1], int(own.sum()), generator=generator, dtype=torch.double)
+        like[:, own] = random / random.norm(dim=0) * inside[i, own].sqrt()
+    return like
+
+
 def redrawn_share(task: GroupOperations, weights: dict[str, Tensor], seed: int) -> float:
     """Give the coset share of random functions, each in the irrep of a neuron and as long."""
     generator, found = torch.Generator().manual_seed(seed), []
     for t, _, functions in functions_of(task, weights):
-        within = spaces(task.groups[t])
-        inside = torch.stack([(Q.T @ functions.double()).square().sum(0) for Q in within["irrep"]])
-        like = torch.zeros_like(functions, dtype=torch.double)
-        for i, Q in enumerate(within["irrep"]):
-            own = inside.argmax(0) == i
-            random = Q @ torch.randn(Q.shape[1], int(own.sum()), generator=generator, dtype=torch.double)
-            like[:, own] = random / random.norm(dim=0) * inside[i, own].sqrt()
-        found.append(mean_share(like, within["coset"]))
+        found.append(mean_share(redraw(task.groups[t], functions, generator), spaces(task.groups[t])["coset"]))
     return round(sum(found) / len(found), 4)
 
 

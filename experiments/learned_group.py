@@ -1,12 +1,16 @@
 """Create data/learned_group.json: networks that learned S4 from a part of its pairs, taken apart (chapter 37).
 
-python -m experiments.learned_group [--only cuts learned ...] [--processes N]      (about eight minutes of one core)
+python -m experiments.learned_group [--only cuts learned ...] [--processes N]      (about ten minutes of one core)
 
 The networks are those of experiments/irreps.py ("learned"), and their untrained beginnings. APD sees the pairs that the
 network was trained on, so that the others are held out from both. The settings are `groups.ANSWERS` with two starts:
 one component is on for each pair, of four (as many as irreps) or of eight. Three of eight leave room for a token in
 each place, and for what is written; that was tried on seed 90 ("log", written by hand). The same is measured of dealt
 and of turned parts, and in "cuts" of one lump, of neurons by the irrep they have most of, of neurons, and of tokens.
+
+"whole" looks at neurons, and certifies. "orbits" asks whether what a neuron reads or writes is a' rho(g) b, an irrep
+between two vectors, and whether the vectors rho(g) b (or a' rho(g)) are fewer than elements; random functions in the
+same irreps, of that form or not, stand beside it. "proofs" bounds the wrong pairs of the network and of every part.
 """
 
 from __future__ import annotations
@@ -145,14 +149,114 @@ def run_cuts(job: tuple[str, int]) -> tuple[list[Row], Tensors]:
     return [{name: measured((kind, on, 0, seed), task, net, parts) for name, (parts, on) in tried}], {}
 
 
+def values(functions: Tensor, width: float = 0.2) -> Tensor:
+    """Count the values of each function [n, m]: the fewest intervals of `width` standard deviations with all: [m]."""
+    found = []
+    for column in (functions / functions.std(0, unbiased=False).clamp_min(1e-12)).sort(0).values.T.tolist():
+        count, end = 0, -float("inf")
+        for value in column:
+            if value > end:
+                count, end = count + 1, value + width
+        found.append(count)
+    return torch.tensor(found)
+
+
+def orbits(group: Group, functions: Tensor, least: float = 0.95) -> Tensor:
+    """Give the fewest cosets on which each function [n, m] is nearly constant, of a subgroup on either side: [m].
+
+    Nearly: a share `least` of its squared length without the mean is. Where no subgroup does it, it is n.
+    """
+    smallest = torch.full((functions.shape[1],), group.order)
+    for own in irreps.subgroups(group):
+        within = [irreps.constant_on(group, own, left) for left in (True, False)]
+        near = irreps.shares(functions, within) >= least
+        smallest[near] = smallest[near].clamp_max(group.order // len(own))
+    return smallest
+
+
+def one_rank(group: Group, functions: Tensor) -> Tensor:
+    """Give the share of each function [n, m] in its main irrep that one pair of vectors makes, a' rho(g) b: [m]."""
+    main, share = irreps.lengths_inside(group, functions).argmax(0), torch.ones(functions.shape[1]).double()
+    for i, rho in enumerate(group.irreps):
+        M = torch.einsum("gm,gij->mij", functions[:, main == i].double(), rho)
+        share[main == i] = torch.linalg.svdvals(M).square().T[0] / M.square().sum((1, 2))
+    return share
+
+
+def of_one_rank(group: Group, functions: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw a' rho(g) b with random vectors for each of functions [n, m], in the irrep that has most of it, as long."""
+    inside, like = irreps.lengths_inside(group, functions), torch.zeros_like(functions, dtype=torch.double)
+    for i, rho in enumerate(group.irreps):
+        own = inside.argmax(0) == i
+        a, b = torch.randn(2, int(own.sum()), rho.shape[1], generator=generator, dtype=torch.double)
+        random = torch.einsum("mi,gij,mj->gm", a, rho, b)
+        like[:, own] = random / random.norm(dim=0) * inside[i, own].sqrt()
+    return like
+
+
+def looked_at(group: Group, functions: Tensor) -> Row:
+    """Average over functions [n, m] by their squared length without the mean, and say how much has which orbit."""
+    size = (functions.double() - functions.double().mean(0)).square().sum(0)
+    size, orbit = size / size.sum(), orbits(group, functions)
+    row: Row = {
+        "rank": float((one_rank(group, functions) * size).sum()),
+        "coset": irreps.mean_share(functions, irreps.spaces(group)["coset"]),
+        "values": float((values(functions) * size).sum()),
+    }
+    indices = sorted({group.order // len(own) for own in irreps.subgroups(group)})
+    return row | {str(k): float(size[orbit == k].sum()) for k in indices}
+
+
+def read_and_written(task: GroupOperations, weights: dict[str, Tensor], seed: int) -> Row:
+    """Look at what neurons read in either place and write, and at random functions beside; means over the three."""
+    group, generator = task.groups[0], torch.Generator().manual_seed(seed)
+    rows: dict[str, list[Row]] = {"neurons": [], "same irrep": [], "two vectors": []}
+    for _, _, functions in irreps.functions_of(task, weights):
+        rows["neurons"].append(looked_at(group, functions))
+        rows["same irrep"].append(looked_at(group, irreps.redraw(group, functions, generator)))
+        rows["two vectors"].append(looked_at(group, of_one_rank(group, functions, generator)))
+    return {name: {k: round(sum(r[k] for r in own) / len(own), 4) for k in own[0]} for name, own in rows.items()}
+
+
+def certified(task: GroupOperations, components: apd.Components) -> list[Row]:
+    """Certify every part alone: beside the share that is proved the bound on wrong pairs as it comes, and the truth."""
+    rows = []
+    for c in range(components.n_components):
+        row, right = groups.certified(task, {path: components.matrices(path).detach()[c] for path in PATHS}, 0)
+        bound = 2 * row["residual"] / row["margin"] ** 2 if row["margin"] > 0 else None
+        rows.append({**row, "bound": bound, "right": round(float(right.double().mean()), 4)})
+    return rows
+
+
+def run_whole(job: tuple[str, int]) -> tuple[list[Row], Tensors]:
+    """Look at the neurons of one network, and certify it, whole and in parts."""
+    kind, seed = job
+    task, net = network_of(kind, seed)
+    weights = apd.Network(net, list(PATHS)).weights
+    tried = {name: parts for name, (parts, _) in cuts(task, weights).items() if name in ("lump", "neurons by irrep")}
+    if kind == "learned":
+        batches = Pairs(task.inputs()[irreps.split(576, seed)[0]], 256)
+        settings = settings_of((kind, 1, 4, seed))
+        found = apd.decompose(net, batches, PATHS, judge=JUDGE, divergence="kl", progress=False, **settings).components
+        tried |= {"found": found, "dealt": controls.dealt(found, seed)}
+    proofs = {name: certified(task, parts) for name, parts in tried.items()}
+    return [{"orbits": read_and_written(task, weights, seed), "proofs": proofs}], {}
+
+
 RUNS = Rows(
     fields=("kind", "on", "n_components", "seed"),
     jobs=lambda rows: [(*kind, seed) for seed in SEEDS for kind in KINDS],
     run=run,
     settings=lambda job: numbers(settings_of(job)),
 )
-CUTS = Rows(("kind", "seed"), lambda rows: [(k, seed) for seed in SEEDS for k in ("learned", "untrained")], run_cuts)
-STUDY = Study("learned_group", {"runs": RUNS, "cuts": CUTS}, about=lambda n: {"processes": n}, compact=True)
+BOTH = [(kind, seed) for seed in SEEDS for kind in ("learned", "untrained")]
+CUTS, WHOLE = (Rows(("kind", "seed"), lambda rows: BOTH, run) for run in (run_cuts, run_whole))
+STUDY = Study(
+    "learned_group",
+    {"runs": RUNS, "cuts": CUTS, "whole": WHOLE},
+    about=lambda processes: {"processes": processes},
+    compact=True,
+)
 
 if __name__ == "__main__":
     STUDY.main(__doc__)

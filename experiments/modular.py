@@ -1,6 +1,6 @@
 """Create data/modular.json: arithmetic with a remainder taken apart, where frequencies are the answer and where not.
 
-python -m experiments.modular [--only tokens task frequency ...] [--processes N]      (about an hour of one core)
+python -m experiments.modular [--only tokens task frequency ...] [--processes N]      (about 80 minutes of one core)
 
 Chapter 35. Targets are written by hand (`targets.ModularArithmetic`), so that nothing of them is trained:
 
@@ -10,14 +10,17 @@ Chapter 35. Targets are written by hand (`targets.ModularArithmetic`), so that n
 - "task, larger" and "frequency, larger": four tasks of moduli up to 31, and eight frequencies modulo 31.
 - "task, multiplication": an addition, a subtraction and a multiplication modulo 23, two frequencies each.
 - "task, drawn": the tasks of "task", and each seed draws other frequencies: networks, not bases of one.
-- "task, no waves" and "tokens, no waves": the controls. The same switches, or the same one-hot inputs, and every
-  frequency's weights replaced by random ones of the same singular values: nothing is left of the arithmetic.
+- "frequency, always on": the addition of "frequency" without its switches, so that all five are on in every sample.
+- "task, no waves", "frequency, no waves" and "tokens, no waves": the controls. The same switches, or the same one-hot
+  inputs, and every frequency's weights replaced by random ones of the same singular values: nothing is left of the
+  arithmetic.
 
 Seeds of the embedding from 7700 up, and 1,000 more for the decomposition. Every target is taken apart under two sets of
 weights of the losses, both made on seeds 90 to 93: one was better for tasks there, the other for frequencies. The judge
 is to choose. The number of components is that of the mechanisms, and on one seed also others. (The strong set was run
 on all of these targets first, found tasks and no frequencies, and only then were the runs with the other set added. The
-larger ones came later, then "tokens, no waves", and multiplication last, with nothing changed.)
+larger ones came later, then "tokens, no waves", multiplication, and last "frequency, always on", "frequency, no waves"
+and further targets of the larger and the drawn kinds, with nothing changed.)
 """
 
 from __future__ import annotations
@@ -37,9 +40,12 @@ from experiments.experiment import Row, Rows, Study, Tensors, numbers
 Job = tuple[str, int, int, str]  # kind, number of components, seed, weights of the losses
 MECHANISMS = {
     "tokens": 26, "task": 3, "frequency": 5, "task, no waves": 3, "task, larger": 4, "frequency, larger": 8,
-    "tokens, no waves": 26, "task, multiplication": 3, "task, drawn": 3,
+    "tokens, no waves": 26, "task, multiplication": 3, "task, drawn": 3, "frequency, always on": 5,
+    "frequency, no waves": 5,
 }  # fmt: skip
-ACTIVE = {"tokens": 2.0, "frequency, larger": 1.6, "tokens, no waves": 2.0}  # on a sample; else one mechanism
+ACTIVE = {  # on a sample; else one mechanism
+    "tokens": 2.0, "frequency, larger": 1.6, "tokens, no waves": 2.0, "frequency, always on": 5.0,
+}  # fmt: skip
 FIRST = 7700
 OTHERS = {"task": (2, 4, 6), "frequency": (4, 6, 10)}  # numbers of components on the first seed
 WEIGHTS: dict[str, dict[str, Any]] = {
@@ -55,7 +61,7 @@ def jobs() -> list[Job]:
     others = {"task, no waves": 5, "task, larger": 5, "frequency, larger": 5}
     one += [(kind, MECHANISMS[kind], FIRST + i) for kind, targets in others.items() for i in range(targets)]
     one += [("tokens, no waves", 40, FIRST + i) for i in range(5)]
-    late = {"task, multiplication": 10, "task, drawn": 5}
+    late = {"task, multiplication": 10, "task, drawn": 10, "frequency, always on": 5, "frequency, no waves": 5}
     one += [(kind, MECHANISMS[kind], FIRST + i) for kind, targets in late.items() for i in range(targets)]
     one += [(kind, c, FIRST) for kind, counts in OTHERS.items() for c in counts]
     return [(*job, weights) for job in one for weights in WEIGHTS]
@@ -76,11 +82,13 @@ def target_of(kind: str, seed: int) -> ModularArithmetic:
         moduli, signs, pairs = (31, 29, 23, 19), (1, -1, 1, 1), ((1, 5), (3, 8), (2, 7), (4, 6))
         tasks = [ModularTask(*task) for task in zip(moduli, signs, pairs, strict=True)]
         return ModularArithmetic(tasks, switches="task", embedding=True, seed=seed)
-    if kind == "frequency":
-        return ModularArithmetic([ModularTask(23, 1, (1, 3, 4, 6, 9))], switches="frequency", embedding=True, seed=seed)
-    frequencies = drawn(seed) if "drawn" in kind else ((1, 4), (3, 7), (2, 5))
-    tasks = [ModularTask(*task) for task in zip((23, 23, 19), (1, -1, 1), frequencies, strict=True)]
-    target = ModularArithmetic(tasks, switches="task", embedding=True, seed=seed)
+    if kind.startswith("frequency"):
+        task, switches = ModularTask(23, 1, (1, 3, 4, 6, 9)), None if "always on" in kind else "frequency"
+        target = ModularArithmetic([task], switches=switches, embedding=True, seed=seed)
+    else:
+        frequencies = drawn(seed) if "drawn" in kind else ((1, 4), (3, 7), (2, 5))
+        tasks = [ModularTask(*task) for task in zip((23, 23, 19), (1, -1, 1), frequencies, strict=True)]
+        target = ModularArithmetic(tasks, switches="task", embedding=True, seed=seed)
     return without_waves(target, seed) if "no waves" in kind else target
 
 
@@ -117,6 +125,12 @@ def truth_of(kind: str, target: ModularArithmetic) -> dict[str, Tensor]:
         return target.mechanisms("frequency" if "frequency" in kind else "task")
     W = target.hidden.weight.detach().T
     return {"hidden.weight": torch.eye(len(W))[:, :, None] * W}
+
+
+def used(components: apd.Components) -> int:
+    """Count the parts that have more than a hundredth of the largest one's squared length."""
+    sizes = torch.stack([components.matrices(path).detach().square().sum((1, 2)) for path in components.paths]).sum(0)
+    return int((sizes > 0.01 * sizes.max()).sum())
 
 
 def settings_of(job: Job) -> Row:
@@ -166,6 +180,11 @@ def run(job: Job) -> tuple[list[Row], Tensors]:
         row["dealt_wave_cosine"] = apd.metrics.ownership(dealt, waves).cosine.mean().item()
     else:
         another = truth_of(kind, target_of(kind, seed + 50))
+        if "always on" in kind:
+            lump = {path: w[None] for path, w in network.weights.items()}
+            row["bits_of_one_lump"] = judge(network, apd.Components.from_matrices(lump, widest), x)
+            row["used"] = used(found.components)
+            row["used_by_restart"] = [used(every.restart(r)) for r in range(every.restarts)]
         row["cosine_with_another"] = apd.metrics.ownership(found.components, another).cosine.mean().item()
     return [row], {}
 

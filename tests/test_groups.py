@@ -307,8 +307,15 @@ def test_a_component_is_run_on_its_own_tokens_and_switch() -> None:
             assert right == 1
 
 
-def test_without_irreps_keeps_sizes_and_nothing_else() -> None:
-    before, after = study.target_of("shared", 3), study.target_of("shared, no irreps", 3)
+@pytest.mark.parametrize(
+    ("kind", "control"),
+    [("shared", "shared, no irreps"), ("irrep", "irrep, no irreps"), ("apart", "apart, own tokens")],
+)
+def test_without_irreps_keeps_sizes_and_nothing_else(kind: str, control: str) -> None:
+    before, after = study.target_of(kind, 3), study.target_of(control, 3)
+    n = study.MECHANISMS[kind]
+    assert study.settings_of((control, n, 3)) == study.settings_of((kind, n, 3))
+    assert torch.equal(before.opens, after.opens) and torch.equal(before.embed, after.embed)
     for irrep in before.owner.unique():
         own = before.owner == irrep
         for name in ("hidden", "out"):
@@ -319,6 +326,18 @@ def test_without_irreps_keeps_sizes_and_nothing_else() -> None:
             assert abs(float(torch.cosine_similarity(old.flatten(), new.flatten(), dim=0))) < 0.4
     y = after(after.inputs())
     assert float((y.argmax(1) == after.answers()).double().mean()) < 0.3
+
+
+def test_random_weights_of_own_tokens_leave_other_groups_closed() -> None:
+    """What reads all dimensions is on for every pair; with own tokens, for the pairs of its group alone."""
+    for kind, closed in (("apart, own tokens", True), ("apart, no irreps", False)):
+        target = study.target_of(kind, 3)
+        parts = apd.Components.from_matrices(target.mechanisms(), 40)
+        x, of_pair = target.inputs(), torch.arange(3).repeat_interleave(576)
+        on = apd.attributions.gradient(apd.Network(target, target.weights), parts, x) > 1e-6
+        assert on[torch.arange(len(x)), of_pair].all()
+        assert torch.equal(on, of_pair[:, None] == torch.arange(3)) == closed
+        assert closed or on.all()
 
 
 def test_causal_scores_of_cuts_that_are_known() -> None:

@@ -156,3 +156,90 @@ def test_settings_are_those_for_networks_that_learned_answers() -> None:
         assert {k for k in own if own[k] != theirs[k]} - {"top_k"} == {"restarts"}
         assert job[3] not in range(90, 94) and own["top_k"] == job[1]
     assert isinstance(GROUP, Group) and len(GROUP.irreps) == 4
+
+
+def test_values_are_counted_up_to_a_tolerance() -> None:
+    """Four levels with jitter below a tenth of a standard deviation, all apart, and one in each two of a sign."""
+    draw = torch.Generator().manual_seed(0)
+    four = torch.arange(24).remainder(4).double() + 0.1 * torch.rand(24, generator=draw).double()
+    apart, sign = torch.arange(24).double(), torch.arange(24).remainder(2).double()
+    functions = torch.stack([four, 100 * four + 7, apart, sign], 1)  # a scale and a constant change nothing
+    assert learned_group.values(functions).tolist() == [4, 4, 12, 2]  # 0.2 of apart's 6.9 hold two neighbours
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_orbits_follow_from_what_a_vector_is_fixed_by(side: str) -> None:
+    """The matrices that place the corners of a tetrahedron and of a cube's axes fix vectors that are known."""
+    three, turns = GROUP.irreps[2], GROUP.irreps[3]
+    generic = torch.tensor([1.0, 0.3, -0.7]).double()
+
+    def fixed(
+        rho: Tensor, size: int
+    ) -> Tensor:  # a vector that a subgroup of so many elements fixes, and no larger one
+        for own in subgroups(GROUP):
+            U, S, _ = torch.linalg.svd(rho[own].mean(0))
+            if len(own) == size and abs(float(S[0]) - 1) < 1e-6 and float(S[1]) < 1e-6:
+                return U[:, 0]
+        raise AssertionError(size)
+
+    cases = [(three, fixed(three, 6), 4), (three, fixed(three, 4), 6), (turns, fixed(turns, 3), 8),
+             (turns, fixed(turns, 4), 6), (turns, fixed(turns, 2), 12), (turns, generic, 24)]  # fmt: skip
+    functions = torch.stack(
+        [
+            torch.einsum("i,gij,j->g", *((generic, rho, b) if side == "left" else (b, rho, generic)))
+            for rho, b, _ in cases
+        ],
+        1,
+    )
+    wanted = torch.tensor([size for *_, size in cases])
+    assert torch.equal(learned_group.orbits(GROUP, functions, 0.999), wanted)
+    distinct = torch.tensor([len(set(column.mul(1e6).round().tolist())) for column in functions.T])
+    assert (distinct <= wanted).all()
+    torch.testing.assert_close(learned_group.one_rank(GROUP, functions), torch.ones(6).double())
+
+
+def test_the_share_of_one_pair_of_vectors_is_that_of_the_largest_singular_value() -> None:
+    A = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(0)).double()).Q
+    M = A @ torch.diag(torch.tensor([2.0, 1.0, 0.0]).double()) @ A
+    both = torch.stack([torch.einsum("ij,gij->g", M, GROUP.irreps[i]) for i in (2, 3)], 1)
+    torch.testing.assert_close(learned_group.one_rank(GROUP, both), torch.tensor([0.8, 0.8]).double())
+    drawn = learned_group.of_one_rank(GROUP, both, torch.Generator().manual_seed(1))
+    torch.testing.assert_close(learned_group.one_rank(GROUP, drawn), torch.ones(2).double())
+    torch.testing.assert_close(drawn.norm(dim=0), both.norm(dim=0))
+    torch.testing.assert_close(irreps.lengths_inside(GROUP, drawn).argmax(0), torch.tensor([2, 3]))
+
+
+def test_random_functions_of_an_irrep_are_as_long_and_in_no_other() -> None:
+    functions = torch.stack([rho[:, 0, -1] for rho in GROUP.irreps], 1) + 0.1
+    drawn = irreps.redraw(GROUP, functions, torch.Generator().manual_seed(0))
+    wanted = torch.diag(irreps.lengths_inside(GROUP, functions).diagonal())
+    torch.testing.assert_close(irreps.lengths_inside(GROUP, drawn), wanted, atol=1e-9, rtol=0)
+
+
+def test_averages_go_by_squared_length_without_the_mean() -> None:
+    sign, other = GROUP.irreps[0][:, 0, 0], GROUP.irreps[2][:, 0, 0]
+    functions = torch.stack([2 * sign + 50, other / other.norm() * 24**0.5], 1)  # squared lengths 96 and 24
+    row = learned_group.looked_at(GROUP, functions)
+    assert row["2"] == pytest.approx(0.8) and row["rank"] == pytest.approx(1)
+    orbit, count = int(learned_group.orbits(GROUP, functions)[1]), int(learned_group.values(functions)[1])
+    assert row["values"] == pytest.approx(0.8 * 2 + 0.2 * count)
+    assert sum(row[str(k)] for k in (2, 3, 4, 6, 8, 12)) == pytest.approx(0.8 + 0.2 * (orbit < 24))
+
+
+def test_bounds_of_parts_hold_and_are_told_where_they_are_void() -> None:
+    """What is written by hand is proved right whole and by faithful irreps, in part with noise, and not turned over."""
+    draw = torch.Generator().manual_seed(0)
+    exact = {path: w.detach() for path, w in NETWORK.weights.items()}
+    noisy = {path: w + 0.2 * w.std() * torch.randn(w.shape, generator=draw) for path, w in exact.items()}
+    shares = {}
+    for name, weights in (("exact", exact), ("noisy", noisy), ("over", {HIDDEN: exact[HIDDEN], OUT: -exact[OUT]})):
+        made = cuts(TASK, weights)
+        rows = [row for cut in ("lump", "neurons by irrep") for row in learned_group.certified(TASK, made[cut][0])]
+        shares[name] = [row["share"] for row in rows]
+        for row in rows:
+            assert (row["bound"] is None) == (row["margin"] <= 0)
+            assert row["bound"] is None or row["bound"] >= round(576 * (1 - row["right"]))
+            proved = 0 if row["bound"] is None else max(0, 1 - int(row["bound"]) / 576)
+            assert row["share"] == pytest.approx(proved)
+    assert shares["exact"] == [1, 0, 0, 1, 1] and not any(shares["over"])
+    assert 0 < shares["noisy"][0] < 1

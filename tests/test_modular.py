@@ -238,3 +238,43 @@ def test_drawn_frequencies_are_other_ones_for_each_task_and_each_seed() -> None:
     assert [(task.p, task.sign) for task in target.tasks] == [(23, 1), (23, -1), (19, 1)]
     x = target.inputs()
     assert (target(x).argmax(1) == target.answers(x)).all()
+
+
+def test_an_addition_without_switches_needs_all_its_frequencies_on_every_sample() -> None:
+    target, switched = (modular.target_of(kind, 5) for kind in ("frequency, always on", "frequency"))
+    x = target.inputs()
+    torch.testing.assert_close(target(x), scores(switched.tasks[0], 23).float(), atol=1e-5, rtol=0)
+    assert target.embed.shape == (46, 20) and x.shape[1] == 46  # hidden from the axes, and no switch
+    truth = modular.truth_of("frequency, always on", target)
+    parts = apd.Components.from_matrices(truth, 4)
+    assert (apd.attributions.gradient(apd.Network(target, target.weights), parts, x) > 0).all()
+    own = modular.settings_of(("frequency, always on", 5, 5, "gentle"))
+    assert own["top_k"] == own["n_components"] == len(truth["hidden.weight"])
+    assert own | {"top_k": 1.0} == modular.settings_of(("frequency", 5, 5, "gentle"))
+
+
+@pytest.mark.parametrize("kind", ["task", "frequency"])
+def test_without_waves_switches_and_sizes_stay_and_nothing_is_added(kind: str) -> None:
+    before, after = modular.target_of(kind, 5), modular.target_of(f"{kind}, no waves", 5)
+    job = (modular.MECHANISMS[kind], 5, "strong")
+    assert modular.settings_of((f"{kind}, no waves", *job)) == modular.settings_of((kind, *job))
+    assert torch.equal(before.opens, after.opens) and torch.equal(before.embed, after.embed)
+    for path, old in before.mechanisms().items():
+        new = after.mechanisms()[path]
+        sizes = [torch.linalg.svdvals(m) for m in (old, new)]
+        torch.testing.assert_close(*sizes, atol=1e-4, rtol=1e-4)
+        cosines = torch.nn.functional.cosine_similarity(old.flatten(1), new.flatten(1))
+        assert cosines.abs().max() < 0.4
+    x = after.inputs()
+    assert float((after(x).argmax(1) == after.answers(x)).double().mean()) < 0.2
+    truth = modular.truth_of(f"{kind}, no waves", after)
+    parts = apd.Components.from_matrices(truth, 20)
+    x = after.data(512)(0, torch.Generator().manual_seed(0))
+    attributed = apd.attributions.gradient(apd.Network(after, after.weights), parts, x)
+    assert torch.equal(attributed > 1e-5, x[:, 2 * after.n :] > 0)  # on where its switch is, and nowhere else
+
+
+def test_parts_in_use_are_counted_by_both_matrices_together() -> None:
+    sizes = {"hidden.weight": [3.0, 0.0, 0.2, 0.0], "out.weight": [1.0, 2.0, 0.2, 0.0]}
+    parts = {path: torch.tensor(s)[:, None, None] * torch.ones(1, 1, 1) for path, s in sizes.items()}
+    assert modular.used(apd.Components.from_matrices(parts, 1)) == 2  # squares are 10, 4, 0.08 and 0
