@@ -40,7 +40,7 @@ from apd_minimal.losses import faithfulness, simplicity
 from apd_minimal.selection import TopK, batch_top_k, sample_top_k
 from apd_minimal.study import controls
 from apd_minimal.study.rate import Judge
-from apd_minimal.targets.induction import CIRCUIT_OF, CIRCUITS, Induction
+from apd_minimal.targets.induction import CIRCUIT_OF, CIRCUITS, OWNERS, Induction
 from experiments import architectures
 from experiments.experiment import Row, Rows, Study, Tensors, numbers
 from experiments.induced_network import TwoLayers
@@ -49,6 +49,7 @@ from experiments.modular import like
 Job = tuple[str, str, int]  # gates, start, seed
 TRUTHS = {"sequence": "circuit", "position": "role"}  # gates, and what is cheapest under them
 GROUPS = {"sequence": tuple(range(len(CIRCUITS))), "position": CIRCUIT_OF}  # the circuit of each true mechanism
+OF_HEADS = tuple(CIRCUIT_OF[own["o"]] for own in OWNERS.values())  # the circuit of each head
 ACTIVE = {"sequence": 1.0, "position": 0.25}  # of the truth, on a sequence or at a position
 ACTIVE_HEADS = 4 / 3  # on a sequence: induction has two heads, and each circuit is asked in a third of them
 TESTS = ("own error without", "others' error without", "own error alone", "others' error alone")
@@ -224,6 +225,14 @@ def cut_of(job: Job, target: Induction) -> dict[str, Tensor]:
     return target.mechanisms(TRUTHS[gates])
 
 
+def circuits_of(job: Job) -> tuple[int, ...]:
+    """Give the circuit of each part of the cut with which a run is compared."""
+    gates, start, _ = job
+    if start == "wrong":
+        return OF_HEADS if gates == "sequence" else GROUPS["sequence"]
+    return GROUPS[gates]
+
+
 def run(job: Job) -> tuple[list[Row], Tensors]:
     """Take one target apart, and measure what is owned, what it does, and the bits."""
     gates, start, seed = job
@@ -266,10 +275,10 @@ def run(job: Job) -> tuple[list[Row], Tensors]:
         "bits_dealt": finite(judge(network, dealt, x)),
         "seconds": round(seconds, 1),
     }
-    if start not in ("random", "wrong"):
-        groups = [[int(own.owner[j]) for j, g in enumerate(GROUPS[gates]) if g == c] for c in range(len(CIRCUITS))]
+    if start != "random":
+        as_known = [[j for j, g in enumerate(circuits_of(job)) if g == c] for c in range(len(CIRCUITS))]
+        groups = [[int(own.owner[j]) for j in group] for group in as_known]
         row["causal"] = causal(target, parts, groups, seed).tolist()
-        as_known = [[j for j, g in enumerate(GROUPS[gates]) if g == c] for c in range(len(CIRCUITS))]
         row["causal_start"] = causal(target, first, as_known, seed).tolist()
         row["causal_dealt"] = causal(target, dealt, groups, seed).tolist()
         if gates == "position":
