@@ -1,6 +1,6 @@
 """Create data/finds.json: circuits found from random starts, kept, and tested by what they do (chapter 36).
 
-python -m experiments.finds [--only again tests positions]          (half an hour of one core)
+python -m experiments.finds [--only again tests positions every]          (forty minutes of one core)
 
 "Again" makes runs of experiments/pieces.py once more, with the same settings and seeds, and keeps the components of the
 picks (data/finds.safetensors). Whether they are the same to the last digit is stored with them.
@@ -10,6 +10,11 @@ the pattern. For that, gates are per position, with a threshold that lets as man
 on is compared with where the circuits are needed. Then the circuits are cut by their matrices, and pieces that are on
 together at positions are merged by bits, at several numbers of pieces that are on; the judge takes the cheapest. That
 trains nothing. Beside it stand circuits dealt anew, the truth, the whole network as one lump, and a cut by heads.
+
+"Every" runs all sequences that ask one circuit or none with all masks of zeros and ones (`every_sequence`) in which
+the components of the circuit that is asked are on, and tries gates in between on some. On the first target it also says
+on how many sequences the most attributed component is the circuit's, and asks the same of the same parts dealt anew, of
+the truth and of a cut by heads. (For these, other targets are this one with other turns and tables.)
 
 "Positions" starts at random with gates per position, with the call of experiments/pieces.py as far as it fits. What was
 tried before on seed 90 is in "log".
@@ -28,7 +33,7 @@ from apd_minimal.batch import Batches
 from apd_minimal.study import controls
 from apd_minimal.study.rate import Judge
 from apd_minimal.targets.induction import CIRCUIT_OF, Induction
-from experiments import induction, pieces
+from experiments import every_sequence, induction, pieces
 from experiments.experiment import DATA, Row, Rows, Study, Tensors, factors, numbers, of
 
 Job = tuple[str, int]  # what, seed
@@ -209,6 +214,32 @@ def tests(job: Job) -> tuple[list[Row], Tensors]:
     return [row | untrained(target, seed)], {}
 
 
+def every(job: Job) -> tuple[list[Row], Tensors]:
+    """Run what was kept with every sequence and every mask; on the first target controls as well."""
+    _, seed = job
+    target = pieces.target_of(("as it is", seed))
+    found, _ = of("finds", f"again/{seed}/")
+    truth = target.mechanisms()
+    own = [[int(j)] for j in apd.metrics.ownership(found, truth).owner]
+    parts = {"found": (found, own)}
+    heads = [[h for h, c in enumerate(induction.OF_HEADS) if c == circuit] for circuit in range(len(own))]
+    if seed == SEEDS[0]:
+        parts |= {
+            "truth": (apd.Components.from_matrices(truth), [[0], [1], [2]]),
+            "dealt": (controls.dealt(found, seed), own),
+            "heads": (apd.Components.from_matrices(induction.heads(target)), heads),
+        }
+    rows: list[Row] = []
+    for name, (components, groups) in parts.items():
+        began = time.process_time()
+        row = every_sequence.verified(target, components, groups)
+        if name == "found" and seed == SEEDS[0]:
+            row["chosen"] = every_sequence.chosen(target, components, groups)
+        row["between"] = every_sequence.between(target, components, groups, seed)
+        rows.append({"parts": name, **row, "seconds": round(time.process_time() - began, 1)})
+    return rows, {}
+
+
 def positions_settings(seed: int) -> Row:
     """Give the settings of a run with gates per position: those of experiments/pieces.py as far as they fit.
 
@@ -283,9 +314,10 @@ EACH = Rows(
     settings=lambda job: numbers(positions_settings(job[1]), batch=BATCH),
     order=lambda job: job[1],
 )
+EVERY = Rows(("what", "seed"), lambda rows: [("every", seed) for seed in SEEDS], every, order=lambda job: job[1])
 STUDY = Study(
     "finds",
-    {"again": AGAINS, "tests": TESTS, "positions": EACH},
+    {"again": AGAINS, "tests": TESTS, "positions": EACH, "every": EVERY},
     about=lambda processes: {"processes": processes},
     compact=True,
 )

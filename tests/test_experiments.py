@@ -37,10 +37,8 @@ LISTS = [(study, name) for study in STUDIES for name in STUDIES[study].lists]
 
 def test_studies_are_those_that_make_data_runs() -> None:
     parts = {"basis_networks", "causal", "circuits", "layerwise_measures", "leaks_cases", "planted"}
-    parts |= {"planted_kinds", "drawn_digits", "planes", "induced_network", "determined", "reading", "trained"} | {
-        "every_mask",
-        "leaks_later",
-    }
+    parts |= {"planted_kinds", "drawn_digits", "planes", "induced_network", "determined", "reading", "trained"}
+    parts |= {"every_mask", "every_sequence", "leaks_later"}
     assert set(MODULES) - set(STUDIES) == {"__init__", "experiment", "sizes"} | parts
     planned = subprocess.run(["make", "-n", "data"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert set(STUDIES) <= set(planned.replace(";", " ").split())

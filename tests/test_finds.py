@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -89,3 +91,19 @@ def test_what_was_kept_is_what_was_stored() -> None:
         own = apd.metrics.ownership(kept, Induction(seed=row["seed"], lean=True).mechanisms())
         assert own.owned.tolist() == row["owned"]
         assert own.cosine.tolist() == pytest.approx(row["cosine"], abs=1e-3)
+
+
+def test_every_sequence_was_run_with_every_mask() -> None:
+    table = finds.STUDY.stored()["every"]
+    assert [r["seed"] for r in table if r["parts"] == "found"] == finds.SEEDS
+    assert {r["parts"] for r in table} == {"found", "truth", "dealt", "heads"}
+    for row in table:
+        inputs = [places * math.factorial(8) for places in (21, 7, 7, 1)]
+        free = [2, 3, 3, 4] if row["parts"] == "heads" else [2, 2, 2, 3]  # parts that no answer needs
+        assert row["inputs"] == inputs
+        assert row["runs"] == [n * 2**f for n, f in zip(inputs, free, strict=True)]
+        for alone, mean, worst, most in zip(
+            *(row[n] for n in ("alone", "scrubbed", "worst", "worst_input")), strict=True
+        ):
+            assert max(alone, mean) <= worst * (1 + 1e-6) and worst <= most * (1 + 1e-6)
+        assert row["between"]["worst"] >= row["between"]["corner"]

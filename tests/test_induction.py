@@ -276,3 +276,18 @@ def test_a_mark_is_needed_at_marked_letters_and_an_answer_at_questions(case: tup
     for role, here in (("table", (x >= n) & (x < 2 * n)), ("first: asker", x == 2 * n)):
         wanted = here if role.split(":")[0] in target.circuits else torch.zeros_like(here)
         assert torch.equal(uses[..., ROLES.index(role)], wanted)
+
+
+def test_near_a_wrong_cut_a_circuit_is_the_group_of_its_heads_or_one_part() -> None:
+    """Both exact cuts pass the four tests with these groups, and heads do not with others."""
+    target = Induction(seed=3)
+
+    def off(gates: str, start: str, circuits: tuple[int, ...]) -> float:
+        parts = apd.Components.from_matrices(study.cut_of((gates, start, 3), target))
+        groups = [[j for j, c in enumerate(circuits) if c == circuit] for circuit in range(3)]
+        return float((study.causal(target, parts, groups, 3) - torch.tensor([1.0, 0.0, 0.0, 1.0])).abs().max())
+
+    for gates in study.TRUTHS:
+        for start in ("truth", "wrong"):
+            assert off(gates, start, study.circuits_of((gates, start, 3))) < 0.01
+    assert off("sequence", "wrong", (0, 1, 2, 0)) > 0.9

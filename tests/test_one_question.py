@@ -129,3 +129,18 @@ def test_what_differs_between_the_kinds(
     assert net.embed.shape[1] == width
     assert trained == [steps]
     assert one_question.settings_of((kind, 3))["rank"] == rank
+
+
+def test_an_untrained_packed_network_is_where_training_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(net: TwoLayers, seed: int, **_: object) -> TwoLayers:  # the first two lines of `fit`
+        fitted.append(net)
+        return net.start(torch.Generator().manual_seed(seed))
+
+    fitted: list[TwoLayers] = []
+    monkeypatch.setattr(TwoLayers, "fit", start)
+    x = TwoLayers(3).data(16)(0, torch.Generator().manual_seed(0))
+    untrained, before = (one_question.target_of(kind, 3) for kind in ("packed, untrained", "packed"))
+    assert torch.equal(untrained(x), before(x))
+    assert fitted == [before]
+    assert one_question.settings_of(("packed, untrained", 3)) == one_question.settings_of(("packed", 3))
+    assert not any(p.requires_grad for p in untrained.parameters())
