@@ -56,6 +56,14 @@ WIDER: dict[str, dict[str, tuple[float, ...]]] = {  # where the choice above fel
         "transcoder with skip": (0.2, 0.4, 0.7),
     },
     "tms-5-2": {"SAE, L1": (0.003, 0.01, 0.03, 0.1, 0.3, 1.0), "transcoder with skip": (0.2, 0.4, 0.7)},
+    "50": {  # where two kinds of autoencoders were run for this only
+        "SAE, L1, layer 0": (0.003, 0.01, 0.03, 0.1, 0.3, 1.0),
+        "SAE, TopK, layer 0": (1, 2, 3, 4, 6),
+        "SAE, BatchTopK, layer 0": (0.5, 0.7, 1.0, 1.5, 2.5, 4.0),
+    },
+    "25-25": dict.fromkeys(
+        ("SAE, BatchTopK, layer 0", "SAE, BatchTopK, layer 1", "crosscoder"), (0.5, 0.7, 1.0, 1.5, 2.5, 4.0)
+    ),
 }
 SPLIT = {"tms-5-2": (range(10, 13), (1, 2, 4, 8)), "tms-40-10": (range(20, 23), (1, 2, 4, 8))}
 Target = TMS | ResidualMLP
@@ -86,7 +94,11 @@ def dictionaries(target: Target) -> dict[str, Row]:
         found = {method: {"kind": kind, "reads": places[0]} for method, kind in KINDS.items()}
         layer = {"reads": "input of encode", "writes": "output of encode"}
     else:
-        found = {f"SAE, BatchTopK, layer {i}": batch | {"reads": place} for i, place in enumerate(places)}
+        found = {
+            f"{method}, layer {i}": {"kind": KINDS[method], "reads": place}
+            for method in AUTOENCODERS
+            for i, place in enumerate(places)
+        }
         layer = {"reads": "input of read.0", "writes": "output of write.0"}
     if len(places) > 1:
         found["crosscoder"] = batch | {"reads": places}
@@ -236,6 +248,8 @@ def run(job: tuple[str, int]) -> tuple[list[Row], Tensors]:
         rows["neurons"] |= directions(true, torch.eye(target.d_hidden))
         rows["singular vectors"] |= directions(true, torch.linalg.svd(weights["encode.weight"]).Vh)
     for method in dictionaries(target):
+        if isinstance(target, ResidualMLP) and method.startswith(("SAE, L1", "SAE, TopK")):
+            continue  # these are in `wider` alone
         network = target
         if method.endswith("untrained network"):
             network = TMS(*SIZES[name], identity=identity)
@@ -296,7 +310,7 @@ def split_run(job: tuple[str, int, int]) -> tuple[list[Row], Tensors]:
 
 
 def wider_run(job: tuple[str, int, str, float]) -> tuple[list[Row], Tensors]:
-    """Train one dictionary of a TMS with one sparsity; `bits_to_choose` are of other inputs than `bits`."""
+    """Train one dictionary with one sparsity; `bits_to_choose` are of other inputs than `bits`."""
     name, seed, method, sparsity = job
     target, _ = loaded(name, seed)
     row, found = chosen(target, seed, held_out(target, seed), method, target.recipe["n_components"], (sparsity,))
@@ -406,7 +420,7 @@ WIDE = Rows(
     fields=("target", "seed", "method", "sparsity"),
     jobs=lambda rows: [(n, s, m, v) for n, own in WIDER.items() for s in SEEDS[n] for m, vs in own.items() for v in vs],
     run=wider_run,
-    settings=lambda job: FIT,
+    settings=lambda job: LARGE if job[0] in residual.SIZES else FIT,
 )
 PARTS = {"runs": RUNS, "splitting": SPLITTING, "equal": EQUAL, "wider": WIDE}
 STUDY = Study(
