@@ -261,4 +261,6 @@ def test_imbalance_by_hand() -> None:
     tms.encode.weight.data = torch.tensor([[3.0, 0, 0, 0, 0], [0, 0, 0, 0, 0]])
     tms.decode.weight.data = torch.tensor([[0.0, 0], [0, 0], [1, 0], [0, 0], [0, 0]])
     assert networks.imbalance(tms, networks.change("plain", 5, 2, 0)) == pytest.approx((9 - 1) / (9 + 1))
-    assert networks.imbalance(tms, networks.change("scaled 4", 5, 2, 0)) == pytest.approx((144 - 1 / 16) / (144 + 1 / 16))
+    assert networks.imbalance(tms, networks.change("scaled 4", 5, 2, 0)) == pytest.approx(
+        (144 - 1 / 16) / (144 + 1 / 16)
+    )
