@@ -61,9 +61,6 @@ WIDER: dict[str, dict[str, tuple[float, ...]]] = {  # where the choice above fel
         "SAE, TopK, layer 0": (1, 2, 3, 4, 6),
         "SAE, BatchTopK, layer 0": (0.5, 0.7, 1.0, 1.5, 2.5, 4.0),
     },
-    "25-25": dict.fromkeys(
-        ("SAE, BatchTopK, layer 0", "SAE, BatchTopK, layer 1", "crosscoder"), (0.5, 0.7, 1.0, 1.5, 2.5, 4.0)
-    ),
 }
 SPLIT = {"tms-5-2": (range(10, 13), (1, 2, 4, 8)), "tms-40-10": (range(20, 23), (1, 2, 4, 8))}
 Target = TMS | ResidualMLP
