@@ -1,22 +1,19 @@
 """Create data/basis.*: one function in many bases, taken apart in each (chapter 31).
 
-python -m experiments.basis [--only apd | paths | balanced | untied] [--processes N]     (about 25 minutes of one core)
+python -m experiments.basis [--only apd | paths | balanced] [--processes N]       (about 20 minutes of one core)
 
 The targets are TMS 5-2 of data/tms.*, seeds 10 to 14, each as a network with an encoder and a decoder of its own
 (`basis_networks.Coder`), and the settings of APD are the recipe of TMS 5-2 as it stands, in every basis. Nothing was
 tuned. "Another start" is the control: the same basis, and another seed of the decomposition. The first row of each
 target has the settings and the start of data/whole.json. Components are stored as found, in their own basis.
 
-"balanced" came later, with the start of the runs as trained: two changes that no rotation is, and the same after the
-two matrices were balanced by what is in them (`basis_networks.balanced`); the last two targets came later still.
-"untied" has five networks whose decoder was trained as a matrix of its own, so that nothing makes the two balanced: as
-trained, mixed, and each balanced first. Their seeds, the recipe and the start are those of the others; each was run
-once.
+"balanced" came later, on the first three targets, with the start of the runs as trained: two changes that no rotation
+is, and the same after the two matrices were balanced by what is in them (`basis_networks.balanced`).
 """
 
 from __future__ import annotations
 
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,18 +22,7 @@ from torch import Tensor
 import apd_minimal as apd
 from apd_minimal import algorithm
 from experiments import spd
-from experiments.basis_networks import (
-    OPTIMISERS,
-    Change,
-    Coder,
-    Untied,
-    apart,
-    balanced,
-    change,
-    geometric,
-    imbalance,
-    mechanisms,
-)  # fmt: skip
+from experiments.basis_networks import OPTIMISERS, Change, Coder, apart, balanced, change, geometric, mechanisms
 from experiments.experiment import Row, Rows, Study, Tensors, factors, numbers, ownership_lists, prefix, taken_apart
 
 SEEDS = range(10, 15)
@@ -103,10 +89,10 @@ def run(job: tuple[str, int]) -> tuple[list[Row], Tensors]:
     return [row], factors(result.components.map(Tensor.detach), prefix(job))
 
 
-def balanced_run(job: tuple[str, int], tms: apd.targets.TMS | None = None) -> tuple[list[Row], Tensors]:
-    """Take one target apart whose hidden numbers were changed, as it is or balanced first: a stored one, or `tms`."""
+def balanced_run(job: tuple[str, int]) -> tuple[list[Row], Tensors]:
+    """Take one target apart whose hidden numbers were changed, as it is or balanced first."""
     name, seed = job
-    tms = tms or spd.stored_target("tms-5-2", seed)
+    tms = spd.stored_target("tms-5-2", seed)
     moved = change(name.removesuffix(", balanced"), tms.n_features, tms.d_hidden, seed)
     if name.endswith(", balanced"):
         moved = balanced(tms, moved)
@@ -115,25 +101,6 @@ def balanced_run(job: tuple[str, int], tms: apd.targets.TMS | None = None) -> tu
     rotated = float((moved.M @ moved.M.T - torch.eye(tms.d_hidden)).norm())
     row = {"seconds": seconds, "scores": result.scores, "from_a_rotation": rotated}
     return [row | ownership_lists(owned(in_plain(result.components, network, moved), tms))], {}
-
-
-@cache
-def untied(seed: int) -> Untied:
-    """Train a network whose decoder is a matrix of its own."""
-    return Untied().fit(seed)
-
-
-def untied_run(job: tuple[str, int]) -> tuple[list[Row], Tensors]:
-    """Do the same with a network whose two matrices were not tied in training, and say how balanced they are."""
-    name, seed = job
-    tms = untied(seed)
-    moved = change(name.removesuffix(", balanced"), tms.n_features, tms.d_hidden, seed)
-    moved = balanced(tms, moved) if name.endswith(", balanced") else moved
-    x = tms.data(4096)(0, torch.Generator().manual_seed(70_000 + seed))
-    with torch.no_grad():
-        error = float((tms(x) - x).square().mean() / x.square().mean())
-    ((row,), _) = balanced_run(job, tms)
-    return [row | {"imbalance": imbalance(tms, moved), "error": error}], {}
 
 
 def path(job: tuple[str, str, int]) -> tuple[list[Row], Tensors]:
@@ -158,18 +125,12 @@ APD = Rows(
 )
 BALANCED = Rows(
     fields=("basis", "seed"),
-    jobs=lambda rows: [(n, s) for s in SEEDS for n in ("scaled 4, balanced", "mixed 4", "mixed 4, balanced")],
+    jobs=lambda rows: [(n, s) for s in SEEDS[:3] for n in ("scaled 4, balanced", "mixed 4", "mixed 4, balanced")],
     run=balanced_run,
     settings=lambda job: numbers(recipe(apd.targets.TMS(5, 2), job)),
 )
-UNTIED = Rows(
-    fields=("basis", "seed"),
-    jobs=lambda rows: [(n, s) for s in SEEDS for n in ("plain", "plain, balanced", "mixed 4", "mixed 4, balanced")],
-    run=untied_run,
-    settings=lambda job: numbers(recipe(apd.targets.TMS(5, 2), job)),
-)
 PATHS = Rows(("optimiser", "change", "seed"), path_jobs, path, order=partial(tuple))
-STUDY = Study("basis", {"apd": APD, "paths": PATHS, "balanced": BALANCED, "untied": UNTIED})
+STUDY = Study("basis", {"apd": APD, "paths": PATHS, "balanced": BALANCED})
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

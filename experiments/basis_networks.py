@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 import apd_minimal as apd
-from apd_minimal.targets.training import train, xavier
 
 Cut = tuple[tuple[int, ...], tuple[int, ...]]  # sizes of the blocks of inputs, and of the hidden numbers
 
@@ -78,41 +77,10 @@ def change(name: str, n: int, d: int, seed: int) -> Change:
     return Change(Q, M)
 
 
-class Untied(apd.targets.TMS):
-    """A TMS 5-2 whose decoder is a matrix of its own, in training as well: relu(x W V + b)."""
-
-    def __init__(self) -> None:
-        super().__init__(5, 2)
-        self.decode = nn.Linear(2, 5, bias=False)  # type: ignore[assignment]
-
-    def fit(self, seed: int = 0, steps: int | None = None, batch_size: int | None = None) -> Untied:
-        """Train as `TMS.fit` does, on the same batches; the decoder is drawn after the encoder."""
-        data, generator = self.data(batch_size or 1024), torch.Generator().manual_seed(seed)
-        steps, parameters = steps or 5000, list(self.parameters())
-        with torch.no_grad():
-            for layer in (self.encode, self.decode):
-                xavier(layer.weight, generator)
-        optimiser = torch.optim.AdamW(parameters, lr=5e-3, weight_decay=0.01)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / steps)
-
-        def loss(step: int) -> Tensor:
-            x = data(step, generator)
-            return (self(x) - x).square().mean()
-
-        train(optimiser, schedule, steps, loss)
-        return self
-
-
 def whole_matrices(tms: apd.targets.TMS) -> dict[str, Tensor]:
-    """Give the encoder [n, d] and the decoder [d, n] of a TMS; if it is tied, the one is the transpose of the other."""
+    """Give the encoder [n, d] and the decoder [d, n] of a TMS, the one the transpose of the other."""
     W = tms.encode.weight.detach().T
-    return {"encode": W, "decode": tms.decode.weight.detach().T if isinstance(tms, Untied) else W.T}
-
-
-def imbalance(tms: apd.targets.TMS, change: Change) -> float:
-    """Give |W^T W - V V^T| over |W^T W| + |V V^T| of the two matrices after a change: 0 where they are balanced."""
-    W, V = (L @ m.double() @ R for path, m in whole_matrices(tms).items() for L, R in [change.matrices(path)])
-    return float((W.T @ W - V @ V.T).norm() / ((W.T @ W).norm() + (V @ V.T).norm()))
+    return {"encode": W, "decode": W.T}
 
 
 def balanced(tms: apd.targets.TMS, change: Change) -> Change:
@@ -133,9 +101,8 @@ def _power(S: Tensor, power: float) -> Tensor:
 
 def mechanisms(tms: apd.targets.TMS) -> dict[str, Tensor]:
     """Give feature j's row of the encoder and its column of the decoder, as one mechanism: [J, d_in, d_out] each."""
-    whole = whole_matrices(tms)
-    rows = torch.diag_embed(whole["encode"].T).permute(1, 2, 0)  # [J, n, d]
-    return {"encode": rows, "decode": torch.diag_embed(whole["decode"]).transpose(0, 1)}  # the latter [J, d, n]
+    rows = torch.diag_embed(whole_matrices(tms)["encode"].T).permute(1, 2, 0)  # [J, n, d]
+    return {"encode": rows, "decode": rows.mT}
 
 
 class Coder(nn.Module):

@@ -236,31 +236,3 @@ def test_a_mixture_keeps_what_all_features_do_together_and_owns_nothing_of_a_tra
         other, owned = basis_others.judged(basis_others.mixed(own, seed), tms, Coder(tms, way), way.back)
         assert isinstance(other, apd.Components) and not any(owned)
         torch.testing.assert_close(other.sum("encode"), parts.sum("encode"))
-
-
-def test_an_untied_network_has_mechanisms_that_sum_to_both_matrices_and_is_balanced_to_the_same_function() -> None:
-    tms, way = networks.Untied().fit(seed=3, steps=40), networks.change("mixed 4", 5, 2, 7)
-    whole, truth = networks.whole_matrices(tms), networks.mechanisms(tms)
-    assert not torch.allclose(whole["encode"], whole["decode"].T, atol=0.1)
-    for j in range(5):  # one feature at a time: its row alone, and its column alone
-        assert truth["encode"][j].nonzero()[:, 0].unique().tolist() == [j]
-        assert truth["decode"][j].nonzero()[:, 1].unique().tolist() == [j]
-    for path, parts in truth.items():
-        torch.testing.assert_close(parts.sum(0), whole[path])
-    last = networks.balanced(tms, way)
-    assert networks.imbalance(tms, last) < 1e-6 < 0.05 < networks.imbalance(tms, networks.change("plain", 5, 2, 7))
-    x = torch.rand(20, 5, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        for moved in (way, last):
-            torch.testing.assert_close(Coder(tms, moved)(x), tms(x), atol=1e-5, rtol=1e-5)
-            torch.testing.assert_close(tms(x), torch.relu(x @ whole["encode"] @ whole["decode"] + tms.bias))
-
-
-def test_imbalance_by_hand() -> None:
-    tms = networks.Untied()
-    tms.encode.weight.data = torch.tensor([[3.0, 0, 0, 0, 0], [0, 0, 0, 0, 0]])
-    tms.decode.weight.data = torch.tensor([[0.0, 0], [0, 0], [1, 0], [0, 0], [0, 0]])
-    assert networks.imbalance(tms, networks.change("plain", 5, 2, 0)) == pytest.approx((9 - 1) / (9 + 1))
-    assert networks.imbalance(tms, networks.change("scaled 4", 5, 2, 0)) == pytest.approx(
-        (144 - 1 / 16) / (144 + 1 / 16)
-    )
