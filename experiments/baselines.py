@@ -104,6 +104,12 @@ def dictionaries(target: Target) -> dict[str, Row]:
     return found
 
 
+def in_table(target: Target) -> list[str]:
+    """List the dictionaries of the table; on residual networks L1 and TopK are in `wider` alone."""
+    later = ("SAE, L1", "SAE, TopK") if isinstance(target, ResidualMLP) else ()
+    return [method for method in dictionaries(target) if not method.startswith(later)]
+
+
 def held_out(target: Target, seed: int, n: int = 2048) -> Tensor:
     """Draw inputs that no training saw, from the source that all methods are trained on."""
     batches, generator = target.recipe["batches"], torch.Generator().manual_seed(70_000 + seed)
@@ -244,9 +250,7 @@ def run(job: tuple[str, int]) -> tuple[list[Row], Tensors]:
         rows["APD"] |= directions(true, leading(plain))
         rows["neurons"] |= directions(true, torch.eye(target.d_hidden))
         rows["singular vectors"] |= directions(true, torch.linalg.svd(weights["encode.weight"]).Vh)
-    for method in dictionaries(target):
-        if isinstance(target, ResidualMLP) and method.startswith(("SAE, L1", "SAE, TopK")):
-            continue  # these are in `wider` alone
+    for method in in_table(target):
         network = target
         if method.endswith("untrained network"):
             network = TMS(*SIZES[name], identity=identity)

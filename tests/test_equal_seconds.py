@@ -76,9 +76,7 @@ def test_every_dictionary_of_the_table_is_among_them() -> None:
     """But for that of an untrained network, which is a control, and that of the second layer, which is as the first."""
     for name, (_, methods) in baselines.EQUAL_SECONDS.items():
         target = baselines.loaded(name, baselines.SEEDS[name][0])[0]
-        assert set(methods) == {
-            m for m in baselines.dictionaries(target) if "untrained" not in m and "layer 1" not in m
-        }
+        assert set(methods) == {m for m in baselines.in_table(target) if "untrained" not in m and "layer 1" not in m}
 
 
 @pytest.mark.parametrize(("name", "kind"), [("L1", "relu"), ("TopK", "topk"), ("BatchTopK", "batch_topk")])
