@@ -56,6 +56,11 @@ WIDER: dict[str, dict[str, tuple[float, ...]]] = {  # where the choice above fel
         "transcoder with skip": (0.2, 0.4, 0.7),
     },
     "tms-5-2": {"SAE, L1": (0.003, 0.01, 0.03, 0.1, 0.3, 1.0), "transcoder with skip": (0.2, 0.4, 0.7)},
+    "50": {  # where two kinds of autoencoders were run for this only
+        "SAE, L1, layer 0": (0.003, 0.01, 0.03, 0.1, 0.3, 1.0),
+        "SAE, TopK, layer 0": (1, 2, 3, 4, 6),
+        "SAE, BatchTopK, layer 0": (0.5, 0.7, 1.0, 1.5, 2.5, 4.0),
+    },
 }
 SPLIT = {"tms-5-2": (range(10, 13), (1, 2, 4, 8)), "tms-40-10": (range(20, 23), (1, 2, 4, 8))}
 Target = TMS | ResidualMLP
@@ -86,13 +91,23 @@ def dictionaries(target: Target) -> dict[str, Row]:
         found = {method: {"kind": kind, "reads": places[0]} for method, kind in KINDS.items()}
         layer = {"reads": "input of encode", "writes": "output of encode"}
     else:
-        found = {f"SAE, BatchTopK, layer {i}": batch | {"reads": place} for i, place in enumerate(places)}
+        found = {
+            f"{method}, layer {i}": {"kind": KINDS[method], "reads": place}
+            for method in AUTOENCODERS
+            for i, place in enumerate(places)
+        }
         layer = {"reads": "input of read.0", "writes": "output of write.0"}
     if len(places) > 1:
         found["crosscoder"] = batch | {"reads": places}
     if isinstance(target, TMS) or len(places) == 1:  # else the layer is not the whole network
         found |= {"transcoder": batch | layer, "transcoder with skip": batch | layer | {"skip": True}}
     return found
+
+
+def in_table(target: Target) -> list[str]:
+    """List the dictionaries of the table; on residual networks L1 and TopK are in `wider` alone."""
+    later = ("SAE, L1", "SAE, TopK") if isinstance(target, ResidualMLP) else ()
+    return [method for method in dictionaries(target) if not method.startswith(later)]
 
 
 def held_out(target: Target, seed: int, n: int = 2048) -> Tensor:
@@ -235,7 +250,7 @@ def run(job: tuple[str, int]) -> tuple[list[Row], Tensors]:
         rows["APD"] |= directions(true, leading(plain))
         rows["neurons"] |= directions(true, torch.eye(target.d_hidden))
         rows["singular vectors"] |= directions(true, torch.linalg.svd(weights["encode.weight"]).Vh)
-    for method in dictionaries(target):
+    for method in in_table(target):
         network = target
         if method.endswith("untrained network"):
             network = TMS(*SIZES[name], identity=identity)
@@ -296,7 +311,7 @@ def split_run(job: tuple[str, int, int]) -> tuple[list[Row], Tensors]:
 
 
 def wider_run(job: tuple[str, int, str, float]) -> tuple[list[Row], Tensors]:
-    """Train one dictionary of a TMS with one sparsity; `bits_to_choose` are of other inputs than `bits`."""
+    """Train one dictionary with one sparsity; `bits_to_choose` are of other inputs than `bits`."""
     name, seed, method, sparsity = job
     target, _ = loaded(name, seed)
     row, found = chosen(target, seed, held_out(target, seed), method, target.recipe["n_components"], (sparsity,))
@@ -406,7 +421,7 @@ WIDE = Rows(
     fields=("target", "seed", "method", "sparsity"),
     jobs=lambda rows: [(n, s, m, v) for n, own in WIDER.items() for s in SEEDS[n] for m, vs in own.items() for v in vs],
     run=wider_run,
-    settings=lambda job: FIT,
+    settings=lambda job: LARGE if job[0] in residual.SIZES else FIT,
 )
 PARTS = {"runs": RUNS, "splitting": SPLITTING, "equal": EQUAL, "wider": WIDE}
 STUDY = Study(

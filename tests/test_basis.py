@@ -10,9 +10,10 @@ from torch import Tensor
 
 import apd_minimal as apd
 from apd_minimal import losses
+from apd_minimal.study import baselines
 from apd_minimal.targets import ResidualMLP
 from experiments import basis_networks as networks
-from experiments import basis_stream
+from experiments import basis_others, basis_stream
 from experiments.basis_networks import Change, Coder, OneScaleAdam
 
 N, D, C = 6, 3, 5
@@ -199,3 +200,39 @@ def test_balancing_leads_back_to_a_rotation_of_tied_weights(name: str) -> None:
     assert torch.linalg.eigvalsh(own).min() > 0
     if name == "mixed 4":  # neither a rotation to begin with nor one at right angles to the axes
         assert (moved.M @ moved.M.T - torch.eye(D).double()).norm() > 1
+
+
+def five() -> apd.targets.TMS:
+    """A TMS whose five features point away from each other in the plane, at other lengths."""
+    tms, angles = apd.targets.TMS(5, 2), 2 * torch.pi * torch.arange(5) / 5
+    tms.encode.weight.data = torch.stack([angles.cos(), angles.sin()]) * torch.linspace(0.8, 1.2, 5)
+    return tms
+
+
+@pytest.mark.parametrize("name", ["plain", "inputs rotated", "hidden rotated", "scaled 4"])
+def test_an_autoencoder_of_the_true_rows_owns_them_and_only_what_is_read_alone_counts(name: str) -> None:
+    tms, way = five(), networks.change(name, 5, 2, 7)
+    network, rows = Coder(tms, way), tms.encode.weight.detach().T @ way.M.float()
+    own = baselines.Dictionary([2], [2], 7, "topk", 1, centred=True)
+    own.decoder.data = torch.cat([rows[[1]] + rows[[2]], rows, -rows[:1]])
+    own.encoder.data = (own.decoder / own.decoder.norm(dim=1, keepdim=True)).detach().T.clone()
+    found, owned = basis_others.judged(own, tms, network, way.back)
+    assert isinstance(found, Tensor) and owned == [True] * 5
+    wanted = tms.encode.weight.detach().T
+    for row, true in zip(found[1:6], wanted, strict=True):
+        torch.testing.assert_close(row / row.norm(), true / true.norm())
+    own.kind, own.sparsity = "relu", 0.0  # every code now answers to the neighbours as well
+    assert basis_others.judged(own, tms, network, way.back)[1] == [False] * 5
+
+
+def test_a_mixture_keeps_what_all_features_do_together_and_owns_nothing_of_a_transcoder() -> None:
+    tms, way = five(), networks.change("plain", 5, 2, 7)
+    own = baselines.Dictionary([5], [2], 5, "batch_topk", 1.0)
+    own.decoder.data, own.encoder.data = tms.encode.weight.detach().T.clone(), torch.eye(5)
+    own.scale_in, own.scale_out = torch.full((5,), 3.0), torch.full((2,), 3.0)
+    parts, owned = basis_others.judged(own, tms, Coder(tms, way), way.back)
+    assert isinstance(parts, apd.Components) and owned == [True] * 5
+    for seed in range(3):
+        other, owned = basis_others.judged(basis_others.mixed(own, seed), tms, Coder(tms, way), way.back)
+        assert isinstance(other, apd.Components) and not any(owned)
+        torch.testing.assert_close(other.sum("encode"), parts.sum("encode"))

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from apd_minimal.targets import TMS
+from apd_minimal.study.dictionaries import Dictionary, activations
+from apd_minimal.targets import TMS, ResidualMLP
 from experiments import baselines
 
 
@@ -75,6 +76,39 @@ def test_every_dictionary_of_the_table_is_among_them() -> None:
     """But for that of an untrained network, which is a control, and that of the second layer, which is as the first."""
     for name, (_, methods) in baselines.EQUAL_SECONDS.items():
         target = baselines.loaded(name, baselines.SEEDS[name][0])[0]
-        assert set(methods) == {
-            m for m in baselines.dictionaries(target) if "untrained" not in m and "layer 1" not in m
-        }
+        assert set(methods) == {m for m in baselines.in_table(target) if "untrained" not in m and "layer 1" not in m}
+
+
+@pytest.mark.parametrize(("name", "kind"), [("L1", "relu"), ("TopK", "topk"), ("BatchTopK", "batch_topk")])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_an_autoencoder_of_one_layer_is_of_its_kind_reads_that_layer_and_is_judged_by_it(
+    name: str, kind: str, layer: int
+) -> None:
+    target, method = ResidualMLP(6, 30, (12, 12), seed=1), f"SAE, {name}, layer {layer}"
+    places = ["output of neurons.0", "output of neurons.1"]
+    assert baselines.dictionaries(target)[method] == {"kind": kind, "reads": places[layer]}
+    found = []
+    for rows in activations(target, torch.eye(6), places):
+        own = Dictionary([12], [12], 6)
+        own.decoder.data = rows
+        found.append(baselines.by_truth(target, method, own)["recovered_0.99"])
+    assert found[layer] == 6 and found[1 - layer] < 3
+
+
+def test_a_wider_grid_is_one_training_for_each_sparsity_with_the_steps_of_its_table(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def fit(*args: Any, **settings: Any) -> Any:
+        asked.append(settings)
+        return SimpleNamespace(best=None, sparsity=0.0, seconds=0.0, tried=[{"bits": [1.0]}])
+
+    monkeypatch.setattr(baselines.baselines, "choose", fit)
+    monkeypatch.setattr(baselines.baselines, "costs", lambda *args: [])
+    monkeypatch.setattr(baselines, "by_truth", lambda *args: {})
+    for job, steps in ((("50", 0, "SAE, L1, layer 0", 0.3), 400), (("tms-5-2", 10, "SAE, L1", 0.3), 1000)):
+        ((row,), _) = baselines.wider_run(job)
+        assert asked[-1]["grid"] == (0.3,) and asked[-1]["kind"] == "relu" and asked[-1]["steps"] == steps
+        assert row["bits_to_choose"] == [1.0]
+        assert baselines.WIDE.settings is not None and baselines.WIDE.settings(job)["steps"] == steps
