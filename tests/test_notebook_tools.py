@@ -19,6 +19,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
+from nbclient.exceptions import CellTimeoutError
 
 from apd_minimal.book import frames, notebook
 from apd_minimal.book.glue import CLAIM, GLUE_PREFIX, VERDICTS, claim, floored, glue
@@ -273,6 +274,18 @@ def test_execution_gives_the_same_notebook_twice(tmp_path: Path) -> None:
     assert "image/svg+xml" in first, "notebook.setup() makes figures SVG"
     assert f"('1', '{execute.THREADS}')" in json.dumps(made["cells"][-1]["outputs"])
     assert "widgets" not in made["metadata"]
+
+
+def test_a_chapter_whose_outputs_do_not_come_is_left_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.ipynb"
+    silent = chapter()
+    silent.cells[1].source = "get_ipython().kernel._publish_status = lambda *args, **more: None"  # never idle again
+    nbformat.write(silent, path)
+    before = path.read_bytes()
+    monkeypatch.setattr(execute, "OUTPUT_SECONDS", 1)
+    with pytest.raises(CellTimeoutError, match="output"):
+        execute.execute(path)
+    assert path.read_bytes() == before
 
 
 def test_a_chapter_that_fails_is_left_as_it_was(tmp_path: Path) -> None:

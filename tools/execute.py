@@ -39,6 +39,7 @@ ENVIRONMENT = {
 }
 KEPT_METADATA = ("tags", "mystnb")
 CELL_SECONDS = 1800  # ten times what the longest cell takes
+OUTPUT_SECONDS = 60  # for the outputs of a cell that has run: on a busy machine they come late
 
 
 def _processor() -> str:
@@ -111,6 +112,7 @@ def execute(path: Path) -> float:
 
     Raises:
         nbclient.exceptions.CellExecutionError: if a cell raises.
+        nbclient.exceptions.CellTimeoutError: if a cell takes too long, or its outputs do not come.
     """
     notebook = nbformat.read(path, as_version=4)
     setup_cell.write(notebook)
@@ -121,6 +123,8 @@ def execute(path: Path) -> float:
     client = NotebookClient(
         notebook,
         timeout=CELL_SECONDS,
+        iopub_timeout=OUTPUT_SECONDS,
+        raise_on_iopub_timeout=True,
         kernel_name="python3",
         record_timing=False,
         store_widget_state=False,
