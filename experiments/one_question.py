@@ -42,7 +42,7 @@ from experiments.induction import OneAtATime
 
 Job = tuple[str, int]  # kind of target, seed
 BATCH = 128
-SEEDS = {"packed": 5, "trained": 7, "wide": 5, "longer": 5, "packed, untrained": 3}
+SEEDS = {"packed": 5, "trained": 7, "wide": 5, "longer": 5, "packed, untrained": 5}
 SETTINGS: Row = induced.SETTINGS | {
     "n_components": 4, "rank": 12, "restarts": 6, "top_k": ((0.0, 4.0), (0.3, 1.5), (0.6, 1.0)),
     "simplicity": ((0.0, 100.0), (0.7, 0.03)),
