@@ -47,7 +47,7 @@ ONE_GROUP = {"irrep, S3": 2, "irrep, D5": 3, "irrep, A4": 2, "irrep, S5": 3}  # 
 MECHANISMS |= ONE_GROUP
 THREE = (["S4", "D12", "Z24"], [(2,), (3, 7), (0, 4)])
 FIRST = 8700
-OTHERS = {"apart": (2, 4, 6), "shared": (2, 4, 6)}  # numbers of components on the first seed
+OTHERS = {"apart": (2, 4, 6), "shared": (2, 4, 6)}  # other numbers of components, on five targets
 GENTLE: dict[str, Any] = {
     "steps": 800, "faithfulness": 10.0, "minimality": 20.0, "scrub": 10.0, "simplicity": ((0.0, 60.0), (0.7, 0.0)),
 }  # fmt: skip
@@ -72,7 +72,7 @@ def jobs() -> list[Job]:
     rest = [kind for kind in MECHANISMS if "," in kind and kind not in ONE_GROUP]
     every += [(kind, MECHANISMS[kind], FIRST + i) for i in range(5) for kind in rest]
     every += [(kind, n, FIRST + 10 + i) for kind, n in ONE_GROUP.items() for i in range(5)]
-    return every + [(kind, n, FIRST) for kind, counts in OTHERS.items() for n in counts]
+    return every + [(kind, n, FIRST + i) for i in range(5) for kind, counts in OTHERS.items() for n in counts]
 
 
 def target_of(kind: str, seed: int) -> GroupOperations:
@@ -320,7 +320,7 @@ def trained_jobs() -> list[Job]:
     every += [("answers", 6, FIRST + i) for i in range(5, 10)]
     every += [("answers, untrained", 4, FIRST + i) for i in range(5)]
     every += [("trained, one each", 3, FIRST + i) for i in range(10)]
-    return every + [("trained, shared tokens", 3, FIRST + i) for i in range(5)] + [("trained", 6, FIRST)]
+    return every + [(*kind, FIRST + i) for i in range(5) for kind in (("trained, shared tokens", 3), ("trained", 6))]
 
 
 def run_trained(job: Job) -> tuple[list[Row], Tensors]:
