@@ -270,6 +270,7 @@ def run_log(job: Job) -> tuple[list[Row], Tensors]:
         "summed": [[round(v, 3) for v in induction.summed(c, truth)] for c in every],
         "sum": [float(apd.metrics.relative_faithfulness(c, network.weights)) for c in every],
         "scores": found.scores,
+        "faithfulness": rule["faithfulness"],
         "moments": seen,
         "seconds": round(time.process_time() - start, 1),
     }], {}  # fmt: skip
