@@ -58,7 +58,7 @@ METHODS = ("gradient", "SPD", "no k", "untrained", *ESTIMATORS[1:])
 LATER: dict[tuple[str, str], int] = {  # kinds that came later: methods in the order in which they ran, and targets
     ("induction", "untrained"): 5, ("tokens", "untrained"): 5, ("induction", "gradient"): 5,
     ("tokens", "gradient"): 5, ("tokens", "ablation"): 5, ("tokens", "shapley"): 5, ("tokens", "SPD"): 5,
-    ("induction", "ablation"): 3, ("induction", "SPD"): 2, ("tokens", "no k"): 5, ("induction", "no k"): 2,
+    ("induction", "ablation"): 5, ("induction", "SPD"): 5, ("tokens", "no k"): 5, ("induction", "no k"): 5,
 }  # fmt: skip
 RESTARTS, BATCH = 4, 256
 CHANGES = (  # of the rule without a k
