@@ -1,6 +1,6 @@
 """Create data/each_method.json: what each method finds on networks written by hand, with all else equal (chapter 38).
 
-python -m experiments.each_method [--only frequency shared] [--processes N]      (over two hours of one core)
+python -m experiments.each_method [--only frequency shared] [--processes N]      (three and a half hours of one core)
 
 The targets are those of chapters 35 to 37: five frequencies of an addition, three tasks, three groups on shared tokens
 or on vocabularies of their own, and induction beside two other circuits; each seed draws other bases. "tokens" is the

@@ -1,6 +1,6 @@
 """Create data/induction.json: three circuits in the same weights taken apart, with gates per sequence and per position.
 
-python -m experiments.induction [--only sequence position ...] [--processes N]          (about five minutes of one core)
+python -m experiments.induction [--only sequence position ...] [--processes N]     (about twenty minutes of one core)
 
 Chapter 36. The target is written by hand (`targets.Induction`), so that nothing of it is trained. A run has gates for
 whole sequences, where the cheapest mechanisms are the three circuits, or for each position, where they are the six
