@@ -1,6 +1,6 @@
 """Create data/judged.json: bits of stored decompositions beside controls of every kind (chapter 25).
 
-python -m experiments.judged [--only tms-5-2 | residual-25-25 | ...] [--processes N]     (about five minutes of a core)
+python -m experiments.judged [--only tms-5-2 | residual-25-25 | ...] [--processes N]     (about seven minutes of a core)
 
 Nothing is trained. Beside what was found stand the true mechanisms where they are known; decompositions that need no
 training (singular directions, neurons, the columns of each matrix, one lump); and what was found, spoiled: each
