@@ -1,6 +1,6 @@
 """Create data/judged.json: bits of stored decompositions beside controls of every kind (chapter 25).
 
-python -m experiments.judged [--only tms-5-2 | residual-25-25 | ...] [--processes N]     (about five minutes of a core)
+python -m experiments.judged [--only tms-5-2 | residual-25-25 | ...] [--processes N]     (about seven minutes of a core)
 
 Nothing is trained. Beside what was found stand the true mechanisms where they are known; decompositions that need no
 training (singular directions, neurons, the columns of each matrix, one lump); and what was found, spoiled: each
@@ -33,11 +33,12 @@ BITS = (0.01, 0.03, 0.1, 0.3, 1.0)  # errors of distributions
 SEEDS = {
     "tms-5-2": range(10, 20),
     "tms-5-2 rotated": range(10, 20),
-    "tms-40-10": range(20, 25),
+    "tms-40-10": range(20, 30),
+    "tms-40-10 rotated": range(20, 30),
     "gated": range(10),
     "residual-50": range(5),
-    "residual-25-25": range(2),
-    "residual-17-17-16": range(1),
+    "residual-25-25": range(5),
+    "residual-17-17-16": range(3),
     "perceptron": range(4),
 }
 Job = tuple[str, int]  # target, seed

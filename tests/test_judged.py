@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import apd_minimal as apd
+from experiments import judge
 from experiments.judged import columns, halved, lump, neurons, paired, singular
 from experiments.leaks_cases import Case, PartOf, random_parts, set_bits, shuffled
 
@@ -38,6 +39,14 @@ def test_controls_that_need_no_training_sum_to_the_weights(embedding: Tensor | N
     assert [c.n_components for c in sets.values()] == [8, 4, 9 + 4 if embedding is None else 4 + 3 + 4, 1]
     ranks = torch.stack(list(sets["neurons"].ranks().values()))
     assert (ranks == 1).all(), "a neuron reads and writes"
+
+
+def test_a_rotated_target_is_rotated_once_and_the_stored_one_stays() -> None:
+    """Targets are loaded once in a process, and many jobs ask for the same one."""
+    W, Q = judge.target_of("tms-5-2", 10).encode.weight.clone(), torch.linalg.qr(draw(5, 5, seed=10)).Q
+    for _ in range(2):
+        assert torch.allclose(judge.target_of("tms-5-2 rotated", 10).encode.weight, W @ Q, atol=1e-6)
+        assert torch.equal(judge.target_of("tms-5-2", 10).encode.weight, W)
 
 
 def test_a_column_of_a_reading_matrix_is_what_one_feature_is_multiplied_by() -> None:
