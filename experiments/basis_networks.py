@@ -129,9 +129,8 @@ def moved_matrices(tms: apd.targets.TMS, change: Change) -> tuple[Tensor, Tensor
     return W, V
 
 
-def imbalance(tms: apd.targets.TMS, change: Change) -> float:
-    """Give |W^T W - V V^T| over |W^T W| + |V V^T| of the two matrices after a change: 0 where they are balanced."""
-    W, V = moved_matrices(tms, change)
+def imbalance(W: Tensor, V: Tensor) -> float:
+    """Give |W^T W - V V^T| over |W^T W| + |V V^T| of W [n, d] and V [d, n]: 0 where they are balanced."""
     return float((W.T @ W - V @ V.T).norm() / ((W.T @ W).norm() + (V @ V.T).norm()))
 
 
@@ -153,7 +152,11 @@ def _power(S: Tensor, power: float) -> Tensor:
 
 def mechanisms(tms: apd.targets.TMS) -> dict[str, Tensor]:
     """Give feature j's row of the encoder and its column of the decoder, as one mechanism: [J, d_in, d_out] each."""
-    whole = whole_matrices(tms)
+    return by_feature(whole_matrices(tms))
+
+
+def by_feature(whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Do so for any encoder [n, d] and decoder [d, n]."""
     rows = torch.diag_embed(whole["encode"].T).permute(1, 2, 0)  # [J, n, d]
     return {"encode": rows, "decode": torch.diag_embed(whole["decode"]).transpose(0, 1)}
 
@@ -215,6 +218,37 @@ class Coder(nn.Module):
             for path, matrix in matrices.items()
             for i, block in enumerate(blocks(path, matrix, self.cut))
         }
+
+
+class InUnits(Coder):
+    """The same function again, each feature measured in a unit of its own: relu(((x u) W' V') / u + b).
+
+    The units u [n] make the row and the column of every feature equally long: W' = W / u by rows, V' = V u by columns.
+    They need inputs that are features; nothing that an M does between the matrices has the same effect.
+
+    Args:
+        tms: in its own basis.
+        change: of the hidden numbers; inputs must stay as they are.
+    """
+
+    units: Tensor
+
+    def __init__(self, tms: apd.targets.TMS, change: Change) -> None:
+        super().__init__(tms, change)
+        W, V = moved_matrices(tms, change)
+        self.register_buffer("units", (W.norm(dim=1) / V.norm(dim=0)).sqrt().to(self.bias))
+        self.encode[0].weight.data /= self.units
+        self.decode[0].weight.data *= self.units[:, None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Reconstruct x [..., n]."""
+        return torch.relu(self.decode[0](self.hidden(x * self.units)) / self.units + self.bias)
+
+    def whole(self, components: apd.Components) -> apd.Components:
+        """Give components of "encode" and "decode", in the units of the inputs."""
+        own = super().whole(components)
+        encode, decode = (own.matrices(path) for path in ("encode", "decode"))
+        return apd.Components.from_matrices({"encode": encode * self.units[:, None], "decode": decode / self.units})
 
 
 def blocks(path: str, matrix: Tensor, cut: Cut) -> list[Tensor]:

@@ -248,7 +248,8 @@ def test_an_untied_network_has_mechanisms_that_sum_to_both_matrices_and_is_balan
     for path, parts in truth.items():
         torch.testing.assert_close(parts.sum(0), whole[path])
     last = networks.balanced(tms, way)
-    assert networks.imbalance(tms, last) < 1e-6 < 0.05 < networks.imbalance(tms, networks.change("plain", 5, 2, 7))
+    off = [networks.imbalance(*networks.moved_matrices(tms, m)) for m in (networks.change("plain", 5, 2, 7), way, last)]
+    assert off[2] < 1e-6 < 0.05 < min(off[:2])
     x = torch.rand(20, 5, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(tms(x), torch.relu(x @ whole["encode"] @ whole["decode"] + tms.bias))
@@ -269,9 +270,9 @@ def test_imbalance_by_hand() -> None:
     tms = networks.Untied(1)
     tms.encode.weight.data = torch.tensor([[3.0, 0, 0, 0, 0], [0, 0, 0, 0, 0]])
     tms.decode.weight.data = torch.tensor([[0.0, 0], [0, 0], [1, 0], [0, 0], [0, 0]])
-    plain, scaled = (networks.change(name, 5, 2, 0) for name in ("plain", "scaled 4"))
-    assert networks.imbalance(tms, plain) == pytest.approx((9 - 1) / (9 + 1))
-    assert networks.imbalance(tms, scaled) == pytest.approx((144 - 1 / 16) / (144 + 1 / 16))
+    for name, wanted in (("plain", (9 - 1) / (9 + 1)), ("scaled 4", (144 - 1 / 16) / (144 + 1 / 16))):
+        found = networks.imbalance(*networks.moved_matrices(tms, networks.change(name, 5, 2, 0)))
+        assert found == pytest.approx(wanted)
 
 
 def test_carried_are_the_features_that_come_through() -> None:
@@ -294,3 +295,16 @@ def test_the_halves_of_an_owner_are_compared_each_with_its_own() -> None:
     assert found["encode_length_ratio"] == pytest.approx([0.5] * 5, abs=1e-5)
     assert found["decode_cosine"] == pytest.approx([1, 0.6, 1, 1, 1], abs=1e-5)
     assert found["decode_length_ratio"] == pytest.approx([1.5] * 5, abs=1e-5)
+
+
+def test_in_units_of_its_own_every_feature_is_balanced_and_the_function_stays() -> None:
+    tms, way = networks.Untied(2).fit(seed=3, steps=40), networks.change("plain", 5, 2, 7)
+    network, x = networks.InUnits(tms, way), torch.rand(20, 5, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(network(x), tms(x), atol=1e-5, rtol=1e-5)
+    W, V = (getattr(network, path)[0].weight.detach().T for path in ("encode", "decode"))
+    torch.testing.assert_close(W.norm(dim=1), V.norm(dim=0))
+    assert (network.units.log().abs() > 0.1).any()
+    parts = {f"{path}.0.weight": m.detach()[None] for path, m in (("encode", W), ("decode", V))}
+    for path, m in networks.whole_matrices(tms).items():
+        torch.testing.assert_close(network.whole(apd.Components.from_matrices(parts)).matrices(path)[0], m)
