@@ -144,7 +144,7 @@ def untied_run(job: tuple[int, str, int]) -> tuple[list[Row], Tensors]:
     draws, name, seed = job
     tms = untied(draws, seed)
     row, components, network, moved = rescaled((name, seed), tms)
-    W, V = (layer[0].weight.detach().T for layer in (network.encode, network.decode))
+    W, V = (network.get_parameter(path).detach().T for path in network.weights)
     x, carried = tms.data(4096)(0, torch.Generator().manual_seed(70_000 + seed)), tms.carried
     with torch.no_grad():
         row["error"] = float((tms(x) - x).square().mean() / x.square().mean())

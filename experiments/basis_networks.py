@@ -237,8 +237,8 @@ class InUnits(Coder):
         super().__init__(tms, change)
         W, V = moved_matrices(tms, change)
         self.register_buffer("units", (W.norm(dim=1) / V.norm(dim=0)).sqrt().to(self.bias))
-        self.encode[0].weight.data /= self.units
-        self.decode[0].weight.data *= self.units[:, None]
+        self.get_parameter("encode.0.weight").data /= self.units
+        self.get_parameter("decode.0.weight").data *= self.units[:, None]
 
     def forward(self, x: Tensor) -> Tensor:
         """Reconstruct x [..., n]."""
