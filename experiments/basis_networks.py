@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import apd_minimal as apd
+from apd_minimal.targets.training import train, xavier
 
 Cut = tuple[tuple[int, ...], tuple[int, ...]]  # sizes of the blocks of inputs, and of the hidden numbers
 
@@ -77,10 +78,60 @@ def change(name: str, n: int, d: int, seed: int) -> Change:
     return Change(Q, M)
 
 
+class Untied(apd.targets.TMS):
+    """A TMS 5-2 whose decoder is a matrix of its own, in training as well: relu(x W V + b).
+
+    Args:
+        draws: 1 starts the decoder as the transpose of the encoder, so that both start as the tied network does; 2
+            draws a start of its own for it.
+    """
+
+    def __init__(self, draws: int) -> None:
+        super().__init__(5, 2)
+        self.draws = draws
+        self.decode = nn.Linear(2, 5, bias=False)  # type: ignore[assignment]
+
+    def fit(self, seed: int = 0, steps: int | None = None, batch_size: int | None = None) -> Untied:
+        """Train as `TMS.fit` does, with the same settings."""
+        data, generator = self.data(batch_size or 1024), torch.Generator().manual_seed(seed)
+        steps = steps or 5000
+        xavier(self.encode.weight, generator)
+        with torch.no_grad():
+            self.decode.weight.copy_(self.encode.weight.T)
+        if self.draws == 2:
+            xavier(self.decode.weight, generator)
+        optimiser = torch.optim.AdamW(self.parameters(), lr=5e-3, weight_decay=0.01)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / steps)
+
+        def loss(step: int) -> Tensor:
+            x = data(step, generator)
+            return (self(x) - x).square().mean()
+
+        train(optimiser, schedule, steps, loss)
+        return self
+
+    @property
+    def carried(self) -> Tensor:
+        """Which features come through [n]: of a feature alone, at 1, at least a half comes out at its own output."""
+        with torch.no_grad():
+            return self(torch.eye(self.n_features)).diag() >= 0.5
+
+
 def whole_matrices(tms: apd.targets.TMS) -> dict[str, Tensor]:
-    """Give the encoder [n, d] and the decoder [d, n] of a TMS, the one the transpose of the other."""
+    """Give the encoder [n, d] and the decoder [d, n] of a TMS; if it is tied, the one is the transpose of the other."""
     W = tms.encode.weight.detach().T
-    return {"encode": W, "decode": W.T}
+    return {"encode": W, "decode": tms.decode.weight.detach().T if isinstance(tms, Untied) else W.T}
+
+
+def moved_matrices(tms: apd.targets.TMS, change: Change) -> tuple[Tensor, Tensor]:
+    """Give the encoder [n, d] and the decoder [d, n] after a change, in double precision."""
+    W, V = (L @ m.double() @ R for path, m in whole_matrices(tms).items() for L, R in [change.matrices(path)])
+    return W, V
+
+
+def imbalance(W: Tensor, V: Tensor) -> float:
+    """Give |W^T W - V V^T| over |W^T W| + |V V^T| of W [n, d] and V [d, n]: 0 where they are balanced."""
+    return float((W.T @ W - V @ V.T).norm() / ((W.T @ W).norm() + (V @ V.T).norm()))
 
 
 def balanced(tms: apd.targets.TMS, change: Change) -> Change:
@@ -88,7 +139,7 @@ def balanced(tms: apd.targets.TMS, change: Change) -> Change:
 
     It is read off the changed matrices alone, whose hidden numbers it maps by a symmetric positive matrix.
     """
-    W, V = (L @ m.double() @ R for path, m in whole_matrices(tms).items() for L, R in [change.matrices(path)])
+    W, V = moved_matrices(tms, change)
     G, H = W.T @ W, V @ V.T
     half, inverse = _power(G, 0.5), _power(G, -0.5)
     return Change(change.Q, change.M @ _power(inverse @ _power(half @ H @ half, 0.5) @ inverse, 0.5))
@@ -101,8 +152,13 @@ def _power(S: Tensor, power: float) -> Tensor:
 
 def mechanisms(tms: apd.targets.TMS) -> dict[str, Tensor]:
     """Give feature j's row of the encoder and its column of the decoder, as one mechanism: [J, d_in, d_out] each."""
-    rows = torch.diag_embed(whole_matrices(tms)["encode"].T).permute(1, 2, 0)  # [J, n, d]
-    return {"encode": rows, "decode": rows.mT}
+    return by_feature(whole_matrices(tms))
+
+
+def by_feature(whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Do so for any encoder [n, d] and decoder [d, n]."""
+    rows = torch.diag_embed(whole["encode"].T).permute(1, 2, 0)  # [J, n, d]
+    return {"encode": rows, "decode": torch.diag_embed(whole["decode"]).transpose(0, 1)}
 
 
 class Coder(nn.Module):
@@ -162,6 +218,37 @@ class Coder(nn.Module):
             for path, matrix in matrices.items()
             for i, block in enumerate(blocks(path, matrix, self.cut))
         }
+
+
+class InUnits(Coder):
+    """The same function again, each feature measured in a unit of its own: relu(((x u) W' V') / u + b).
+
+    The units u [n] make the row and the column of every feature equally long: W' = W / u by rows, V' = V u by columns.
+    They need inputs that are features; nothing that an M does between the matrices has the same effect.
+
+    Args:
+        tms: in its own basis.
+        change: of the hidden numbers; inputs must stay as they are.
+    """
+
+    units: Tensor
+
+    def __init__(self, tms: apd.targets.TMS, change: Change) -> None:
+        super().__init__(tms, change)
+        W, V = moved_matrices(tms, change)
+        self.register_buffer("units", (W.norm(dim=1) / V.norm(dim=0)).sqrt().to(self.bias))
+        self.get_parameter("encode.0.weight").data /= self.units
+        self.get_parameter("decode.0.weight").data *= self.units[:, None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Reconstruct x [..., n]."""
+        return torch.relu(self.decode[0](self.hidden(x * self.units)) / self.units + self.bias)
+
+    def whole(self, components: apd.Components) -> apd.Components:
+        """Give components of "encode" and "decode", in the units of the inputs."""
+        own = super().whole(components)
+        encode, decode = (own.matrices(path) for path in ("encode", "decode"))
+        return apd.Components.from_matrices({"encode": encode * self.units[:, None], "decode": decode / self.units})
 
 
 def blocks(path: str, matrix: Tensor, cut: Cut) -> list[Tensor]:

@@ -12,8 +12,8 @@ import apd_minimal as apd
 from apd_minimal import losses
 from apd_minimal.study import baselines
 from apd_minimal.targets import ResidualMLP
+from experiments import basis, basis_others, basis_stream
 from experiments import basis_networks as networks
-from experiments import basis_others, basis_stream
 from experiments.basis_networks import Change, Coder, OneScaleAdam
 
 N, D, C = 6, 3, 5
@@ -236,3 +236,75 @@ def test_a_mixture_keeps_what_all_features_do_together_and_owns_nothing_of_a_tra
         other, owned = basis_others.judged(basis_others.mixed(own, seed), tms, Coder(tms, way), way.back)
         assert isinstance(other, apd.Components) and not any(owned)
         torch.testing.assert_close(other.sum("encode"), parts.sum("encode"))
+
+
+def test_an_untied_network_has_mechanisms_that_sum_to_both_matrices_and_is_balanced_to_the_same_function() -> None:
+    tms, way = networks.Untied(2).fit(seed=3, steps=40), networks.change("mixed 4", 5, 2, 7)
+    whole, truth = networks.whole_matrices(tms), networks.mechanisms(tms)
+    assert not torch.allclose(whole["encode"], whole["decode"].T, atol=0.1)
+    for j in range(5):  # one feature at a time: its row alone, and its column alone
+        assert truth["encode"][j].nonzero()[:, 0].unique().tolist() == [j]
+        assert truth["decode"][j].nonzero()[:, 1].unique().tolist() == [j]
+    for path, parts in truth.items():
+        torch.testing.assert_close(parts.sum(0), whole[path])
+    last = networks.balanced(tms, way)
+    off = [networks.imbalance(*networks.moved_matrices(tms, m)) for m in (networks.change("plain", 5, 2, 7), way, last)]
+    assert off[2] < 1e-6 < 0.05 < min(off[:2])
+    x = torch.rand(20, 5, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(tms(x), torch.relu(x @ whole["encode"] @ whole["decode"] + tms.bias))
+        for moved in (way, last):
+            torch.testing.assert_close(Coder(tms, moved)(x), tms(x), atol=1e-5, rtol=1e-5)
+
+
+def test_with_one_draw_an_untied_network_starts_as_the_tied_one() -> None:
+    """After one step of Adam no number has moved by more than a learning rate and the decay."""
+    tied, (one, two) = apd.targets.TMS(5, 2).fit(seed=3, steps=1), (networks.Untied(d).fit(3, 1) for d in (1, 2))
+    for tms in (one, two):
+        torch.testing.assert_close(tms.encode.weight, tied.encode.weight, atol=0.011, rtol=0)
+    gap = [(tms.decode.weight - tied.encode.weight.T).abs().max() for tms in (one, two)]
+    assert 1e-4 < gap[0] < 0.011 < 0.1 < gap[1]
+
+
+def test_imbalance_by_hand() -> None:
+    tms = networks.Untied(1)
+    tms.encode.weight.data = torch.tensor([[3.0, 0, 0, 0, 0], [0, 0, 0, 0, 0]])
+    tms.decode.weight.data = torch.tensor([[0.0, 0], [0, 0], [1, 0], [0, 0], [0, 0]])
+    for name, wanted in (("plain", (9 - 1) / (9 + 1)), ("scaled 4", (144 - 1 / 16) / (144 + 1 / 16))):
+        found = networks.imbalance(*networks.moved_matrices(tms, networks.change(name, 5, 2, 0)))
+        assert found == pytest.approx(wanted)
+
+
+def test_carried_are_the_features_that_come_through() -> None:
+    tms = networks.Untied(1)
+    tms.encode.weight.data = torch.tensor([[2.0, 0, 0, 1, 1], [0, 2.0, 0, 0, 0]])
+    tms.decode.weight.data = torch.tensor([[0.5, 0], [0, 0.2], [1, 1], [0.4, 0], [0.6, 0]])
+    tms.bias.data = torch.tensor([-0.3, 0.2, 0.0, 0.0, 0.0])  # out: 0.7, 0.6, 0, 0.4, 0.6
+    assert tms.carried.tolist() == [True, True, False, False, True]
+
+
+def test_the_halves_of_an_owner_are_compared_each_with_its_own() -> None:
+    tms = networks.Untied(2).fit(seed=3, steps=40)
+    true = networks.mechanisms(tms)
+    order = [3, 1, 4, 0, 2]
+    own = {"encode": true["encode"][order] / 2, "decode": true["decode"][order] * 1.5}
+    turn = torch.tensor([[0.6, -0.8], [0.8, 0.6]])
+    own["decode"][1] = turn @ own["decode"][1]  # component 1 stands for feature 1, half of it turned
+    found = basis.halves(apd.Components.from_matrices(own), tms)
+    assert found["encode_cosine"] == pytest.approx([1] * 5, abs=1e-5)
+    assert found["encode_length_ratio"] == pytest.approx([0.5] * 5, abs=1e-5)
+    assert found["decode_cosine"] == pytest.approx([1, 0.6, 1, 1, 1], abs=1e-5)
+    assert found["decode_length_ratio"] == pytest.approx([1.5] * 5, abs=1e-5)
+
+
+def test_in_units_of_its_own_every_feature_is_balanced_and_the_function_stays() -> None:
+    tms, way = networks.Untied(2).fit(seed=3, steps=40), networks.change("plain", 5, 2, 7)
+    network, x = networks.InUnits(tms, way), torch.rand(20, 5, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(network(x), tms(x), atol=1e-5, rtol=1e-5)
+    W, V = (getattr(network, path)[0].weight.detach().T for path in ("encode", "decode"))
+    torch.testing.assert_close(W.norm(dim=1), V.norm(dim=0))
+    assert (network.units.log().abs() > 0.1).any()
+    parts = {f"{path}.0.weight": m.detach()[None] for path, m in (("encode", W), ("decode", V))}
+    for path, m in networks.whole_matrices(tms).items():
+        torch.testing.assert_close(network.whole(apd.Components.from_matrices(parts)).matrices(path)[0], m)
