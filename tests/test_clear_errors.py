@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import apd_minimal as apd
+from apd_minimal.scale import layerwise
 from apd_minimal.selection import FinalSelection, Selection, TopK
 from apd_minimal.study.tune import Each, Tuned, tune
 from apd_minimal.tidy.merge import merge_and_prune
@@ -108,6 +109,28 @@ def wrong(outputs: Tensor, target_outputs: Tensor) -> Tensor:
 
 
 ONES = torch.ones(64, C)
+
+
+def spoilt(gates: Tensor, value: float) -> Tensor:
+    """The same gates, but for one."""
+    gates = gates.clone()
+    gates.view(-1)[7] = value
+    return gates
+
+
+def calls_with(value: float) -> dict[str, Callable[[], Any]]:
+    """The ways to run a mixture of components, with one gate of this value."""
+    bad = spoilt(ONES, value)
+    return {
+        "alone": lambda: NETWORK(X, COMPONENTS, bad),
+        "with the remainder": lambda: NETWORK(X, COMPONENTS, bad, remainder=True),
+        "for each weight": lambda: NETWORK(X, COMPONENTS, dict.fromkeys(WEIGHTS, bad)),
+        "in half precision": lambda: NETWORK(X, COMPONENTS, bad.half()),
+        "of restarts": lambda: NETWORK(X, COMPONENTS.stacked(), bad[None]),
+        "that are learned": lambda: NETWORK(X, COMPONENTS, bad.clone().requires_grad_()),
+    }
+
+
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     # Divergences and outputs.
     "a divergence without a derivative": (
@@ -186,9 +209,43 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: FinalSelection(TopK(1.0), threshold=torch.nan),
         "threshold must be .*, got nan",
     ),
-    "the largest of none": (lambda: apd.selection.batch_top_k(ONES[:0], 1.0), r"at least one sample, got .*\[0, 6\]"),
+    "the largest of none": (lambda: apd.selection.batch_top_k(ONES[:0], 1.0), r"at least one number, got .*\[0, 6\]"),
     "the largest of yes and no": (lambda: apd.selection.batch_top_k(ONES > 0, 1.0), "real numbers .*bool"),
     "the largest of complex numbers": (lambda: apd.selection.batch_top_k(ONES + 0j, 1.0), "real numbers .*complex64"),
+    # Gates and masks.
+    **{
+        f"{what} gates {how}": (call, "gates for 0.weight must be finite, got NaN or infinite numbers")
+        for what, bad in (("NaN", torch.nan), ("infinite", torch.inf))
+        for how, call in calls_with(bad).items()
+    },
+    "a NaN gate for one weight": (
+        lambda: NETWORK(X, COMPONENTS, dict(zip(WEIGHTS, (ONES, spoilt(ONES, torch.nan)), strict=True))),
+        "gates for 2.weight must be finite",
+    ),
+    "a mask of no sample": (
+        lambda: apd.losses.simplicity(COMPONENTS, ONES[:0]),
+        r"mask must hold at least one number, got .*\[0, 6\]",
+    ),
+    "bits of no sample": (
+        lambda: apd.metrics.description_length(COMPONENTS, ONES[:0]),
+        r"mask must hold at least one number, got .*\[0, 6\]",
+    ),
+    "errors of no sample": (
+        lambda: apd.losses.minimality(X[:0], X[:0]),
+        r"target_outputs must hold at least one number, got .*\[0, 5\]",
+    ),
+    "spared components of sevens": (
+        lambda: apd.metrics.scrubbing(NETWORK, COMPONENTS, X, 1.0, spared=7 * ONES),
+        "spared must be .*, numbers from 7 to 7",
+    ),
+    "similar masks of sevens": (
+        lambda: layerwise.similarity({"a": 7 * ONES}),
+        "masks: a must be .*, numbers from 7 to 7",
+    ),
+    "similar masks of no sample": (
+        lambda: layerwise.similarity({"a": ONES[:0]}),
+        "masks: a must hold at least one number",
+    ),
     # Metrics, data and files.
     "a mask of negative numbers": (lambda: apd.metrics.description_length(COMPONENTS, -ONES), "mask .* from -1 to -1"),
     "a mask of sevens": (lambda: apd.losses.simplicity(COMPONENTS, 7 * ONES), "mask must be .*, numbers from 7 to 7"),
