@@ -140,7 +140,7 @@ def generator(value: Any) -> None:
 
 
 def tensor(name: str, value: Any, *shape: Any, finite: bool = True, real: bool = False) -> Tensor:
-    """Check for a tensor of a shape: sizes, names of sizes that are not 0, and at most one `...` for any number of axes.
+    """Check for a tensor of a shape: sizes, names of sizes above 0, and at most one `...` for any number of axes.
 
     Raises:
         TypeError: no tensor, or none of floating point numbers, where `real` asks for them.
@@ -210,13 +210,7 @@ def inputs(x: Any) -> Tensor:
         TypeError, ValueError: no tensor, an empty one, or one with NaN or infinite numbers.
     """
     kind("x", x, Tensor, "one tensor [B, ...] (wrap a network that takes more in a module that takes one)")
-    if x.ndim == 0 or len(x) == 0:
-        raise ValueError(
-            f"x must be [B, ...] with B at least 1, got an empty batch: the first axis of x has size 0; {given(x)}"
-        )
-    if not x.isfinite().all():
-        raise ValueError(f"x holds NaN or infinite values, {given(x)}")
-    return x
+    return tensor("x", x, "B", ...)
 
 
 @contextmanager

@@ -70,7 +70,7 @@ def zeros(step: int, generator: torch.Generator) -> Tensor:
 def decompose(**changes: Any) -> apd.Decomposition:
     given: dict[str, Any] = {"top_k": None if "selection" in changes else 2.0, "steps": 6, "progress": False}
     given |= {"batches": batches, "weights": WEIGHTS}
-    return apd.decompose(TARGET, n_components=C, **(given | changes))
+    return apd.decompose(n_components=C, **({"target": TARGET} | given | changes))
 
 
 def tuned(**changes: Any) -> Tuned:
@@ -108,6 +108,17 @@ def wrong(outputs: Tensor, target_outputs: Tensor) -> Tensor:
     return (outputs.argmax(-1) != target_outputs.argmax(-1)).float()
 
 
+class Signs(nn.Module):
+    """A loss by signs, with a slope by its own weight alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+
+    def forward(self, outputs: Tensor, target_outputs: Tensor) -> Tensor:
+        return ((outputs.detach().sign() - target_outputs.sign()).square() * self.weight).mean(-1)
+
+
 ONES = torch.ones(64, C)
 
 
@@ -138,6 +149,23 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         "divergence must have",
     ),
     "a detached divergence": (lambda: decompose(divergence=lambda a, b: apd.losses.mse(a, b).detach()), "derivative"),
+    "a divergence that rounds": (
+        lambda: decompose(divergence=lambda a, b: apd.losses.mse((20 * a).round(), (20 * b).round())),
+        "divergence must have a slope by the outputs, got .*<lambda>, which goes from 19.1 .* to 0 near",
+    ),
+    "a divergence that has a slope by its own weight": (lambda: decompose(divergence=Signs()), "slope .*got .*Signs"),
+    "a divergence of signs in pieces": (
+        lambda: decompose(divergence=lambda a, b: (a.sign() - b.sign()).square().mean(-1), micro_batch=16),
+        "divergence must have a slope by the outputs",
+    ),
+    "outputs that are rounded": (
+        lambda: decompose(output=lambda o: (20 * o).round()),
+        "float32, have no slope by it: pick",
+    ),
+    "outputs that are rounded, and attributions by ablation": (
+        lambda: decompose(output=lambda o: (20 * o).round(), attribution=apd.attributions.ablation),
+        "float32, have no slope by it: pick",
+    ),
     "a divergence that counts": (lambda: decompose(divergence=lambda a, b: (a > b).sum(-1)), "divergence .*int64"),
     "a complex divergence": (
         lambda: decompose(divergence=lambda a, b: apd.losses.mse(a, b).to(torch.cfloat)),
@@ -384,6 +412,62 @@ def test_a_first_batch_in_which_nothing_happens_is_none_of_that() -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*no component had an attribution")
         decompose(batches=later, weights=WEIGHTS[:1])
+
+
+def saturating(outputs: Tensor, target_outputs: Tensor) -> Tensor:
+    """At most 1, and no slope from there on, as at the start of a run."""
+    return apd.losses.mse(1e3 * outputs, 1e3 * target_outputs).clamp_max(1)
+
+
+def tolerant(outputs: Tensor, target_outputs: Tensor) -> Tensor:
+    """Nothing, whatever the first outputs are."""
+    return (apd.losses.mse(outputs, target_outputs) - 100).relu()
+
+
+def where_on(outputs: Tensor, target_outputs: Tensor) -> Tensor:
+    """Only of outputs that the target has on: none, in batches of zeros."""
+    return ((outputs - target_outputs).square() * (target_outputs != 0)).mean(-1)
+
+
+@pytest.mark.parametrize("divergence", [saturating, tolerant, where_on, apd.losses.mse, apd.losses.kl])
+@pytest.mark.parametrize("first", [1.0, 0.0, 1e-6])
+def test_a_divergence_with_a_slope_is_taken_whatever_the_first_batch(
+    divergence: Callable[[Tensor, Tensor], Tensor], first: float
+) -> None:
+    """A batch in which nothing is on, or hardly anything, tells nothing against a loss."""
+
+    def later(step: int, generator: torch.Generator) -> Tensor:
+        return batches(step, generator) * (first if step == 0 else 1.0)
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        silent = nn.Sequential(nn.Linear(5, 4, bias=False), nn.ReLU(), nn.Linear(4, 3, bias=False))
+    assert decompose(target=silent, batches=later, divergence=divergence).finished
+
+
+def test_a_first_batch_on_which_the_components_are_right_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a run begins at the truth, every loss is 0, and its slope too."""
+    truth = apd.Components.from_matrices({path: w[None] for path, w in NETWORK.weights.items()})
+    truth = truth.map(lambda t: torch.cat([t, torch.zeros_like(t).expand(C - 1, -1, -1)])[None])
+    monkeypatch.setattr(apd.Components, "random", classmethod(lambda cls, *a, **k: truth.map(Tensor.clone)))
+    assert decompose(divergence=lambda a, b: apd.losses.mse(a, b), top_k=float(C), tidy_every=0.0).finished
+
+
+class Bump(nn.Module):
+    """On where the product is within 0.002 of 1, as at the target itself, and off for nearly all other weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weigh = nn.Linear(1, 1, bias=False)
+        nn.init.ones_(self.weigh.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (1 - 5e5 * (self.weigh(x) - 1.0005).square()).relu()
+
+
+def test_a_unit_that_is_on_at_the_target_alone_is_no_step() -> None:
+    """All the weights that the check tries put it out, where it has no slope; but at the target it has one."""
+    apd.Network(Bump(), ["weigh.weight"]).check(torch.ones(8, 1))
 
 
 def test_a_log_and_a_checkpoint_are_two_files(tmp_path: Path) -> None:
