@@ -72,8 +72,7 @@ def _check_target(network: Network, x: Tensor, samples: Tensor, tolerance: float
         raise ValueError("the target overwrites its inputs: let it begin with x = x.clone()")
     if not before.is_floating_point():
         raise TypeError(f"the outputs must be real numbers, got {before.dtype}: pick others with output=")
-    if not torch.isfinite(before).all():
-        raise ValueError("the target's outputs hold NaN or infinite values")
+    checks.tensor("the target's outputs", before, *["size"] * before.ndim)
     if not torch.equal(before, network(x)):
         raise ValueError("the target is not deterministic: its outputs change when it runs again on the same inputs")
     _check_samples(network, samples, tolerance)  # before the hooks, which would fail with another reason

@@ -134,7 +134,8 @@ class Network:
         """
         stacked = None if components is None else self._fit(components).stacked()
         copies = 1 if stacked is None else stacked.A[stacked.paths[0]].shape[0]
-        batch = len(x)
+        batch = len(checks.tensor("x", x, "B", ..., finite=False))
+        checks.flag("remainder", remainder)
         full_gates = _stack_gates(gates, components, batch)
         calls = iter(shifts) if shifts is not None else None
         group = cache(grouped.group)  # most often all weights share their gates

@@ -287,6 +287,14 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: apd.data.SparseFeatures(3, 1e-17, nonempty=True),
         "probability must be above 1e-16 .*, got 1e-17",
     ),
+    "nonempty samples of zeros": (
+        lambda: apd.data.SparseFeatures(3, low=0.0, high=0.0, nonempty=True),
+        "high must be above low=0 for samples that are nonempty, got 0",
+    ),
+    "a device that is not there": (
+        lambda: apd.Components.random(NETWORK.shapes, C, device="cuda:99"),
+        "device must be a torch device or None, got 'cuda:99'",
+    ),
     "sparse tensors in a file": (
         lambda: apd.store.write_tensors("nowhere", "kind", {"a": X.to_sparse()}, {}),
         "a must be dense .*sparse_coo",
@@ -309,6 +317,18 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "samples that are split": (
         lambda: apd.decompose(nn.DataParallel(TARGET), batches, ["module.0.weight"], C, 2.0),
         "DataParallel.*give its .module",
+    ),
+    "a remainder that is text": (lambda: NETWORK(X, COMPONENTS, ONES, "no"), "remainder must be .*, got 'no'"),  # type: ignore[arg-type]
+    "a remainder of two": (lambda: NETWORK(X, COMPONENTS, ONES, 2), "remainder must be True or False, got 2"),  # type: ignore[arg-type]
+    "a call without samples": (
+        lambda: NETWORK(X[:0], COMPONENTS, ONES[:0]),
+        r"x must hold .* one number, got .*\[0, 5\]",
+    ),
+    "a call with one number": (lambda: NETWORK(X[0, 0]), r"x must be of shape \[B, ...\], got a tensor \[\]"),
+    "a call with a list": (lambda: NETWORK([1.0]), r"x must be a tensor, got \[1.0\]"),  # type: ignore[arg-type]
+    "outputs of no number": (
+        lambda: decompose(output=lambda o: o[:, :0]),
+        r"the target's outputs must hold at least one number, got .*\[64, 0\]",
     ),
     "gates in lists": (
         lambda: NETWORK(X, COMPONENTS, ONES.tolist()),  # type: ignore[arg-type]

@@ -456,7 +456,7 @@ def test_the_check_looks_at_the_inputs_and_outputs() -> None:
     blows = nn.Sequential(nn.Linear(3, 2), nn.Softplus())
     with torch.no_grad():
         blows[0].bias.fill_(float("inf"))
-    with pytest.raises(ValueError, match="the target's outputs hold NaN or infinite"):
+    with pytest.raises(ValueError, match="the target's outputs must be finite, got NaN or infinite"):
         apd.Network(blows, ["0.weight"]).check(torch.ones(1, 3))
 
 
