@@ -223,6 +223,7 @@ def begin(
 
     Raises:
         TypeError: weights made in inference mode, or of a type in which training would stall.
+        ValueError: a network that is not reproduced, or a divergence without a slope.
     """
     function = DIVERGENCES[divergence] if isinstance(divergence, str) else divergence
     dtype = next(iter(network.weights.values())).dtype
@@ -235,4 +236,8 @@ def begin(
     run = Run(network, batches, config, function, attribution, micro_batch, selection, local)
     x = run.local.samples(run.next_batch(0, torch.Generator().manual_seed(config.seed)))
     network.check(x)
+    if not isinstance(divergence, str):
+        from .slope import check_divergence
+
+        check_divergence(run, x[:micro_batch])
     return run

@@ -72,8 +72,7 @@ def _check_target(network: Network, x: Tensor, samples: Tensor, tolerance: float
         raise ValueError("the target overwrites its inputs: let it begin with x = x.clone()")
     if not before.is_floating_point():
         raise TypeError(f"the outputs must be real numbers, got {before.dtype}: pick others with output=")
-    if not torch.isfinite(before).all():
-        raise ValueError("the target's outputs hold NaN or infinite values")
+    checks.tensor("the target's outputs", before, *["size"] * before.ndim)
     if not torch.equal(before, network(x)):
         raise ValueError("the target is not deterministic: its outputs change when it runs again on the same inputs")
     _check_samples(network, samples, tolerance)  # before the hooks, which would fail with another reason
@@ -171,6 +170,7 @@ class _Trial:
         generator = torch.Generator().manual_seed(seed)
         self.parts: dict[str, tuple[Tensor, Tensor]] = {}
         self.gates = {}
+        self.steps = True  # whether outputs have moved each time without a slope, or cannot have one
         for path, matrix in network.weights.items():
             noise = torch.randn(matrix.shape, generator=generator).to(matrix)
             noise = noise * (0.1 * matrix.square().mean().sqrt() + 1e-3)
@@ -192,6 +192,11 @@ class _Trial:
         for remainder in (False, True):
             if together := self.compare(paths, remainder):
                 return next(filter(None, (self.compare([path], remainder) for path in paths)), together)
+        if self.steps:
+            self.gates = {path: torch.ones_like(gate) for path, gate in self.gates.items()}  # the target itself
+            if not any(g.any() for g in self.hooked(self.components(paths), remainder=True)[1].values()):
+                what = checks.given(self.before)
+                return f"{', '.join(paths)}: the outputs, {what}, have no slope by it: pick others (output=)"
         return None
 
     def compare(self, paths: Sequence[str], remainder: bool) -> str | None:
@@ -208,6 +213,7 @@ class _Trial:
                 "a first argument whose first axis is the samples in their order"
             )
         largest = torch.stack([gradient.norm() for gradient in gradients.values()]).max()
+        self.steps = self.steps and not largest and bool(change or not hook_gradients)
         for path, gradient in gradients.items():
             hook_gradient = hook_gradients.get(path, torch.zeros_like(gradient))
             if _differ(hook_gradient, gradient, gradient.norm(), self.tolerance, largest):
@@ -220,8 +226,6 @@ class _Trial:
                     f"{path}: no gradient reaches {self.modules[path]}, though the weight moves the output: it is "
                     "detached, run under torch.no_grad, or checkpointed with use_reentrant=True"
                 )
-        if not hook_gradients:
-            return f"{', '.join(paths)}: the outputs, {checks.given(ours)}, have no slope by it: pick others (output=)"
         return None
 
     def components(self, paths: Sequence[str]) -> Components:

@@ -140,7 +140,7 @@ def generator(value: Any) -> None:
 
 
 def tensor(name: str, value: Any, *shape: Any, finite: bool = True, real: bool = False) -> Tensor:
-    """Check for a tensor of a shape: sizes, names of sizes, and at most one `...` for any number of axes.
+    """Check for a tensor of a shape: sizes, names of sizes above 0, and at most one `...` for any number of axes.
 
     Raises:
         TypeError: no tensor, or none of floating point numbers, where `real` asks for them.
@@ -155,10 +155,12 @@ def tensor(name: str, value: Any, *shape: Any, finite: bool = True, real: bool =
     if len(expected) != len(sizes) or any(isinstance(w, int) and w != s for w, s in zip(expected, sizes, strict=True)):
         axes = ", ".join("..." if axis is ... else str(axis) for axis in shape)
         raise ValueError(f"{name} must be of shape [{axes}], got {given(value)}")
+    if any(isinstance(w, str) and s == 0 for w, s in zip(expected, sizes, strict=True)):
+        raise ValueError(f"{name} must hold at least one number, got {given(value)}")
     if real and not value.is_floating_point():
         raise TypeError(f"{name} must hold real numbers in floating point, got {given(value)}: give its .float()")
     # Their sum is finite if all are, and taken in one pass; of large ones it may overflow.
-    if finite and not value.sum().isfinite() and not value.isfinite().all():
+    if finite and value.dtype != torch.bool and not value.sum().isfinite() and not value.isfinite().all():
         raise NotFinite(f"{name} must be finite, got NaN or infinite numbers in {given(value)}")
     return value
 
@@ -208,13 +210,7 @@ def inputs(x: Any) -> Tensor:
         TypeError, ValueError: no tensor, an empty one, or one with NaN or infinite numbers.
     """
     kind("x", x, Tensor, "one tensor [B, ...] (wrap a network that takes more in a module that takes one)")
-    if x.ndim == 0 or len(x) == 0:
-        raise ValueError(
-            f"x must be [B, ...] with B at least 1, got an empty batch: the first axis of x has size 0; {given(x)}"
-        )
-    if not x.isfinite().all():
-        raise ValueError(f"x holds NaN or infinite values, {given(x)}")
-    return x
+    return tensor("x", x, "B", ...)
 
 
 @contextmanager

@@ -95,7 +95,7 @@ class Components:
         checks.generator(generator)
         try:
             device = torch.empty(0, device=device).device
-        except (RuntimeError, TypeError) as error:
+        except (RuntimeError, TypeError, AssertionError) as error:  # the last of a build without CUDA
             raise ValueError(f"device must be a torch device or None, got {checks.given(device)}: {error}") from None
         lead = (n_components,) if restarts is None else (restarts, n_components)
         A, B = {}, {}

@@ -37,7 +37,8 @@ class SparseFeatures:
             carry nothing to learn from.
 
     Raises:
-        ValueError: a probability outside (0, 1], or so small that rounding leaves no sample nonempty; sizes below 1.
+        ValueError: a probability outside (0, 1], or so small that rounding leaves no sample nonempty; sizes below 1;
+            values of 0 alone for samples that are nonempty.
     """
 
     n_features: int
@@ -53,6 +54,8 @@ class SparseFeatures:
         object.__setattr__(self, "nonempty", checks.flag("nonempty", self.nonempty))
         if self.low > self.high:
             raise ValueError(f"low must be at most high={self.high}, got {self.low}")
+        if self.nonempty and self.low == self.high == 0:
+            raise ValueError("high must be above low=0 for samples that are nonempty, got 0")
         if self.nonempty and 1 - self.probability == 1:
             raise ValueError(f"probability must be above 1e-16 for samples that are nonempty, got {self.probability}")
 

@@ -12,7 +12,7 @@ weight, plus what the gated components make of that input.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache, partial
 from typing import Any
 from unittest.mock import patch
@@ -129,12 +129,13 @@ class Network:
             Tensor: the outputs that count, [B, ...], or [restarts, B, ...] if the components have restarts.
 
         Raises:
-            ValueError: gates or components of the wrong shape, a layer whose input does not begin with the samples, a
-                module of `hidden` that gives no tensor [B, ...].
+            ValueError: gates or components of the wrong shape, gates that are NaN or infinite, a layer whose input does
+                not begin with the samples, a module of `hidden` that gives no tensor [B, ...].
         """
         stacked = None if components is None else self._fit(components).stacked()
         copies = 1 if stacked is None else stacked.A[stacked.paths[0]].shape[0]
-        batch = len(x)
+        batch = len(checks.tensor("x", x, "B", ..., finite=False))
+        checks.flag("remainder", remainder)
         full_gates = _stack_gates(gates, components, batch)
         calls = iter(shifts) if shifts is not None else None
         group = cache(grouped.group)  # most often all weights share their gates
@@ -313,14 +314,13 @@ def _stack_gates(gates: Gates | None, components: Components | None, batch: int)
         raise ValueError("gates need components")
     per_path = dict(gates) if isinstance(gates, Mapping) else {path: gates for path in components.paths}
     lead = () if components.restarts is None else (components.restarts,)
-    expected = [*lead, batch, components.n_components]
+    g = None
     for path in components.paths:
         if path not in per_path:
             raise ValueError(f"no gates for {path}; got gates for {list(per_path)}")
-        g = checks.kind(f"gates for {path}", per_path[path], Tensor, "a tensor")
-        if [*g.shape[: len(lead) + 1], g.shape[-1]] != expected or g.ndim < len(expected):
-            raise ValueError(
-                f"gates for {path}: expected {expected} (or positions between the last two axes), got {list(g.shape)}"
-            )
+        checked, g = g, per_path[path]
+        with suppress(RuntimeError):  # inside torch.vmap, tensors do not tell what they hold
+            shape = *lead, batch, ..., components.n_components
+            checks.tensor(f"gates for {path}", g, *shape, finite=g is not checked)
         per_path[path] = g if lead else g[None]
     return per_path

@@ -301,8 +301,6 @@ def final_selection(top_k: float | Selection | FinalSelection, n_components: int
 
 def _check(scores: Tensor, k: float) -> None:
     checks.tensor("the attributions (scores)", scores, ..., "B", "C", real=True)
-    if not scores.numel():
-        raise ValueError(f"the attributions (scores) must be of at least one sample, got {checks.given(scores)}")
     n_components = scores.shape[-1]
     if isinstance(k := checks.plain(k), (int, float)) and not 0 < k <= n_components:
         raise ValueError(f"k must be above 0 and at most the number of components, {n_components}; got {k}")

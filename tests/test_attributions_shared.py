@@ -258,7 +258,7 @@ def test_kernels_without_a_forward_mode_take_the_backward_one(monkeypatch: pytes
 @each
 def test_what_makes_no_sense_for_any(name: str) -> None:
     one = case("mlp")
-    with pytest.raises(ValueError, match="an empty batch"):
+    with pytest.raises(ValueError, match="x must hold at least one number"):
         EVERY[name](one.network, one.components(), one.x()[:0])
     with pytest.raises(ValueError, match="internal_batch_size must be at least 1, got 0"):
         EVERY[name](one.network, one.components(), one.x(), internal_batch_size=0)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import apd_minimal as apd
+from apd_minimal.scale import layerwise
 from apd_minimal.selection import FinalSelection, Selection, TopK
 from apd_minimal.study.tune import Each, Tuned, tune
 from apd_minimal.tidy.merge import merge_and_prune
@@ -69,7 +70,7 @@ def zeros(step: int, generator: torch.Generator) -> Tensor:
 def decompose(**changes: Any) -> apd.Decomposition:
     given: dict[str, Any] = {"top_k": None if "selection" in changes else 2.0, "steps": 6, "progress": False}
     given |= {"batches": batches, "weights": WEIGHTS}
-    return apd.decompose(TARGET, n_components=C, **(given | changes))
+    return apd.decompose(n_components=C, **({"target": TARGET} | given | changes))
 
 
 def tuned(**changes: Any) -> Tuned:
@@ -107,7 +108,40 @@ def wrong(outputs: Tensor, target_outputs: Tensor) -> Tensor:
     return (outputs.argmax(-1) != target_outputs.argmax(-1)).float()
 
 
+class Signs(nn.Module):
+    """A loss by signs, with a slope by its own weight alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+
+    def forward(self, outputs: Tensor, target_outputs: Tensor) -> Tensor:
+        return ((outputs.detach().sign() - target_outputs.sign()).square() * self.weight).mean(-1)
+
+
 ONES = torch.ones(64, C)
+
+
+def spoilt(gates: Tensor, value: float) -> Tensor:
+    """The same gates, but for one."""
+    gates = gates.clone()
+    gates.view(-1)[7] = value
+    return gates
+
+
+def calls_with(value: float) -> dict[str, Callable[[], Any]]:
+    """The ways to run a mixture of components, with one gate of this value."""
+    bad = spoilt(ONES, value)
+    return {
+        "alone": lambda: NETWORK(X, COMPONENTS, bad),
+        "with the remainder": lambda: NETWORK(X, COMPONENTS, bad, remainder=True),
+        "for each weight": lambda: NETWORK(X, COMPONENTS, dict.fromkeys(WEIGHTS, bad)),
+        "in half precision": lambda: NETWORK(X, COMPONENTS, bad.half()),
+        "of restarts": lambda: NETWORK(X, COMPONENTS.stacked(), bad[None]),
+        "that are learned": lambda: NETWORK(X, COMPONENTS, bad.clone().requires_grad_()),
+    }
+
+
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     # Divergences and outputs.
     "a divergence without a derivative": (
@@ -115,6 +149,23 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         "divergence must have",
     ),
     "a detached divergence": (lambda: decompose(divergence=lambda a, b: apd.losses.mse(a, b).detach()), "derivative"),
+    "a divergence that rounds": (
+        lambda: decompose(divergence=lambda a, b: apd.losses.mse((20 * a).round(), (20 * b).round())),
+        "divergence must have a slope by the outputs, got .*<lambda>, which goes from 19.1 .* to 0 near",
+    ),
+    "a divergence that has a slope by its own weight": (lambda: decompose(divergence=Signs()), "slope .*got .*Signs"),
+    "a divergence of signs in pieces": (
+        lambda: decompose(divergence=lambda a, b: (a.sign() - b.sign()).square().mean(-1), micro_batch=16),
+        "divergence must have a slope by the outputs",
+    ),
+    "outputs that are rounded": (
+        lambda: decompose(output=lambda o: (20 * o).round()),
+        "float32, have no slope by it: pick",
+    ),
+    "outputs that are rounded, and attributions by ablation": (
+        lambda: decompose(output=lambda o: (20 * o).round(), attribution=apd.attributions.ablation),
+        "float32, have no slope by it: pick",
+    ),
     "a divergence that counts": (lambda: decompose(divergence=lambda a, b: (a > b).sum(-1)), "divergence .*int64"),
     "a complex divergence": (
         lambda: decompose(divergence=lambda a, b: apd.losses.mse(a, b).to(torch.cfloat)),
@@ -186,9 +237,43 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: FinalSelection(TopK(1.0), threshold=torch.nan),
         "threshold must be .*, got nan",
     ),
-    "the largest of none": (lambda: apd.selection.batch_top_k(ONES[:0], 1.0), r"at least one sample, got .*\[0, 6\]"),
+    "the largest of none": (lambda: apd.selection.batch_top_k(ONES[:0], 1.0), r"at least one number, got .*\[0, 6\]"),
     "the largest of yes and no": (lambda: apd.selection.batch_top_k(ONES > 0, 1.0), "real numbers .*bool"),
     "the largest of complex numbers": (lambda: apd.selection.batch_top_k(ONES + 0j, 1.0), "real numbers .*complex64"),
+    # Gates and masks.
+    **{
+        f"{what} gates {how}": (call, "gates for 0.weight must be finite, got NaN or infinite numbers")
+        for what, bad in (("NaN", torch.nan), ("infinite", torch.inf))
+        for how, call in calls_with(bad).items()
+    },
+    "a NaN gate for one weight": (
+        lambda: NETWORK(X, COMPONENTS, dict(zip(WEIGHTS, (ONES, spoilt(ONES, torch.nan)), strict=True))),
+        "gates for 2.weight must be finite",
+    ),
+    "a mask of no sample": (
+        lambda: apd.losses.simplicity(COMPONENTS, ONES[:0]),
+        r"mask must hold at least one number, got .*\[0, 6\]",
+    ),
+    "bits of no sample": (
+        lambda: apd.metrics.description_length(COMPONENTS, ONES[:0]),
+        r"mask must hold at least one number, got .*\[0, 6\]",
+    ),
+    "errors of no sample": (
+        lambda: apd.losses.minimality(X[:0], X[:0]),
+        r"target_outputs must hold at least one number, got .*\[0, 5\]",
+    ),
+    "spared components of sevens": (
+        lambda: apd.metrics.scrubbing(NETWORK, COMPONENTS, X, 1.0, spared=7 * ONES),
+        "spared must be .*, numbers from 7 to 7",
+    ),
+    "similar masks of sevens": (
+        lambda: layerwise.similarity({"a": 7 * ONES}),
+        "masks: a must be .*, numbers from 7 to 7",
+    ),
+    "similar masks of no sample": (
+        lambda: layerwise.similarity({"a": ONES[:0]}),
+        "masks: a must hold at least one number",
+    ),
     # Metrics, data and files.
     "a mask of negative numbers": (lambda: apd.metrics.description_length(COMPONENTS, -ONES), "mask .* from -1 to -1"),
     "a mask of sevens": (lambda: apd.losses.simplicity(COMPONENTS, 7 * ONES), "mask must be .*, numbers from 7 to 7"),
@@ -201,6 +286,14 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "features that are never on": (
         lambda: apd.data.SparseFeatures(3, 1e-17, nonempty=True),
         "probability must be above 1e-16 .*, got 1e-17",
+    ),
+    "nonempty samples of zeros": (
+        lambda: apd.data.SparseFeatures(3, low=0.0, high=0.0, nonempty=True),
+        "high must be above low=0 for samples that are nonempty, got 0",
+    ),
+    "a device that is not there": (
+        lambda: apd.Components.random(NETWORK.shapes, C, device="cuda:99"),
+        "device must be a torch device or None, got 'cuda:99'",
     ),
     "sparse tensors in a file": (
         lambda: apd.store.write_tensors("nowhere", "kind", {"a": X.to_sparse()}, {}),
@@ -224,6 +317,18 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "samples that are split": (
         lambda: apd.decompose(nn.DataParallel(TARGET), batches, ["module.0.weight"], C, 2.0),
         "DataParallel.*give its .module",
+    ),
+    "a remainder that is text": (lambda: NETWORK(X, COMPONENTS, ONES, "no"), "remainder must be .*, got 'no'"),  # type: ignore[arg-type]
+    "a remainder of two": (lambda: NETWORK(X, COMPONENTS, ONES, 2), "remainder must be True or False, got 2"),  # type: ignore[arg-type]
+    "a call without samples": (
+        lambda: NETWORK(X[:0], COMPONENTS, ONES[:0]),
+        r"x must hold .* one number, got .*\[0, 5\]",
+    ),
+    "a call with one number": (lambda: NETWORK(X[0, 0]), r"x must be of shape \[B, ...\], got a tensor \[\]"),
+    "a call with a list": (lambda: NETWORK([1.0]), r"x must be a tensor, got \[1.0\]"),  # type: ignore[arg-type]
+    "outputs of no number": (
+        lambda: decompose(output=lambda o: o[:, :0]),
+        r"the target's outputs must hold at least one number, got .*\[64, 0\]",
     ),
     "gates in lists": (
         lambda: NETWORK(X, COMPONENTS, ONES.tolist()),  # type: ignore[arg-type]
@@ -327,6 +432,62 @@ def test_a_first_batch_in_which_nothing_happens_is_none_of_that() -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*no component had an attribution")
         decompose(batches=later, weights=WEIGHTS[:1])
+
+
+def saturating(outputs: Tensor, target_outputs: Tensor) -> Tensor:
+    """At most 1, and no slope from there on, as at the start of a run."""
+    return apd.losses.mse(1e3 * outputs, 1e3 * target_outputs).clamp_max(1)
+
+
+def tolerant(outputs: Tensor, target_outputs: Tensor) -> Tensor:
+    """Nothing, whatever the first outputs are."""
+    return (apd.losses.mse(outputs, target_outputs) - 100).relu()
+
+
+def where_on(outputs: Tensor, target_outputs: Tensor) -> Tensor:
+    """Only of outputs that the target has on: none, in batches of zeros."""
+    return ((outputs - target_outputs).square() * (target_outputs != 0)).mean(-1)
+
+
+@pytest.mark.parametrize("divergence", [saturating, tolerant, where_on, apd.losses.mse, apd.losses.kl])
+@pytest.mark.parametrize("first", [1.0, 0.0, 1e-6])
+def test_a_divergence_with_a_slope_is_taken_whatever_the_first_batch(
+    divergence: Callable[[Tensor, Tensor], Tensor], first: float
+) -> None:
+    """A batch in which nothing is on, or hardly anything, tells nothing against a loss."""
+
+    def later(step: int, generator: torch.Generator) -> Tensor:
+        return batches(step, generator) * (first if step == 0 else 1.0)
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        silent = nn.Sequential(nn.Linear(5, 4, bias=False), nn.ReLU(), nn.Linear(4, 3, bias=False))
+    assert decompose(target=silent, batches=later, divergence=divergence).finished
+
+
+def test_a_first_batch_on_which_the_components_are_right_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a run begins at the truth, every loss is 0, and its slope too."""
+    truth = apd.Components.from_matrices({path: w[None] for path, w in NETWORK.weights.items()})
+    truth = truth.map(lambda t: torch.cat([t, torch.zeros_like(t).expand(C - 1, -1, -1)])[None])
+    monkeypatch.setattr(apd.Components, "random", classmethod(lambda cls, *a, **k: truth.map(Tensor.clone)))
+    assert decompose(divergence=lambda a, b: apd.losses.mse(a, b), top_k=float(C), tidy_every=0.0).finished
+
+
+class Bump(nn.Module):
+    """On where the product is within 0.002 of 1, as at the target itself, and off for nearly all other weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weigh = nn.Linear(1, 1, bias=False)
+        nn.init.ones_(self.weigh.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (1 - 5e5 * (self.weigh(x) - 1.0005).square()).relu()
+
+
+def test_a_unit_that_is_on_at_the_target_alone_is_no_step() -> None:
+    """All the weights that the check tries put it out, where it has no slope; but at the target it has one."""
+    apd.Network(Bump(), ["weigh.weight"]).check(torch.ones(8, 1))
 
 
 def test_a_log_and_a_checkpoint_are_two_files(tmp_path: Path) -> None:

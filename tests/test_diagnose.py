@@ -328,7 +328,7 @@ def test_input_that_does_not_fit() -> None:
         diagnose(TARGET, components.stacked(), X, K)
     with pytest.raises(ValueError, match="all components are zero"):
         diagnose(TARGET, components.map(torch.zeros_like), X, K)
-    with pytest.raises(ValueError, match="empty batch"):
+    with pytest.raises(ValueError, match="x must hold at least one number"):
         diagnose(TARGET, components, X[:0], K)
     for k in (0, 6):
         with pytest.raises(ValueError, match="top_k must be above 0"):

@@ -323,9 +323,9 @@ def test_wrong_shapes_are_named() -> None:
     one = case("mlp")
     x, components = one.x(), one.components()
     bad = [
-        (random_gates(5, 3), r"gates for 0.weight: expected \[4, 3\].*got \[5, 3\]"),
-        (random_gates(4, 2), r"expected \[4, 3\].*got \[4, 2\]"),
-        (random_gates(3), r"expected \[4, 3\]"),
+        (random_gates(5, 3), r"gates for 0.weight must be of shape \[4, ..., 3\], got .*\[5, 3\]"),
+        (random_gates(4, 2), r"of shape \[4, ..., 3\], got .*\[4, 2\]"),
+        (random_gates(3), r"of shape \[4, ..., 3\], got .*\[3\]"),
         ({"0.weight": random_gates(4, 3)}, "no gates for 2.weight"),
         (random_gates(4, 7, 3), r"gates per position for 0.weight: expected positions \[\]"),
     ]
@@ -337,12 +337,19 @@ def test_wrong_shapes_are_named() -> None:
         sequence.network(sequence.x(), sequence.components(), random_gates(4, 7, 3))
     with pytest.raises(ValueError, match="gates need components"):
         one.network(x, None, random_gates(4, 3))
-    with pytest.raises(ValueError, match=r"expected \[2, 4, 3\]"):
+    with pytest.raises(ValueError, match=r"of shape \[2, 4, ..., 3\]"):
         one.network(x, one.components(restarts=2), random_gates(4, 3))
     with pytest.raises(ValueError, match=r"components of shape \(3, 4\), but the weight is \(3, 5\)"):
         one.network(x, apd.Components.random({"0.weight": (3, 4)}, 3))
     with pytest.raises(ValueError, match="components of other, but the network decomposes"):
         one.network(x, apd.Components.random({"other": (3, 5)}, 3))
+
+
+def test_gates_under_vmap_are_those_one_by_one() -> None:
+    one = case("mlp")
+    x, components, gates = one.x(), one.components(), torch.stack([random_gates(4, 3, seed=i) for i in range(3)])
+    together = torch.vmap(lambda g: one.network(x, components, g))(gates)
+    torch.testing.assert_close(together, torch.stack([one.network(x, components, g) for g in gates]))
 
 
 # The check before the first step.
@@ -440,16 +447,16 @@ def test_the_check_catches_what_hooks_do_not_see(target: nn.Module, path: str, m
 def test_the_check_looks_at_the_inputs_and_outputs() -> None:
     network = case("mlp").network
     for x, message in [
-        (torch.zeros(0, 3).double(), "an empty batch"),
-        (torch.tensor([[0.0, float("nan"), 0.0]]).double(), "x holds NaN"),
-        (torch.tensor([[0.0, float("inf"), 0.0]]).double(), "x holds NaN or infinite"),
+        (torch.zeros(0, 3).double(), r"x must hold at least one number, got .*\[0, 3\]"),
+        (torch.tensor([[0.0, float("nan"), 0.0]]).double(), "x must be finite"),
+        (torch.tensor([[0.0, float("inf"), 0.0]]).double(), "x must be finite, got NaN or infinite"),
     ]:
         with pytest.raises(ValueError, match=message):
             network.check(x)
     blows = nn.Sequential(nn.Linear(3, 2), nn.Softplus())
     with torch.no_grad():
         blows[0].bias.fill_(float("inf"))
-    with pytest.raises(ValueError, match="the target's outputs hold NaN or infinite"):
+    with pytest.raises(ValueError, match="the target's outputs must be finite, got NaN or infinite"):
         apd.Network(blows, ["0.weight"]).check(torch.ones(1, 3))
 
 

@@ -302,12 +302,7 @@ def live_pairs(network: Network, base: Components | None, x: Tensor, alive: Tens
         base: as for `capture`.
         x: inputs [B, ...].
         alive: what `live` finds on them [B, n_out], if that is known.
-
-    Raises:
-        ValueError: an empty batch.
     """
-    if len(x) == 0:
-        raise ValueError("an empty batch: the first axis of x has size 0")
     if alive is None:
         if not forward_agrees(network, x):
             return pairs_of(capture(network, base, x))

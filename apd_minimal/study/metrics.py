@@ -331,7 +331,7 @@ def scrubbing(
     checks.choice("anti", anti, ("half", "all"))
     network, x = as_network(target, components), checks.inputs(x)
     if spared is not None:
-        checks.tensor("spared", spared, len(x), components.n_components)
+        checks.gates("spared", spared, len(x), components.n_components)
     generator = torch.Generator().manual_seed(seed)
     scores = gradient(network, components, x, at=at) if attribution is None else attribution(network, components, x)
     checks.tensor("attributions", scores, len(x), components.n_components)
