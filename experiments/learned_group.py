@@ -2,11 +2,12 @@
 
 python -m experiments.learned_group [--only cuts learned ...] [--processes N]      (about ten minutes of one core)
 
-The networks are those of experiments/irreps.py ("learned"), and their untrained beginnings. APD sees the pairs that the
-network was trained on, so that the others are held out from both. The settings are `groups.ANSWERS` with two starts:
-one component is on for each pair, of four (as many as irreps) or of eight. Three of eight leave room for a token in
-each place, and for what is written; that was tried on seed 90 ("log", written by hand). The same is measured of dealt
+The networks are those of experiments/irreps.py ("learned"), of S4, and their untrained beginnings. APD sees the pairs
+that the network was trained on, so that the others are held out from both. The settings are `groups.ANSWERS` with two
+starts: one component is on for each pair, of four (as many as irreps) or of eight. Three of eight leave room for a
+token in each place, and for what is written; that was tried on seed 90 ("log", written by hand). The same is measured of dealt
 and of turned parts, and in "cuts" of one lump, of neurons by the irrep they have most of, of neurons, and of tokens.
+Those that learned A4 and S5 were taken apart last, into as many components as irreps, with nothing settled.
 
 "whole" looks at neurons, and certifies. "orbits" asks whether what a neuron reads or writes is a' rho(g) b, an irrep
 between two vectors, and whether the vectors rho(g) b (or a' rho(g)) are fewer than elements; random functions in the
@@ -31,14 +32,16 @@ from experiments.experiment import Row, Rows, Study, Tensors, numbers
 from experiments.groups import HIDDEN, OUT, PATHS
 
 Job = tuple[str, int, int, int]  # trained or not, components that are on for a pair, number of components, seed
-SEEDS = [seed for _, seed in irreps.LEARNED.jobs([])]
+SEEDS = [seed for name, seed in irreps.LEARNED.jobs([]) if name == "S4"]
 KINDS = [("learned", 1, 4), ("learned", 1, 8), ("learned", 3, 8), ("untrained", 1, 4), ("untrained", 3, 8)]
+KINDS += [("learned, A4", 1, 2), ("untrained, A4", 1, 2), ("learned, S5", 1, 6), ("untrained, S5", 1, 6)]
 JUDGE = Judge((0.03, 0.1, 0.3), divergence="kl")
 
 
 def network_of(kind: str, seed: int) -> tuple[GroupOperations, groups.OneLayer]:
     """Give the task, and the network as it was looked at: at the end, or untrained."""
-    task, last = GroupOperations(["S4"], embedding=False, seed=seed), 0 if kind == "untrained" else 3000
+    name = kind.partition(", ")[2] or "S4"
+    task, last = GroupOperations([name], embedding=False, seed=seed), 0 if "untrained" in kind else irreps.STEPS[name]
     return task, next(net for step, net in irreps.learned(task, task.answers(), seed, last) if step == last)
 
 
@@ -116,11 +119,11 @@ def measured(job: Job, task: GroupOperations, net: groups.OneLayer, components: 
     kind, on, _, seed = job
     network, x = apd.Network(net, list(PATHS)), task.inputs()
     gates = sample_top_k(apd.attributions.gradient(network, components, x)[None], on)[0]  # [B, C]
-    said = net(x).argmax(1) if kind == "untrained" else task.answers()
+    said = net(x).argmax(1) if "untrained" in kind else task.answers()
     beside = {path: torch.cat(list(components.matrices(path)), 1 - i) for i, path in enumerate(PATHS)}  # side by side
     row: Row = {
         "shares": irreps.looked_at(task, beside),
-        "apart": irreps.apart(irreps.energies(task, components), [0] * 4)["irreps"],
+        "apart": irreps.apart(irreps.energies(task, components), [0] * len(task.groups[0].irreps))["irreps"],
         "told": told(task.groups[0], gates),
         "in_one": in_one(task, components),
     }
@@ -134,7 +137,7 @@ def run(job: Job) -> tuple[list[Row], Tensors]:
     """Take one network apart; measure what was found, and the same dealt anew and turned."""
     kind, _, _, seed = job
     (task, net), start = network_of(kind, seed), time.process_time()
-    batches = Pairs(task.inputs()[irreps.split(576, seed)[0]], 256)
+    batches = Pairs(task.inputs()[irreps.split(len(task.inputs()), seed)[0]], 256)
     found = apd.decompose(net, batches, PATHS, judge=JUDGE, divergence="kl", progress=False, **settings_of(job))
     seconds, parts = round(time.process_time() - start, 1), found.components
     tried = {"found": parts, "dealt": controls.dealt(parts, seed), "turned": controls.dealt(parts, seed, turned=True)}
