@@ -5,9 +5,9 @@ python -m experiments.learned_group [--only cuts learned ...] [--processes N]   
 The networks are those of experiments/irreps.py ("learned"), of S4, and their untrained beginnings. APD sees the pairs
 that the network was trained on, so that the others are held out from both. The settings are `groups.ANSWERS` with two
 starts: one component is on for each pair, of four (as many as irreps) or of eight. Three of eight leave room for a
-token in each place, and for what is written; that was tried on seed 90 ("log", written by hand). The same is measured of dealt
-and of turned parts, and in "cuts" of one lump, of neurons by the irrep they have most of, of neurons, and of tokens.
-Those that learned A4 and S5 were taken apart last, into as many components as irreps, with nothing settled.
+token in each place, and for what is written; that was tried on seed 90 ("log", written by hand). The same is measured
+of dealt and of turned parts, and in "cuts" of one lump, of neurons by the irrep they have most of, of neurons, and of
+tokens. Those that learned A4 and S5 were taken apart last, into as many components as irreps, with nothing settled.
 
 "whole" looks at neurons, and certifies. "orbits" asks whether what a neuron reads or writes is a' rho(g) b, an irrep
 between two vectors, and whether the vectors rho(g) b (or a' rho(g)) are fewer than elements; random functions in the
