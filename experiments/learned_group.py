@@ -7,7 +7,8 @@ that the network was trained on, so that the others are held out from both. The 
 starts: one component is on for each pair, of four (as many as irreps) or of eight. Three of eight leave room for a
 token in each place, and for what is written; that was tried on seed 90 ("log", written by hand). The same is measured
 of dealt and of turned parts, and in "cuts" of one lump, of neurons by the irrep they have most of, of neurons, and of
-tokens. Those that learned A4 and S5 were taken apart last, into as many components as irreps, with nothing settled.
+tokens. Those that learned A4 and S5 were taken apart last, into as many components as irreps, with nothing settled; the
+neurons of those of S5 were looked at as well.
 
 "whole" looks at neurons, and certifies. "orbits" asks whether what a neuron reads or writes is a' rho(g) b, an irrep
 between two vectors, and whether the vectors rho(g) b (or a' rho(g)) are fewer than elements; random functions in the
@@ -253,7 +254,9 @@ RUNS = Rows(
     settings=lambda job: numbers(settings_of(job)),
 )
 BOTH = [(kind, seed) for seed in SEEDS for kind in ("learned", "untrained")]
-CUTS, WHOLE = (Rows(("kind", "seed"), lambda rows: BOTH, run) for run in (run_cuts, run_whole))
+CUTS = Rows(("kind", "seed"), lambda rows: BOTH, run_cuts)
+OF_S5 = [(f"{kind}, S5", seed) for kind, seed in BOTH]
+WHOLE = Rows(("kind", "seed"), lambda rows: BOTH + OF_S5, run_whole)
 STUDY = Study(
     "learned_group",
     {"runs": RUNS, "cuts": CUTS, "whole": WHOLE},
