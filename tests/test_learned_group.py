@@ -158,6 +158,19 @@ def test_settings_are_those_for_networks_that_learned_answers() -> None:
     assert isinstance(GROUP, Group) and len(GROUP.irreps) == 4
 
 
+def test_networks_of_other_groups_are_those_that_were_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(irreps, "STEPS", {"S4": 2, "A4": 3, "S5": 0})
+    for kind, name, steps in (("learned, A4", "A4", 3), ("untrained, A4", "A4", 0), ("learned", "S4", 2)):
+        task, net = learned_group.network_of(kind, 8710)
+        own = GroupOperations([name], embedding=False, seed=8710)
+        *_, (last, same) = irreps.learned(own, own.answers(), 8710, steps)
+        assert task.groups[0].name == name and last == steps
+        torch.testing.assert_close(net(own.inputs()), same(own.inputs()))
+    counts = {name: len(Group(name).irreps) for name in ("A4", "S4", "S5")}
+    for kind, on, count, _ in learned_group.RUNS.jobs([]):
+        assert on == 3 or count in (counts[kind.partition(", ")[2] or "S4"], 8)
+
+
 def test_values_are_counted_up_to_a_tolerance() -> None:
     """Four levels with jitter below a tenth of a standard deviation, all apart, and one in each two of a sign."""
     draw = torch.Generator().manual_seed(0)
