@@ -8,7 +8,8 @@ starts: one component is on for each pair, of four (as many as irreps) or of eig
 token in each place, and for what is written; that was tried on seed 90 ("log", written by hand). The same is measured
 of dealt and of turned parts, and in "cuts" of one lump, of neurons by the irrep they have most of, of neurons, and of
 tokens. Those that learned A4 and S5 were taken apart last, into as many components as irreps, with nothing settled; the
-neurons of those of S5 were looked at as well, and of their cuts the lump and that by irreps.
+neurons of those of S5 were looked at as well, and of their cuts the lump and that by irreps. "lots" are the control of
+the latter: groups of neurons as large, drawn.
 
 "whole" looks at neurons, and certifies. "orbits" asks whether what a neuron reads or writes is a' rho(g) b, an irrep
 between two vectors, and whether the vectors rho(g) b (or a' rho(g)) are fewer than elements; random functions in the
@@ -155,6 +156,19 @@ def run_cuts(job: tuple[str, int]) -> tuple[list[Row], Tensors]:
     return [{name: measured((kind, tried[name][1], 0, seed), task, net, tried[name][0]) for name in names}], {}
 
 
+def by_lot(job: tuple[str, int]) -> tuple[list[Row], Tensors]:
+    """Measure groups of neurons as large as those by irrep, with neurons that are drawn: what any such cut has."""
+    kind, seed = job
+    task, net = network_of(kind, seed)
+    weights = apd.Network(net, list(PATHS)).weights
+    whose = cuts(task, weights)["neurons by irrep"][0].matrices(OUT).norm(dim=2).argmax(0)
+    own = one_hot(whose, len(task.groups[0].irreps)).T.float()  # [irreps, neurons]
+    lot = own[:, torch.randperm(own.shape[1], generator=torch.Generator().manual_seed(seed))]
+    W, V = (weights[path].detach() for path in PATHS)
+    parts = apd.Components.from_matrices({HIDDEN: W * lot[:, None], OUT: V * lot[:, :, None]})
+    return [{"neurons by lot": measured((kind, 1, 0, seed), task, net, parts)}], {}
+
+
 def values(functions: Tensor, width: float = 0.2) -> Tensor:
     """Count the values of each function [n, m]: the fewest intervals of `width` standard deviations with all: [m]."""
     found = []
@@ -260,9 +274,14 @@ BOTH = [(kind, seed) for seed in SEEDS for kind in ("learned", "untrained")]
 OF_S5 = [(f"{kind}, S5", seed) for kind, seed in BOTH]
 CUTS = Rows(("kind", "seed"), lambda rows: BOTH + [job for job in OF_S5 if "untrained" not in job[0]], run_cuts)
 WHOLE = Rows(("kind", "seed"), lambda rows: BOTH + OF_S5, run_whole)
+LOTS = Rows(
+    fields=("kind", "seed"),
+    jobs=lambda rows: [job for job in CUTS.jobs([]) if job[0].startswith("learned")],
+    run=by_lot,
+)
 STUDY = Study(
     "learned_group",
-    {"runs": RUNS, "cuts": CUTS, "whole": WHOLE},
+    {"runs": RUNS, "cuts": CUTS, "whole": WHOLE, "lots": LOTS},
     about=lambda processes: {"processes": processes},
     compact=True,
 )

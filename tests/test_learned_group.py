@@ -171,6 +171,24 @@ def test_networks_of_other_groups_are_those_that_were_looked_at(monkeypatch: pyt
         assert on == 3 or count in (counts[kind.partition(", ")[2] or "S4"], 8)
 
 
+def test_groups_by_lot_are_as_large_as_those_by_irrep_and_other_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[apd.Components] = []
+
+    def measured(job: Any, task: Any, net: Any, components: apd.Components) -> dict[str, Any]:
+        seen.append(components)
+        return {}
+
+    monkeypatch.setattr(learned_group, "network_of", lambda kind, seed: (TASK, TASK))
+    monkeypatch.setattr(learned_group, "measured", measured)
+    learned_group.by_lot(("learned", 3))
+    (parts,), by_irrep = seen, TASK.mechanisms("irrep")
+    for path in PATHS:
+        torch.testing.assert_close(parts.sum(path), NETWORK.weights[path], atol=1e-5, rtol=0)
+    own, irrep = (m.norm(dim=2) > 1e-4 for m in (parts.matrices(OUT), by_irrep[OUT]))  # [irreps, neurons]
+    assert own.sum(1).tolist() == irrep.sum(1).tolist() == [2 * d**3 for d in (1, 2, 3, 3)]
+    assert (own.sum(0) == 1).all() and (own & irrep).sum() < 0.7 * own.shape[1]
+
+
 def test_values_are_counted_up_to_a_tolerance() -> None:
     """Four levels with jitter below a tenth of a standard deviation, all apart, and one in each two of a sign."""
     draw = torch.Generator().manual_seed(0)
