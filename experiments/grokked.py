@@ -1,6 +1,6 @@
 """Create data/grokked.json: networks that learned to add modulo 17, taken apart as they learn (chapter 35).
 
-python -m experiments.grokked [--only runs] [--processes N]      (about a quarter of an hour of one core)
+python -m experiments.grokked [--only runs] [--processes N]      (about twenty minutes of one core)
 
 Each network has one hidden layer of 64 neurons that square, and sees six tenths of the 289 pairs. Weight decay makes it
 fit them at once and get the others right much later: it groks. The weights are stored in five states: "untrained";

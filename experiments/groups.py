@@ -1,6 +1,6 @@
 """Create data/groups.json: products in groups taken apart, written by hand and trained.
 
-python -m experiments.groups [--only apart shared irrep ...] [--processes N]        (about 70 minutes of one core)
+python -m experiments.groups [--only apart shared irrep ...] [--processes N]        (about 90 minutes of one core)
 
 Chapter 37. "runs" are targets written by hand (`targets.GroupOperations`). Every seed draws other tokens, other bases
 of the representations and another basis of the embedding, so that each is another network:

@@ -1,6 +1,6 @@
 """Create data/irreps.json: what trained networks of groups and their parts are made of, irreps or cosets (chapter 37).
 
-python -m experiments.irreps [--processes N]      (about six minutes of one core)
+python -m experiments.irreps [--processes N]      (about a quarter of an hour of one core)
 
 The networks are the five of experiments/groups.py that learned three groups, and their untrained beginnings. What a
 neuron reads of one of two elements, or writes to the answers, is a function of the group. "irrep" is the share of its

@@ -1,6 +1,6 @@
 """Create data/learned_group.json: networks that learned S4 from a part of its pairs, taken apart (chapter 37).
 
-python -m experiments.learned_group [--only cuts learned ...] [--processes N]      (about ten minutes of one core)
+python -m experiments.learned_group [--only cuts learned ...] [--processes N]      (about half an hour of one core)
 
 The networks are those of experiments/irreps.py ("learned"), of S4, and their untrained beginnings. APD sees the pairs
 that the network was trained on, so that the others are held out from both. The settings are `groups.ANSWERS` with two

@@ -1,6 +1,6 @@
 """Create data/modular.json: arithmetic with a remainder taken apart, where frequencies are the answer and where not.
 
-python -m experiments.modular [--only tokens task frequency ...] [--processes N]      (about 80 minutes of one core)
+python -m experiments.modular [--only tokens task frequency ...] [--processes N]      (about 100 minutes of one core)
 
 Chapter 35. Targets are written by hand (`targets.ModularArithmetic`), so that nothing of them is trained:
 

@@ -1,6 +1,6 @@
 """Create data/one_call.json: circuits of three kinds taken apart by one call, with one recipe (chapter 38).
 
-python -m experiments.one_call [--only induction apart shared ...] [--processes N]      (85 minutes of one core)
+python -m experiments.one_call [--only induction apart shared ...] [--processes N]      (two hours of one core)
 
 The targets are those of chapters 36 and 37: induction beside two other circuits ("induction", lean), and products in
 three groups, on disjoint vocabularies ("apart") or on shared tokens with a switch ("shared").

@@ -1,6 +1,6 @@
 """Create data/one_question.json: networks that learned induction, taken apart on single questions (chapter 36).
 
-python -m experiments.one_question [--processes N]      (about 70 minutes of one core)
+python -m experiments.one_question [--processes N]      (about 80 minutes of one core)
 
 The networks are the trained ones of experiments/induced.py. There gates are for each position, and no circuit comes
 apart. Here they are for a sequence, every sequence asks one task, and one component is on at a time in the mean: what
