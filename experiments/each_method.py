@@ -1,6 +1,6 @@
 """Create data/each_method.json: what each method finds on networks written by hand, with all else equal (chapter 38).
 
-python -m experiments.each_method [--only frequency shared] [--processes N]      (three and a half hours of one core)
+python -m experiments.each_method [--only frequency shared] [--processes N]      (four and a half hours of one core)
 
 The targets are those of chapters 35 to 37: five frequencies of an addition, three tasks, three groups on shared tokens
 or on vocabularies of their own, and induction beside two other circuits; each seed draws other bases. "tokens" is the
@@ -59,6 +59,7 @@ LATER = (  # of the kinds that came later, in the order in which they ran
     *itertools.product(("induction", "tokens"), ("untrained", "gradient")), ("tokens", "ablation"),
     ("tokens", "shapley"), ("tokens", "SPD"), ("induction", "ablation"), ("induction", "SPD"), ("tokens", "no k"),
     ("induction", "no k"), ("tokens", "integrated gradients"), ("tokens", "path shapley"), ("induction", "shapley"),
+    ("induction", "integrated gradients"), ("induction", "path shapley"),
 )  # fmt: skip
 RESTARTS, BATCH = 4, 256
 CHANGES = (  # of the rule without a k
@@ -165,6 +166,21 @@ def singular(network: apd.Network) -> apd.Components:
     return apd.Components.from_matrices(parts, 1)
 
 
+def by_spd(network: apd.Network, source: Batches, x: Tensor, judge: Judge, settings: Row) -> apd.Components:
+    """Run SPD with each of its penalties, and keep what takes the fewest bits."""
+    C = tuple(int(1.5 * torch.linalg.matrix_rank(w.detach())) for w in network.weights.values())
+    unit, tried = nothing_active(network, x), []
+    for penalty in settings.pop("penalties"):
+        selection = Importance(after_warm_up(penalty * unit, SPD["steps"]), p=1.0, per_weight=C)
+        found = apd.decompose(
+            network.target, source, list(network.weights), n_components=sum(C), per_weight=C, selection=selection,
+            attribution=apd.attributions.inner_activation, faithfulness=bottleneck.FAITHFULNESS * unit, progress=False,
+            **settings,
+        ).components  # fmt: skip
+        tried.append((judge(network, found, x), found))
+    return min(tried, key=lambda pair: pair[0])[1]
+
+
 def found_by(job: Job, target: Any, truth: dict[str, Tensor], x: Tensor) -> dict[str, apd.Components]:
     """Run a method; give what it found, by name."""
     kind, method, seed = job
@@ -179,16 +195,7 @@ def found_by(job: Job, target: Any, truth: dict[str, Tensor], x: Tensor) -> dict
         score = attribution_of(kind, "gradient")
         return {method: run(n_components=C, attribution=score, judge=judge, **rule, **settings).components}
     if method == "SPD":
-        C = tuple(int(1.5 * torch.linalg.matrix_rank(w.detach())) for w in network.weights.values())
-        unit, tried = nothing_active(network, x), []
-        for penalty in settings.pop("penalties"):
-            selection = Importance(after_warm_up(penalty * unit, SPD["steps"]), p=1.0, per_weight=C)
-            result = run(
-                n_components=sum(C), per_weight=C, selection=selection, attribution=apd.attributions.inner_activation,
-                faithfulness=bottleneck.FAITHFULNESS * unit, **settings,
-            )  # fmt: skip
-            tried.append((judge(network, result.components, x), result.components))
-        best = min(tried, key=lambda pair: pair[0])[1]
+        best = by_spd(network, source, x, judge, settings)
         return {method: best, "SPD, dealt": apd.controls.dealt(best, seed, turned=True)}
     pick = pieces.judged if kind == "induction" else judge
     result = run(attribution=attribution_of(kind, method), judge=pick, **settings)

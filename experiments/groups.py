@@ -1,6 +1,6 @@
 """Create data/groups.json: products in groups taken apart, written by hand and trained.
 
-python -m experiments.groups [--only apart shared irrep ...] [--processes N]        (about 70 minutes of one core)
+python -m experiments.groups [--only apart shared irrep ...] [--processes N]        (about 90 minutes of one core)
 
 Chapter 37. "runs" are targets written by hand (`targets.GroupOperations`). Every seed draws other tokens, other bases
 of the representations and another basis of the embedding, so that each is another network:
@@ -9,7 +9,8 @@ of the representations and another basis of the embedding, so that each is anoth
   by two, on disjoint vocabularies of 24 tokens.
 - "shared": the same three on the same 24 tokens; a switch says which of them multiplies.
 - "irrep": S4 alone with all four of its representations; each is open on a fifth of the samples. "irrep, S3",
-  "irrep, D5", "irrep, A4" and "irrep, S5" (three of six) are other groups alone, five targets each, from seed 8710.
+  "irrep, D5", "irrep, A4", "irrep, S5" (three of six) and "irrep, S5 whole" are other groups alone, five targets each
+  (of the last one, for want of time), from seed 8710.
 - "apart, all" and "shared, all": small groups with all their representations; these fill the space of the tokens.
 - "shared, no irreps" and "irrep, no irreps": the controls. The same switches, and every representation's weights
   replaced by random ones with the same singular values. "apart, own tokens": the same of "apart", but that random
@@ -20,7 +21,8 @@ that of chapter 35 which was called gentle there. "trained" are networks of thre
 on all pairs: the same settings, causal scores of every component, and untrained networks as a control. "trained, one
 each" are the same networks and five more, with one component a sample. "answers" are networks of ReLUs that learned the
 answers of four groups, with settings of their own: one component a sample, the divergence, simplicity that falls from
-strong; settled on seeds 90 and 91. "log" has the runs by which this was done; no command makes them again.
+strong; settled on seeds 90 and 91. "answers, shared tokens" are the same settings on networks that learned the answers
+of three groups on the same tokens. "log" has the runs by which this was done; no command makes them again.
 """
 
 from __future__ import annotations
@@ -44,8 +46,14 @@ HIDDEN, OUT = PATHS = ("hidden.weight", "out.weight")
 MECHANISMS = {"apart": 3, "shared": 3, "irrep": 4, "apart, all": 3, "shared, all": 3, "shared, no irreps": 3}
 MECHANISMS |= {"irrep, no irreps": 4, "apart, own tokens": 3}
 ONE_GROUP = {"irrep, S3": 2, "irrep, D5": 3, "irrep, A4": 2, "irrep, S5": 3}  # S5 with the sign and both of dimension 4
+ONE_GROUP |= {"irrep, S5 whole": 6}
+FEW = 1  # target of that kind, which takes a quarter of an hour
 MECHANISMS |= ONE_GROUP
 THREE = (["S4", "D12", "Z24"], [(2,), (3, 7), (0, 4)])
+NUMBERS = {  # of groups on shared tokens (experiments/one_call.py)
+    "shared, two": (THREE[0][:2], THREE[1][:2]),
+    "shared, four": ([*THREE[0], "D12"], [*THREE[1], (5, 6)]),
+}
 FIRST = 8700
 OTHERS = {"apart": (2, 4, 6), "shared": (2, 4, 6)}  # other numbers of components, on five targets
 GENTLE: dict[str, Any] = {
@@ -71,7 +79,7 @@ def jobs() -> list[Job]:
     every = [(kind, MECHANISMS[kind], FIRST + i) for i in range(10) for kind in ("shared", "apart", "irrep")]
     rest = [kind for kind in MECHANISMS if "," in kind and kind not in ONE_GROUP]
     every += [(kind, MECHANISMS[kind], FIRST + i) for i in range(5) for kind in rest]
-    every += [(kind, n, FIRST + 10 + i) for kind, n in ONE_GROUP.items() for i in range(5)]
+    every += [(kind, n, FIRST + 10 + i) for kind, n in ONE_GROUP.items() for i in range(FEW if n == 6 else 5)]
     return every + [(kind, n, FIRST + i) for i in range(5) for kind, counts in OTHERS.items() for n in counts]
 
 
@@ -79,12 +87,15 @@ def target_of(kind: str, seed: int) -> GroupOperations:
     """Write down a target."""
     if by_of(kind) == "irrep":
         name = kind.removeprefix("irrep, ") if kind in ONE_GROUP else "S4"
-        target = GroupOperations([name], [(0, 1, 2)] if name == "S5" else None, switches="irrep", seed=seed)
+        some = [(0, 1, 2)] if name == "S5" else None
+        target = GroupOperations([name.removesuffix(" whole")], some, switches="irrep", seed=seed)
         return without_irreps(target, seed) if "no irreps" in kind else target
     if kind == "apart, all":
         return GroupOperations(["Z6", "S3", "D5"], seed=seed)
     if kind == "shared, all":
         return GroupOperations(["Z6", "S3", "S3"], switches="group", seed=seed)
+    if kind in NUMBERS:
+        return GroupOperations(*NUMBERS[kind], switches="group", seed=seed)
     target = GroupOperations(*THREE, switches=None if kind.startswith("apart") else "group", seed=seed)
     own_tokens = "own tokens" in kind
     return without_irreps(target, seed, own_tokens) if own_tokens or "no irreps" in kind else target
@@ -213,7 +224,7 @@ class OneLayer(nn.Module):
 
 def task_of(kind: str, seed: int) -> GroupOperations:
     """Give what a network is trained on: a target's inputs, outputs and answers."""
-    if "answers" in kind:
+    if kind.startswith("answers") and "shared" not in kind:
         return GroupOperations(FOUR, embedding=False, seed=seed)
     if "shared" in kind:
         return GroupOperations(["Z6", "S3", "S3"], switches="group", embedding=False, seed=seed)
@@ -320,6 +331,7 @@ def trained_jobs() -> list[Job]:
     every += [("answers", 6, FIRST + i) for i in range(5, 10)]
     every += [("answers, untrained", 4, FIRST + i) for i in range(5)]
     every += [("trained, one each", 3, FIRST + i) for i in range(10)]
+    every += [("answers, shared tokens", 3, FIRST + i) for i in range(5)]
     return every + [(*kind, FIRST + i) for i in range(5) for kind in (("trained, shared tokens", 3), ("trained", 6))]
 
 

@@ -399,7 +399,7 @@ RUNS = Rows(
 )
 RULES = Rows(
     fields=("kind", "seed"),
-    jobs=lambda rows: [*(("trained", FIRST + i) for i in range(SEEDS["trained"])), ("labels", FIRST)],
+    jobs=lambda rows: [(kind, FIRST + i) for kind in ("trained", "labels") for i in range(SEEDS[kind])],
     run=run_rules,
     settings=lambda job: numbers(settings_of(job), batch=BATCH),
     order=lambda job: (list(SEEDS).index(job[0]), job[1]),

@@ -1,12 +1,15 @@
 """Create data/learned_group.json: networks that learned S4 from a part of its pairs, taken apart (chapter 37).
 
-python -m experiments.learned_group [--only cuts learned ...] [--processes N]      (about ten minutes of one core)
+python -m experiments.learned_group [--only cuts learned ...] [--processes N]      (about half an hour of one core)
 
-The networks are those of experiments/irreps.py ("learned"), and their untrained beginnings. APD sees the pairs that the
-network was trained on, so that the others are held out from both. The settings are `groups.ANSWERS` with two starts:
-one component is on for each pair, of four (as many as irreps) or of eight. Three of eight leave room for a token in
-each place, and for what is written; that was tried on seed 90 ("log", written by hand). The same is measured of dealt
-and of turned parts, and in "cuts" of one lump, of neurons by the irrep they have most of, of neurons, and of tokens.
+The networks are those of experiments/irreps.py ("learned"), of S4, and their untrained beginnings. APD sees the pairs
+that the network was trained on, so that the others are held out from both. The settings are `groups.ANSWERS` with two
+starts: one component is on for each pair, of four (as many as irreps) or of eight. Three of eight leave room for a
+token in each place, and for what is written; that was tried on seed 90 ("log", written by hand). The same is measured
+of dealt and of turned parts, and in "cuts" of one lump, of neurons by the irrep they have most of, of neurons, and of
+tokens. Those that learned A4 and S5 were taken apart last, into as many components as irreps, with nothing settled; the
+neurons of those of S5 were looked at as well, and of their cuts the lump and that by irreps. "lots" are the control of
+the latter: groups of neurons as large, drawn.
 
 "whole" looks at neurons, and certifies. "orbits" asks whether what a neuron reads or writes is a' rho(g) b, an irrep
 between two vectors, and whether the vectors rho(g) b (or a' rho(g)) are fewer than elements; random functions in the
@@ -31,14 +34,17 @@ from experiments.experiment import Row, Rows, Study, Tensors, numbers
 from experiments.groups import HIDDEN, OUT, PATHS
 
 Job = tuple[str, int, int, int]  # trained or not, components that are on for a pair, number of components, seed
-SEEDS = [seed for _, seed in irreps.LEARNED.jobs([])]
+SEEDS = [seed for name, seed in irreps.LEARNED.jobs([]) if name == "S4"]
 KINDS = [("learned", 1, 4), ("learned", 1, 8), ("learned", 3, 8), ("untrained", 1, 4), ("untrained", 3, 8)]
+KINDS += [("learned, A4", 1, 2), ("untrained, A4", 1, 2), ("learned, S5", 1, 6), ("untrained, S5", 1, 6)]
+COARSE = ("lump", "neurons by irrep")  # of few parts
 JUDGE = Judge((0.03, 0.1, 0.3), divergence="kl")
 
 
 def network_of(kind: str, seed: int) -> tuple[GroupOperations, groups.OneLayer]:
     """Give the task, and the network as it was looked at: at the end, or untrained."""
-    task, last = GroupOperations(["S4"], embedding=False, seed=seed), 0 if kind == "untrained" else 3000
+    name = kind.partition(", ")[2] or "S4"
+    task, last = GroupOperations([name], embedding=False, seed=seed), 0 if "untrained" in kind else irreps.STEPS[name]
     return task, next(net for step, net in irreps.learned(task, task.answers(), seed, last) if step == last)
 
 
@@ -116,11 +122,11 @@ def measured(job: Job, task: GroupOperations, net: groups.OneLayer, components: 
     kind, on, _, seed = job
     network, x = apd.Network(net, list(PATHS)), task.inputs()
     gates = sample_top_k(apd.attributions.gradient(network, components, x)[None], on)[0]  # [B, C]
-    said = net(x).argmax(1) if kind == "untrained" else task.answers()
+    said = net(x).argmax(1) if "untrained" in kind else task.answers()
     beside = {path: torch.cat(list(components.matrices(path)), 1 - i) for i, path in enumerate(PATHS)}  # side by side
     row: Row = {
         "shares": irreps.looked_at(task, beside),
-        "apart": irreps.apart(irreps.energies(task, components), [0] * 4)["irreps"],
+        "apart": irreps.apart(irreps.energies(task, components), [0] * len(task.groups[0].irreps))["irreps"],
         "told": told(task.groups[0], gates),
         "in_one": in_one(task, components),
     }
@@ -134,7 +140,7 @@ def run(job: Job) -> tuple[list[Row], Tensors]:
     """Take one network apart; measure what was found, and the same dealt anew and turned."""
     kind, _, _, seed = job
     (task, net), start = network_of(kind, seed), time.process_time()
-    batches = Pairs(task.inputs()[irreps.split(576, seed)[0]], 256)
+    batches = Pairs(task.inputs()[irreps.split(len(task.inputs()), seed)[0]], 256)
     found = apd.decompose(net, batches, PATHS, judge=JUDGE, divergence="kl", progress=False, **settings_of(job))
     seconds, parts = round(time.process_time() - start, 1), found.components
     tried = {"found": parts, "dealt": controls.dealt(parts, seed), "turned": controls.dealt(parts, seed, turned=True)}
@@ -145,8 +151,22 @@ def run_cuts(job: tuple[str, int]) -> tuple[list[Row], Tensors]:
     """Measure a network cut in ways that train nothing."""
     kind, seed = job
     task, net = network_of(kind, seed)
-    tried = cuts(task, apd.Network(net, list(PATHS)).weights).items()
-    return [{name: measured((kind, on, 0, seed), task, net, parts) for name, (parts, on) in tried}], {}
+    tried = cuts(task, apd.Network(net, list(PATHS)).weights)
+    names = COARSE if "S5" in kind else tuple(tried)  # its 128 neurons and 241 tokens take too long
+    return [{name: measured((kind, tried[name][1], 0, seed), task, net, tried[name][0]) for name in names}], {}
+
+
+def by_lot(job: tuple[str, int]) -> tuple[list[Row], Tensors]:
+    """Measure groups of neurons as large as those by irrep, with neurons that are drawn: what any such cut has."""
+    kind, seed = job
+    task, net = network_of(kind, seed)
+    weights = apd.Network(net, list(PATHS)).weights
+    whose = cuts(task, weights)["neurons by irrep"][0].matrices(OUT).norm(dim=2).argmax(0)
+    own = one_hot(whose, len(task.groups[0].irreps)).T.float()  # [irreps, neurons]
+    lot = own[:, torch.randperm(own.shape[1], generator=torch.Generator().manual_seed(seed))]
+    W, V = (weights[path].detach() for path in PATHS)
+    parts = apd.Components.from_matrices({HIDDEN: W * lot[:, None], OUT: V * lot[:, :, None]})
+    return [{"neurons by lot": measured((kind, 1, 0, seed), task, net, parts)}], {}
 
 
 def values(functions: Tensor, width: float = 0.2) -> Tensor:
@@ -233,7 +253,8 @@ def run_whole(job: tuple[str, int]) -> tuple[list[Row], Tensors]:
     kind, seed = job
     task, net = network_of(kind, seed)
     weights = apd.Network(net, list(PATHS)).weights
-    tried = {name: parts for name, (parts, _) in cuts(task, weights).items() if name in ("lump", "neurons by irrep")}
+    made = cuts(task, weights)
+    tried = {name: made[name][0] for name in COARSE}
     if kind == "learned":
         batches = Pairs(task.inputs()[irreps.split(576, seed)[0]], 256)
         settings = settings_of((kind, 1, 4, seed))
@@ -250,10 +271,17 @@ RUNS = Rows(
     settings=lambda job: numbers(settings_of(job)),
 )
 BOTH = [(kind, seed) for seed in SEEDS for kind in ("learned", "untrained")]
-CUTS, WHOLE = (Rows(("kind", "seed"), lambda rows: BOTH, run) for run in (run_cuts, run_whole))
+OF_S5 = [(f"{kind}, S5", seed) for kind, seed in BOTH]
+CUTS = Rows(("kind", "seed"), lambda rows: BOTH + [job for job in OF_S5 if "untrained" not in job[0]], run_cuts)
+WHOLE = Rows(("kind", "seed"), lambda rows: BOTH + OF_S5, run_whole)
+LOTS = Rows(
+    fields=("kind", "seed"),
+    jobs=lambda rows: [job for job in CUTS.jobs([]) if job[0].startswith("learned")],
+    run=by_lot,
+)
 STUDY = Study(
     "learned_group",
-    {"runs": RUNS, "cuts": CUTS, "whole": WHOLE},
+    {"runs": RUNS, "cuts": CUTS, "whole": WHOLE, "lots": LOTS},
     about=lambda processes: {"processes": processes},
     compact=True,
 )

@@ -1,9 +1,12 @@
 """Create data/one_call.json: circuits of three kinds taken apart by one call, with one recipe (chapter 38).
 
-python -m experiments.one_call [--only induction apart shared ...] [--processes N]      (85 minutes of one core)
+python -m experiments.one_call [--only induction apart shared ...] [--processes N]      (two hours of one core)
 
 The targets are those of chapters 36 and 37: induction beside two other circuits ("induction", lean), and products in
 three groups, on disjoint vocabularies ("apart") or on shared tokens with a switch ("shared").
+
+Three further kinds have other numbers of circuits: two ("shared, two") or four ("shared, four") groups on shared
+tokens, and induction beside the first letter alone ("induction, two").
 
 The call is that of experiments/pieces.py. It does not know how many mechanisms there are: eight starts have eight
 components, six starts have four, and of the fourteen the judge keeps one. Attributions, the judge, the losses and all
@@ -15,7 +18,8 @@ each representation's. What is found is compared with the random weights of each
 
 Settled on seeds 90, 91 and 92 of groups, where starts with four components came in ("log" has these runs), and on those
 of experiments/pieces.py. Reported are other ones, each run once: groups from 8670 up, and for induction the ten of
-experiments/pieces.py, whose starts with eight components are those that are stored there.
+experiments/pieces.py, whose starts with eight components are those that are stored there. Two and four circuits came
+last, with nothing changed, on five targets each (groups from 8670), and on three of induction (from 8660).
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ import apd_minimal as apd
 from apd_minimal.batch import Batches
 from apd_minimal.study import controls
 from apd_minimal.targets import GroupOperations
-from apd_minimal.targets.induction import Induction
+from apd_minimal.targets.induction import CIRCUITS, Induction
 from experiments import groups, induction, pieces
 from experiments.experiment import Row, Rows, Study, Tensors, numbers
 
@@ -37,6 +41,8 @@ Job = tuple[str, int, int]  # kind, number of components, seed
 FIRST, BATCH = 8670, 256
 TARGETS = {"shared": 10, "apart": 10, "induction": 10}
 CONTROLS = {"shared, no irreps": 5, "apart, no irreps": 5}
+OTHERS = {"shared, two": 5, "shared, four": 5, "induction, two": 3}  # numbers of circuits
+KINDS = TARGETS | CONTROLS | OTHERS
 STARTS = {4: 6, 8: 8}  # by the number of components
 MEASURED = (
     "in_use", "relative_faithfulness", "scores", "owned_by_restart", "owned", "cosine", "dealt_owned", "dealt_cosine",
@@ -46,13 +52,12 @@ MEASURED = (
 
 def jobs() -> list[Job]:
     """List the runs."""
-    both = TARGETS | CONTROLS
-    return [(kind, n, first_of(kind) + i) for kind, targets in both.items() for i in range(targets) for n in STARTS]
+    return [(kind, n, first_of(kind) + i) for kind, targets in KINDS.items() for i in range(targets) for n in STARTS]
 
 
 def first_of(kind: str) -> int:
     """Give the first seed of a kind."""
-    return pieces.FIRST if kind == "induction" else FIRST
+    return pieces.FIRST if kind.startswith("induction") else FIRST
 
 
 def as_in_pieces(seed: int) -> Row:
@@ -63,7 +68,9 @@ def as_in_pieces(seed: int) -> Row:
 
 def target_of(kind: str, seed: int) -> Induction | GroupOperations:
     """Make a target."""
-    return Induction(seed=seed, lean=True) if kind == "induction" else groups.target_of(kind, seed)
+    if kind.startswith("induction"):
+        return Induction(CIRCUITS[:2] if kind == "induction, two" else CIRCUITS, seed=seed, lean=True)
+    return groups.target_of(kind, seed)
 
 
 def source(target: Induction | GroupOperations) -> Batches:
@@ -80,7 +87,7 @@ def settings_of(job: Job) -> Row:
     """Give the settings of a run."""
     kind, n_components, seed = job
     changed = {"n_components": n_components, "restarts": STARTS[n_components], "seed": seed + 1000}
-    return pieces.SETTINGS | changed | ({} if kind == "induction" else {"rank": None})
+    return pieces.SETTINGS | changed | ({} if kind.startswith("induction") else {"rank": None})
 
 
 def taken_apart(job: Job) -> Row:
@@ -131,7 +138,7 @@ RUNS = Rows(
     jobs=lambda rows: jobs(),
     run=run,
     settings=lambda job: numbers(settings_of(job), batch=BATCH),
-    order=lambda job: (list(TARGETS | CONTROLS).index(job[0]), job[2], job[1]),
+    order=lambda job: (list(KINDS).index(job[0]), job[2], job[1]),
 )
 STUDY = Study("one_call", {"runs": RUNS}, about=lambda processes: {"processes": processes}, compact=True)
 

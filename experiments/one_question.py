@@ -1,6 +1,6 @@
 """Create data/one_question.json: networks that learned induction, taken apart on single questions (chapter 36).
 
-python -m experiments.one_question [--processes N]      (about 70 minutes of one core)
+python -m experiments.one_question [--processes N]      (about 80 minutes of one core)
 
 The networks are the trained ones of experiments/induced.py. There gates are for each position, and no circuit comes
 apart. Here they are for a sequence, every sequence asks one task, and one component is on at a time in the mean: what
@@ -19,8 +19,8 @@ that a part which reads one letter reads something of others. They learn for twi
 not learn the table in as few, and their stream and their heads are smaller. (Seed 90 of these was run once, with the
 settings as they were.) Two controls came after all others had been seen: "wide" ones are packed, and as wide as the
 trained ones; "longer" ones have letters of their own, learn for as many steps as the packed ones, and their components
-have the rank of a whole head, 17, as 12 is in packed ones. The last is "packed, untrained": packed ones as they were
-before they learned.
+have the rank of a whole head, 17, as 12 is in packed ones. Then came "packed, untrained",
+packed ones as they were before they learned, and "packed, labels", which learned answers drawn at random.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from experiments.induction import OneAtATime
 
 Job = tuple[str, int]  # kind of target, seed
 BATCH = 128
-SEEDS = {"packed": 5, "trained": 7, "wide": 5, "longer": 5, "packed, untrained": 5}
+SEEDS = {"packed": 5, "trained": 7, "wide": 5, "longer": 5, "packed, untrained": 5, "packed, labels": 5}
 SETTINGS: Row = induced.SETTINGS | {
     "n_components": 4, "rank": 12, "restarts": 6, "top_k": ((0.0, 4.0), (0.3, 1.5), (0.6, 1.0)),
     "simplicity": ((0.0, 100.0), (0.7, 0.03)),
@@ -57,7 +57,7 @@ def target_of(kind: str, seed: int) -> TwoLayers:
     net = TwoLayers(seed, induced.HEADS, packed, free)
     if kind == "packed, untrained":
         return net.start(torch.Generator().manual_seed(seed)).requires_grad_(False)
-    return net.fit(seed, steps=5000).requires_grad_(False)
+    return net.fit(seed, steps=5000, wrong=kind == "packed, labels").requires_grad_(False)
 
 
 def attribution(network: apd.Network, components: apd.Components, x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 import apd_minimal as apd
 from apd_minimal.study.rate import Judge
 from apd_minimal.targets import ModularArithmetic, ModularTask
-from experiments import grokked
+from experiments import each_method, grokked
 from experiments.grokked import HIDDEN, P, by_wave, cuts, neuron_share, shapes, wave_share
 
 
@@ -114,3 +114,31 @@ def test_a_training_stores_weights_that_score_what_its_row_says(monkeypatch: pyt
     for a, b in zip(end.parameters(), random.parameters(), strict=True):
         torch.testing.assert_close(*(torch.linalg.svdvals(w.detach()) for w in (a, b)), atol=1e-4, rtol=0)
         assert torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0) < 0.2
+
+
+@pytest.mark.parametrize("cut", ["tokens", "frequencies"])
+def test_what_spd_is_said_to_have_found(cut: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Singular directions of the parts of a cut are put together to it, and to no other; dealt ones to neither."""
+    model = grokked.Squares()
+    W = model.hidden.weight.detach().T
+    U, S, Vh = torch.linalg.svd(cuts(W)[cut].matrices(HIDDEN), full_matrices=False)
+    ones = torch.einsum("cir,cr,cro->crio", U[..., :4], S[..., :4], Vh[:, :4]).flatten(0, 1)
+    ones = ones[ones.norm(dim=(1, 2)) > 1e-4]
+    asked = []
+
+    def by_spd(
+        network: apd.Network, source: object, x: torch.Tensor, judge: Judge, settings: dict[str, object]
+    ) -> apd.Components:
+        asked.append((list(network.weights), settings["penalties"], settings["seed"], len(x)))
+        return apd.Components.from_matrices({HIDDEN: ones}, 1)
+
+    monkeypatch.setattr(grokked, "network_of", lambda state, seed: model)
+    monkeypatch.setattr(each_method, "by_spd", by_spd)
+    (row,), _ = grokked.run_spd(("end", 8800))
+    assert asked == [([HIDDEN], each_method.PENALTIES, 9800, P * P)]
+    found, dealt = row["found"], row["dealt"]
+    right, wrong = ("as_tokens", "as_frequencies") if cut == "tokens" else ("as_frequencies", "as_tokens")
+    assert found[right] == pytest.approx(1, abs=1e-4) and found[wrong] < 0.6 and max(dealt[right], dealt[wrong]) < 0.8
+    assert found["near"] == (2 * P if cut == "tokens" else 0) and dealt["near"] == 0
+    assert found["in_use"] == len(ones)
+    assert cut == "frequencies" or found["bits"] == pytest.approx(row["bits_of_cuts"]["tokens"])

@@ -397,6 +397,7 @@ def test_networks_learn_answers_and_untrained_ones_do_not() -> None:
 
 def test_new_targets_of_one_group() -> None:
     dimensions = {"irrep, S3": [1, 2], "irrep, D5": [1, 2, 2], "irrep, A4": [2, 3], "irrep, S5": [1, 4, 4]}
+    dimensions["irrep, S5 whole"] = [1, 4, 4, 5, 5, 6]
     for kind, n in study.ONE_GROUP.items():
         target = study.target_of(kind, 3)
         assert target.owner.bincount().tolist() == [2 * d**3 for d in dimensions[kind]]
@@ -404,8 +405,28 @@ def test_new_targets_of_one_group() -> None:
         assert len(truth["hidden.weight"]) == n == study.MECHANISMS[kind] == len(dimensions[kind])
         assert study.settings_of((kind, n, 3)) == study.settings_of(("irrep", n, 3)) | {"top_k": pytest.approx(0.2 * n)}
         seeds = {seed for own, _, seed in study.jobs() if own == kind}
-        assert seeds == set(range(8710, 8715))
+        assert seeds == set(range(8710, 8710 + (study.FEW if "whole" in kind else 5)))
     assert study.settings_of(("irrep", 4, 3))["top_k"] == 0.8
+
+
+def test_two_and_four_groups_share_tokens_and_three_of_them_are_those_of_the_others() -> None:
+    for kind, names in (("shared, two", ["S4", "D12"]), ("shared, four", ["S4", "D12", "Z24", "D12"])):
+        target, three = study.target_of(kind, 3), study.target_of("shared", 3)
+        assert [g.name for g in target.groups] == names and target.n_tokens == three.n_tokens
+        truth, x = target.mechanisms("group"), target.inputs()
+        assert len(truth[study.HIDDEN]) == len(names)
+        right = (target(x).argmax(1) == target.answers()).double()
+        assert all(float(right[study.blocks_of(target) == t].mean()) == 1 for t in range(len(names)))
+
+
+def test_answers_on_shared_tokens_are_learned_with_the_settings_for_answers() -> None:
+    kind = "answers, shared tokens"
+    task, shared = study.task_of(kind, 5), study.task_of("trained, shared tokens", 5)
+    assert [g.name for g in task.groups] == [g.name for g in shared.groups] and task.switches == "group"
+    assert torch.equal(task.inputs(), shared.inputs())
+    assert study.settings_of((kind, 3, 5)) == study.settings_of(("answers", 3, 5))
+    net = study.network_of(kind, 5, steps=600)
+    assert not net.squares and float((net(task.inputs()).argmax(1) == task.answers()).double().mean()) == 1
 
 
 def test_settings_of_networks_that_were_trained_on_answers() -> None:

@@ -10,6 +10,13 @@ from apd_minimal.targets import Group, GroupOperations
 from experiments import irreps
 from experiments.irreps import HIDDEN, OUT, apart, constant_on, energies, shares, spaces, subgroups
 
+# so many subgroups of each order
+ORDERS_IN_S5 = [
+    order
+    for order, n in ((2, 25), (3, 10), (4, 35), (5, 6), (6, 30), (8, 15), (10, 6), (12, 15), (20, 6), (24, 5), (60, 1))
+    for _ in range(n)
+]
+
 
 @pytest.mark.parametrize(
     ("name", "orders"),
@@ -19,6 +26,7 @@ from experiments.irreps import HIDDEN, OUT, apart, constant_on, energies, shares
         ("D5", [2, 2, 2, 2, 2, 5]),
         ("A4", [2, 2, 2, 3, 3, 3, 3, 4]),
         ("S4", [2] * 9 + [3] * 4 + [4] * 7 + [6] * 4 + [8] * 3 + [12]),
+        ("S5", ORDERS_IN_S5),
     ],
 )
 def test_subgroups_are_all_there_and_closed(name: str, orders: list[int]) -> None:

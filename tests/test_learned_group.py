@@ -158,6 +158,37 @@ def test_settings_are_those_for_networks_that_learned_answers() -> None:
     assert isinstance(GROUP, Group) and len(GROUP.irreps) == 4
 
 
+def test_networks_of_other_groups_are_those_that_were_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(irreps, "STEPS", {"S4": 2, "A4": 3, "S5": 0})
+    for kind, name, steps in (("learned, A4", "A4", 3), ("untrained, A4", "A4", 0), ("learned", "S4", 2)):
+        task, net = learned_group.network_of(kind, 8710)
+        own = GroupOperations([name], embedding=False, seed=8710)
+        same = next(net for step, net in irreps.learned(own, own.answers(), 8710, steps) if step == steps)
+        assert task.groups[0].name == name
+        torch.testing.assert_close(net(own.inputs()), same(own.inputs()))
+    counts = {name: len(Group(name).irreps) for name in ("A4", "S4", "S5")}
+    for kind, on, count, _ in learned_group.RUNS.jobs([]):
+        assert on == 3 or count in (counts[kind.partition(", ")[2] or "S4"], 8)
+
+
+def test_groups_by_lot_are_as_large_as_those_by_irrep_and_other_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[apd.Components] = []
+
+    def measured(job: Any, task: Any, net: Any, components: apd.Components) -> dict[str, Any]:
+        seen.append(components)
+        return {}
+
+    monkeypatch.setattr(learned_group, "network_of", lambda kind, seed: (TASK, TASK))
+    monkeypatch.setattr(learned_group, "measured", measured)
+    learned_group.by_lot(("learned", 3))
+    (parts,), by_irrep = seen, TASK.mechanisms("irrep")
+    for path in PATHS:
+        torch.testing.assert_close(parts.sum(path), NETWORK.weights[path], atol=1e-5, rtol=0)
+    own, irrep = (m.norm(dim=2) > 1e-4 for m in (parts.matrices(OUT), by_irrep[OUT]))  # [irreps, neurons]
+    assert own.sum(1).tolist() == irrep.sum(1).tolist() == [2 * d**3 for d in (1, 2, 3, 3)]
+    assert (own.sum(0) == 1).all() and (own & irrep).sum() < 0.7 * own.shape[1]
+
+
 def test_values_are_counted_up_to_a_tolerance() -> None:
     """Four levels with jitter below a tenth of a standard deviation, all apart, and one in each two of a sign."""
     draw = torch.Generator().manual_seed(0)

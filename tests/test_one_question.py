@@ -112,22 +112,25 @@ def test_a_part_that_is_on_for_one_task_tells_the_task() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "rank_of_letters", "width", "rank", "steps"),
-    [("packed", 3, 24, 12, 5000), ("wide", 3, 34, 12, 5000), ("longer", 8, 34, 17, 5000), ("trained", 8, 34, 12, 2500)],
-)
+    ("kind", "rank_of_letters", "width", "rank", "steps", "by_heart"),
+    [
+        ("packed", 3, 24, 12, 5000, False), ("wide", 3, 34, 12, 5000, False), ("longer", 8, 34, 17, 5000, False),
+        ("trained", 8, 34, 12, 2500, False), ("packed, labels", 3, 24, 12, 5000, True),
+    ],
+)  # fmt: skip
 def test_what_differs_between_the_kinds(
-    kind: str, rank_of_letters: int, width: int, rank: int, steps: int, monkeypatch: pytest.MonkeyPatch
+    kind: str, rank_of_letters: int, width: int, rank: int, steps: int, by_heart: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fit(net: TwoLayers, seed: int, steps: int = 2500, wrong: bool = False) -> TwoLayers:
-        trained.append(steps)
+        trained.append((steps, wrong))
         return net
 
-    trained: list[int] = []
+    trained: list[tuple[int, bool]] = []
     monkeypatch.setattr(TwoLayers, "fit", fit)
     net = one_question.target_of(kind, 3)
     assert torch.linalg.matrix_rank(net.embed[:LETTERS]) == rank_of_letters
     assert net.embed.shape[1] == width
-    assert trained == [steps]
+    assert trained == [(steps, by_heart)]
     assert one_question.settings_of((kind, 3))["rank"] == rank
 
 
