@@ -1,6 +1,6 @@
 """Create data/together.json: the same TMS 10-4 decomposed on data in which pairs of features come on together.
 
-python -m experiments.together [--only ways ...] [--processes N]
+python -m experiments.together [--only ways ...] [--processes N]      (half an hour of one core)
 
 Chapter 38. The targets are trained on independent features and stay as they are. Only the data of the decomposition
 changes: features come in five pairs, and `both` is the probability that the second is on when one of a pair is. How
