@@ -18,8 +18,7 @@ the truth, each with the mechanism that it is most like, and so are the singular
 controls of that kindness. Seeds from 9010, fixed before, every run once; nothing was settled on other seeds.
 (Frequencies and groups on shared tokens were run first, on three seeds; tasks had been left out when a first run showed
 what chapter 35 has, that these settings do not find them from most starts, and the other groups for want of time. All
-else came later, with nothing changed; induction and tokens last, and induction without attributions along a path,
-for want of time: `LATER`.)
+else came later, with nothing changed; induction and tokens last, in the order of `LATER`.)
 
 "log" follows the rule without a k on frequencies of seed 90, on which settings were tried, with two starts: as it is,
 with as many components as mechanisms, with a tenth of the error allowed, with the losses' weights of chapter 37

@@ -10,8 +10,8 @@ by their squared length. The same of the parts that a decomposition finds, with 
 of experiments/groups.py) and with as many as there are irreps; "chance" is of random functions. "energies" say how much
 of every part lies in which irrep of which group. "redrawn" is the coset share of random functions, each in the irrep
 of a trained neuron. "learned": five networks that see seven tenths of the pairs of S4, and five each of A4 and of S5,
-looked at while they learn; the other pairs are held out (settings tried on seed 90, once for each group; those of A4
-then learned their pairs by heart, and did so with ten times as many steps).
+looked at while they learn; the other pairs are held out (settings tried on seed 90, once for each group; of A4
+0.37 of the held-out pairs were right, and after 20,000 steps, tried once, 0.47).
 """
 
 from __future__ import annotations
