@@ -18,7 +18,8 @@ later, when the runs as trained and balanced had owned nothing: it asks whether 
 equally long are the reason. It was run again to be measured in these units, too, which changed nothing else. Last came
 runs that begin at the true mechanisms, with the recipe and without its price (do they stay?), and runs with other
 settings, found on seeds 90 to 93 in 23 trials: "log" lists them, with the features owned by the best start on each
-seed (prices are shares of `share_nonempty`). There the judge of chapter 25 chose a start that owns 4, 5, 2 and 5 features with the last ones, which were taken.
+seed (prices are shares of `share_nonempty`). With the last ones, which were taken, the judge of chapter 25 chose starts
+that own 4, 5, 2 and 5.
 """
 
 from __future__ import annotations
@@ -151,7 +152,8 @@ def rescaled(job: tuple[str, int], tms: apd.targets.TMS) -> tuple[Row, apd.Compo
     result, seconds = decomposed(network, recipe(tms, job) | {"weights": network.weights}, name, mechanisms(tms))
     row = {"seconds": seconds, "scores": result.scores}
     if len(result.scores) > 4:  # of the recipe
-        assert (every := result.restarts) is not None
+        every = result.restarts
+        assert every is not None
         starts = [owned(in_plain(every.restart(r), network, moved), tms) for r in range(len(result.scores))]
         row["restarts_owned"] = [int(own.owned.sum()) for own in starts]
     row |= ownership_lists(owned(in_plain(result.components, network, moved), tms))
