@@ -308,3 +308,36 @@ def test_in_units_of_its_own_every_feature_is_balanced_and_the_function_stays() 
     parts = {f"{path}.0.weight": m.detach()[None] for path, m in (("encode", W), ("decode", V))}
     for path, m in networks.whole_matrices(tms).items():
         torch.testing.assert_close(network.whole(apd.Components.from_matrices(parts)).matrices(path)[0], m)
+
+
+def test_a_start_at_the_truth_is_the_truth_in_every_restart_and_nothing_else() -> None:
+    tms = networks.Untied(2).fit(seed=3, steps=40)
+    network, true = Coder(tms, networks.change("plain", 5, 2, 7)), networks.mechanisms(tms)
+    shapes = {path: (w.shape[0], w.shape[1]) for path, w in apd.Network(network, network.weights).weights.items()}
+    drawn = apd.Components.random(shapes, 7, 2, restarts=2)
+    assert drawn.restarts == 2
+    basis.start_at(drawn, true)
+    for path, parts in zip(drawn.paths, true.values(), strict=True):
+        own = drawn.A[path] @ drawn.B[path]
+        torch.testing.assert_close(own[:, :5], parts.expand(2, -1, -1, -1))
+        assert not own[:, 5:].any()
+        torch.testing.assert_close(drawn.A[path].norm(dim=(-2, -1)), drawn.B[path].norm(dim=(-2, -1)))
+
+
+def test_runs_from_the_truth_begin_there_and_without_a_price_they_stay() -> None:
+    tms = networks.Untied(1).fit(seed=90)
+    network = Coder(tms, networks.change("plain", 5, 2, 7))
+    for name in ("plain, from the truth", "plain, from the truth, no price"):
+        few = basis.recipe(tms, (name, 90)) | {"weights": network.weights, "steps": 1, "lr": 1e-6}
+        result, _ = basis.decomposed(network, few, name, networks.mechanisms(tms))
+        assert basis.owned(basis.in_plain(result.components, network, networks.change("", 5, 2, 7)), tms).owned.all()
+        assert ("no price" in name) == (result.config.simplicity == 0)
+
+
+def test_other_settings_change_the_price_the_length_and_the_starts_and_nothing_else() -> None:
+    tms = apd.targets.TMS(5, 2)
+    plain, other = (basis.recipe(tms, (f"plain{end}", 10)) for end in ("", ", other settings"))
+    assert {k for k in other if plain.get(k) is not other.get(k) and plain.get(k) != other.get(k)} - {"batches"} == {
+        "steps", "p", "simplicity", "restarts", "judge",
+    }  # fmt: skip
+    assert basis.recipe(tms, ("another start, other settings", 10))["seed"] == 2010
