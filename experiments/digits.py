@@ -69,9 +69,7 @@ def read(reader: type[Reader], kind: str, seed: int, way: str) -> tuple[Row, Ten
     target = reader(seed).fit(seed)
     network = apd.Network(target, list(target.weights))
     if kind == "random":
-        # A diagonal of random numbers, some beyond 1, would explode over the strips: it stays as it was learnt.
-        without_training(apd.Network(target, [path for path in target.weights if path != "decay.a"]), seed)
-        rescaled(target, seed)
+        untrained(target, seed)
         network = apd.Network(target, list(target.weights))
     x, y = digits(2048, torch.Generator().manual_seed(20_000 + seed))
     found, seconds = taken_apart(network, lambda _, g: digits(BATCH, g)[0], way, x, TOLD, seed + 1000)
@@ -88,8 +86,12 @@ def read(reader: type[Reader], kind: str, seed: int, way: str) -> tuple[Row, Ten
 
 
 @torch.no_grad()
-def rescaled(target: Reader, seed: int) -> None:
-    """Scale the scores as in training, in place."""
+def untrained(target: Reader, seed: int) -> None:
+    """Replace the weights by random ones of the same singular values, and scale the scores as in training, in place.
+
+    The decays of a state-space model stay as they were learnt: random ones, some beyond 1, would explode.
+    """
+    without_training(apd.Network(target, [path for path in target.weights if path != "decay.a"]), seed)
     scores = target(digits(2048, torch.Generator().manual_seed(seed))[0])
     for p in target.get_submodule(target.ends).parameters():
         p.div_((scores - scores.mean(0)).square().mean().sqrt())

@@ -208,3 +208,14 @@ def test_readers_of_strips_and_of_experts_compute_what_they_say() -> None:
             )  # fmt: skip
             for found, own in zip(scores, wanted, strict=True):
                 torch.testing.assert_close(found, own)
+
+
+@pytest.mark.parametrize("kind", [Reader, ExpertsReader, DiagonalReader])
+def test_random_twins_have_scores_of_the_same_size_and_decays_stay(kind: type[Reader]) -> None:
+    reader = kind(3).requires_grad_(False)
+    before = {path: reader.get_parameter(path).clone() for path in reader.weights}
+    digits.untrained(reader, 3)
+    scores = reader(digits.digits(2048, generator(1))[0])
+    assert float((scores - scores.mean(0)).square().mean()) == pytest.approx(1, abs=0.1)
+    other = [path for path, w in before.items() if not torch.equal(w, reader.get_parameter(path))]
+    assert other == [path for path in reader.weights if path != "decay.a"]
