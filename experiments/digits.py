@@ -1,6 +1,6 @@
 """Create data/digits.json: a trained network without a known truth, taken apart by the call of chapter 33.
 
-python -m experiments.digits [--only trained random ...] [--processes N]      (about ten minutes of one core)
+python -m experiments.digits [--only trained random ...] [--processes N]      (about half an hour of one core)
 
 Small convolutional networks that read drawn digits (experiments/drawn_digits.py), one for each seed, taken apart in two
 ways (experiments/trained.py). "Random" is the same network with every decomposed weight replaced by a random one of the
