@@ -5,8 +5,9 @@ python -m experiments.judge [--only tms-5-2 | tms-40-10 | computed | residual] [
 Chapters 24 and 25. The recipes of `TMS.recipe` with k times a factor, everything else as it is; every restart is a row,
 with what it owns of the truth, its held-out sparse error, and its costs (`rate.costs`) on 2,048 inputs. Seeds 10 to
 19 (TMS 5-2, as it is and with rotated inputs) and 20 to 29 (TMS 40-10), fixed before; 15 to 19 rotated and 25 to 29
-were added later, and fixed before they ran. The errors of `rate.EPSILONS` were chosen after the runs on 10, 11 and 12 had been
-seen, and before those on the others. Rotated targets ran twice: at first a target was rotated again for each run.
+were added later, and fixed before they ran. The errors of `rate.EPSILONS` were chosen after the runs on 10, 11 and 12
+had been seen, and before those on the others. Rotated targets ran twice: at first a target was rotated again for each
+run.
 `computed` does the same on residual MLPs of one layer (compressed computation, seeds 0 and 1), of which the recipe has
 one restart; with its own k they are those that are stored (experiments/residual.py). Errors are shares of the error
 with nothing active, since most of the outputs pass the layer by.
