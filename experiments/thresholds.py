@@ -1,6 +1,6 @@
 """Create data/thresholds.json: other ways to do without a k, on targets of chapter 28.
 
-python -m experiments.thresholds [--only runs tries] [--processes N]     (about six minutes of a core)
+python -m experiments.thresholds [--only runs tries] [--processes N]     (about seven minutes of a core)
 
 "Runs" keep the fewest pairs (sample, component) that hold a share of the batch's squared attributions; the share was
 given. The targets are the first of "runs" in data/bottleneck.json, so that the rule of chapter 28 can be compared on
@@ -27,8 +27,13 @@ from experiments.experiment import Row, Rows, Study, Tensors, scaled
 
 LEFT = ((0.0, 0.6), (0.5, 0.3), (0.7, 0.05), (1.0, 0.02))  # share of the squares that may be left out
 PRICES: dict[str, Schedule] = {  # of a gate, in units of the error with nothing active
-    "0.1": 0.1, "0.02": 0.02, "late": ((0.0, 0.0), (0.3, 0.0), (0.6, 0.02)),
-}  # fmt: skip
+    "0.1": 0.1,
+    "0.02": 0.02,
+    "late": ((0.0, 0.0), (0.3, 0.0), (0.6, 0.02)),
+    "0.1 alone": 0.1,  # without the simplicity loss, whose slope by the gates is a price, too; components of rank one
+    "0.5 alone": 0.5,
+    "2 alone": 2.0,
+}
 FIRST = 0.5  # pairs of a sample that are on at first, as in the rule of chapter 28
 STRETCH = (-0.1, 1.1)  # of hard-concrete gates, before they are cut off at 0 and 1
 SEEDS = {"5-2": range(7600, 7605), "40-10": range(7600, 7602)}
@@ -111,7 +116,9 @@ class Concrete(Straight):
         return (((margin + noise) * 1.5).sigmoid() * (high - low) + low).clamp(0, 1)
 
 
-def decomposed(size: str, seed: int, selection_of: Callable[[float], Selection]) -> tuple[list[Row], Tensors]:
+def decomposed(
+    size: str, seed: int, selection_of: Callable[[float], Selection], **changes: float
+) -> tuple[list[Row], Tensors]:
     """Train a target, decompose it by a selection, given the error with nothing active, and measure."""
     same = (size, 0.05, seed)
     target = target_of(same)
@@ -119,7 +126,7 @@ def decomposed(size: str, seed: int, selection_of: Callable[[float], Selection])
     x = target.data(8192, nonempty=True)(0, torch.Generator().manual_seed(30_000 + seed))
     settings = bottleneck.settings(apd.Network(target, target.weights), x, n_components(same))
     nothing = settings["faithfulness"] / bottleneck.FAITHFULNESS
-    settings |= {"n_components": n_components(same), "seed": seed + 1000, "restarts": RESTARTS[size]}
+    settings |= {"n_components": n_components(same), "seed": seed + 1000, "restarts": RESTARTS[size]} | changes
     row = measured(same, target, batches, settings, selection_of(nothing))
     del row["noted"]
     return [row], {}
@@ -135,7 +142,8 @@ def attempt(job: tuple[str, str, int]) -> tuple[list[Row], Tensors]:
     """Learn thresholds."""
     way, price, seed = job
     kind = {"straight": Straight, "concrete": Concrete}[way]
-    return decomposed("5-2", seed, lambda nothing: kind(scaled(PRICES[price], nothing), seed))
+    changes = {"simplicity": 0.0, "rank": 1} if "alone" in price else {}
+    return decomposed("5-2", seed, lambda nothing: kind(scaled(PRICES[price], nothing), seed), **changes)
 
 
 def settings_of(job: tuple[str, str, int]) -> Row:
