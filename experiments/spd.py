@@ -297,9 +297,9 @@ def either_settings(job: EitherJob) -> Row:
     if method == "tuned":
         return {name: value for name, value in common.items() if name != "restarts"} | simplicity
     spd = {"minimality": 0.0, "simplicity": 0.0, "tidy_every": 0.0, "warmup": 0.0, "init_std": 0.5}
-    price = VPD | {"coefficient": EITHER_VPD} if method == "VPD" else {"coefficient": 1e-2, "p": 1.0}
-    price["coefficient"] = after_warm_up(price["coefficient"], 1500)
-    return common | spd | {"scrub": after_warm_up(1.0, 1500)} | price
+    charge: Row = VPD if method == "VPD" else {"p": 1.0}
+    price = after_warm_up(EITHER_VPD if method == "VPD" else 1e-2, 1500)
+    return common | spd | charge | {"scrub": after_warm_up(1.0, 1500), "coefficient": price}
 
 
 def take_either_apart(job: EitherJob) -> tuple[apd.Decomposition, Attribution, float]:

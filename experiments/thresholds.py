@@ -5,9 +5,9 @@ python -m experiments.thresholds [--only runs tries] [--processes N]     (about 
 "Runs" keep the fewest pairs (sample, component) that hold a share of the batch's squared attributions; the share was
 given. The targets are the first of "runs" in data/bottleneck.json, so that the rule of chapter 28 can be compared on
 the same ones, and so are all settings but the selection; with restarts that differ by their random start alone, of
-which the judge picks one, six on TMS 5-2 and two on TMS 40-10. "Tries" learn a threshold for each component at a price
-of a gate, straight through or with gates that are drawn, on target 90, on which nothing is reported otherwise: all that
-was tried; it did not get far enough to run it on others.
+which the judge picks one, six on TMS 5-2 and two on TMS 40-10. "Tries" learn a threshold for each component at a price of a gate, straight through or with gates that are drawn, with
+the simplicity loss and without, on target 90, on which nothing is reported otherwise: it did not get far enough to run
+it on others. Most of those without it were first tried by hand, with three restarts.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ class Share(Selection):
     """Active are the fewest pairs (sample, component) of the batch that hold a share of its squared attributions."""
 
     def __init__(self, left: Schedule) -> None:
-        self.left, self.noted = left, []
+        self.left = left
+        self.noted: list[Row] = []
 
     def choose(self, scores: Tensor, t: float, share: float = 1.0) -> Tensor:
         """Choose among scores [R, B, (positions,) C]: boolean gates."""
@@ -71,7 +72,8 @@ class Straight(Selection):
     """
 
     def __init__(self, price: Schedule, seed: int = 0) -> None:
-        self.price, self.noted, self.generator = price, [], torch.Generator().manual_seed(seed)
+        self.price, self.generator = price, torch.Generator().manual_seed(seed)
+        self.noted: list[Row] = []
 
     def start(self, n_restarts: int, n_components: int, like: Tensor) -> None:
         """Make log thresholds [R, C]; they are set by the first batch."""
