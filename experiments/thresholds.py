@@ -6,9 +6,9 @@ python -m experiments.thresholds [--only runs tries] [--processes N]     (about 
 given. The targets are the first of "runs" in data/bottleneck.json, so that the rule of chapter 28 can be compared on
 the same ones, and so are all settings but the selection; with restarts that differ by their random start alone, of
 which the judge picks one, six on TMS 5-2 and two on TMS 40-10. "Tries" learn a threshold for each component at a price
-for each open gate, straight through or with gates that are drawn, with the simplicity loss and without, on target 90, on which
-nothing is reported otherwise: it did not get far enough to run it on others. Most of those without it were first tried
-by hand, with three restarts.
+for each open gate, straight through or with gates that are drawn, with the simplicity loss and without, on target 90,
+on which nothing is reported otherwise: it did not get far enough to run it on others. Most of those without it were
+first tried by hand, with three restarts.
 """
 
 from __future__ import annotations
