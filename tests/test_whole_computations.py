@@ -8,6 +8,7 @@ from torch import Tensor
 
 import apd_minimal as apd
 from apd_minimal.targets import ResidualMLP
+from experiments import baselines as bases
 from experiments import whole_computations as study
 from experiments.causal import Crossed, Features, Model, Parts, Weights, best, cut, effects, plainest, scores, stitched
 from experiments.circuits import PATHS, Circuit, bend
@@ -193,3 +194,15 @@ def test_where_k_is_judged_nothing_else_is_other(monkeypatch: pytest.MonkeyPatch
     for (places, fixed), (others, judged) in zip(asked["fixed"], asked["judged"], strict=True):
         assert places == others and judged.pop("grid") == study.GRID and judged.pop("kind") == "batch_topk"
         assert fixed.pop("kind") == "topk" and fixed.pop("sparsity") in (2, 3) and fixed == judged
+
+
+def test_k_is_judged_on_every_network_and_among_the_values_of_the_wider_grid() -> None:
+    """Which is that of the crosscoder in chapter 30, on both sides of the fixed k of every method."""
+    assert study.GRID == bases.WIDER["25-25"]["crosscoder"]
+    assert all(min(study.GRID) < k < max(study.GRID) for _, k in study.SPARSITY.values())
+    rows = study.STUDY.stored()["judged"]
+    assert [(r["method"], r["seed"]) for r in rows] == sorted(
+        ((m, s) for m in study.SPARSITY for s in study.RESIDUAL), key=lambda job: study.order(job)
+    )
+    layers = {"SAE": 2, "transcoder": 2, "crosscoder": 1}
+    assert all(len(r["k"]) == layers[r["method"]] and set(r["k"]) <= set(study.GRID) for r in rows)
