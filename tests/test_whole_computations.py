@@ -191,18 +191,18 @@ def test_where_k_is_judged_nothing_else_is_other(monkeypatch: pytest.MonkeyPatch
     for method in study.SPARSITY:
         for name in (method, method + study.JUDGED):
             study.dictionaries(name, target, 3)
-    for (places, fixed), (others, judged) in zip(asked["fixed"], asked["judged"], strict=True):
-        assert places == others and judged.pop("grid") == study.GRID and judged.pop("kind") == "batch_topk"
+    grids = [study.GRIDS[method] for method in ("SAE", "SAE", "transcoder", "transcoder", "crosscoder")]
+    for (places, fixed), (others, judged), grid in zip(asked["fixed"], asked["judged"], grids, strict=True):
+        assert places == others and judged.pop("grid") == grid and judged.pop("kind") == "batch_topk"
         assert fixed.pop("kind") == "topk" and fixed.pop("sparsity") in (2, 3) and fixed == judged
 
 
-def test_k_is_judged_on_every_network_and_among_the_values_of_the_wider_grid() -> None:
-    """Which is that of the crosscoder in chapter 30, on both sides of the fixed k of every method."""
-    assert study.GRID == bases.WIDER["25-25"]["crosscoder"]
-    assert all(min(study.GRID) < k < max(study.GRID) for _, k in study.SPARSITY.values())
+def test_k_is_judged_among_the_values_of_a_grid_and_for_crosscoders_on_every_network() -> None:
+    """The crosscoder's grid is that of chapter 30, on both sides of its fixed k."""
+    assert study.GRIDS["crosscoder"] == bases.WIDER["25-25"]["crosscoder"]
+    assert study.GRIDS["SAE"] == study.GRIDS["transcoder"] == bases.LARGE_GRID
     rows = study.STUDY.stored()["judged"]
-    assert [(r["method"], r["seed"]) for r in rows] == sorted(
-        ((m, s) for m in study.SPARSITY for s in study.RESIDUAL), key=lambda job: study.order(job)
-    )
-    layers = {"SAE": 2, "transcoder": 2, "crosscoder": 1}
-    assert all(len(r["k"]) == layers[r["method"]] and set(r["k"]) <= set(study.GRID) for r in rows)
+    for method, seeds, layers in (("SAE", range(3), 2), ("transcoder", range(3), 2), ("crosscoder", study.RESIDUAL, 1)):
+        own = [r for r in rows if r["method"] == method]
+        assert [r["seed"] for r in own] == list(seeds)
+        assert all(len(r["k"]) == layers and set(r["k"]) <= set(study.GRIDS[method]) for r in own)
