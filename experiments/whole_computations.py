@@ -13,10 +13,10 @@ rules are stored. "Random" dictionaries had one step of training. Dealt componen
 found ones. The "cut" needs no training: samples on which as few inputs as possible are on, and of each weight what
 moves in the stream on them (`causal.cut`); one more part is the rest.
 
-"judged" has dictionaries of residual MLPs again, with nothing changed but the sparsity: BatchTopK, whose k is chosen for
-each dictionary of each network by bits (`baselines.choose`), without a truth. For the crosscoders of all five networks
-it is chosen from the wider grid of chapter 30. For the others, which take twice as long, it is chosen from the narrow
-one, on the first three networks.
+"judged" has dictionaries of residual MLPs again, with nothing changed but the sparsity: BatchTopK, whose k is chosen
+for each dictionary of each network by bits (`baselines.choose`), without a truth. For the crosscoders of all five
+networks it is chosen from the wider grid of chapter 30. For the others, which take twice as long, it is chosen from
+the narrow one, on the first three networks.
 """
 
 from __future__ import annotations

@@ -76,11 +76,11 @@ def test_more_steps_are_more_steps_of_every_sparsity(monkeypatch: pytest.MonkeyP
 
 
 def test_every_dictionary_of_the_table_is_among_them() -> None:
-    """On every target; but for that of an untrained network, a control, and that of the second layer, as the first."""
+    """But for that of an untrained network, which is a control, and that of the second layer, which is as the first."""
     assert set(baselines.EQUAL_SECONDS) == set(baselines.SEEDS)
     for name, (seeds, methods) in baselines.EQUAL_SECONDS.items():
         target = baselines.loaded(name, baselines.SEEDS[name][0])[0]
-        assert seeds == baselines.SEEDS[name]
+        assert seeds == baselines.SEEDS[name][: 3 if name == "25-25" else None]  # all of the table, where time allowed
         assert set(methods) == {m for m in baselines.in_table(target) if "untrained" not in m and "layer 1" not in m}
 
 
