@@ -45,7 +45,7 @@ EQUAL_SECONDS: dict[str, tuple[range, tuple[str, ...]]] = {  # what is chosen ag
     "tms-40-10": (SEEDS["tms-40-10"], AUTOENCODERS + TRANSCODERS),
     "tms-5-2-identity": (SEEDS["tms-5-2-identity"], (*AUTOENCODERS, "crosscoder", *TRANSCODERS)),
     "50": (SEEDS["50"], ("SAE, BatchTopK, layer 0", *TRANSCODERS)),
-    "25-25": (SEEDS["25-25"][:3], ("SAE, BatchTopK, layer 0", "crosscoder")),
+    "25-25": (SEEDS["25-25"], ("SAE, BatchTopK, layer 0", "crosscoder")),
 }
 WIDER: dict[str, dict[str, tuple[float, ...]]] = {  # where the choice above fell on an end of the grid
     "tms-40-10": {

@@ -14,9 +14,7 @@ found ones. The "cut" needs no training: samples on which as few inputs as possi
 moves in the stream on them (`causal.cut`); one more part is the rest.
 
 "judged" has dictionaries of residual MLPs again, with nothing changed but the sparsity: BatchTopK, whose k is chosen
-for each dictionary of each network by bits (`baselines.choose`), without a truth. For the crosscoders of all five
-networks it is chosen from the wider grid of chapter 30. For the others, which take twice as long, it is chosen from
-the narrow one, on the first three networks.
+for each dictionary of each network by bits (`baselines.choose`) from the wider grid of chapter 30, without a truth.
 """
 
 from __future__ import annotations
@@ -57,9 +55,7 @@ METHODS = (
 )  # fmt: skip
 SPARSITY = {"SAE": ("topk", 2), "transcoder": ("topk", 3), "crosscoder": ("topk", 2)}
 FIT = {"steps": 2000, "lr": 3e-3}  # of every dictionary
-JUDGED, NARROW = " judged", (1.0, 1.5, 2.5)  # methods whose k is chosen for each network
-GRIDS = {"SAE": NARROW, "transcoder": NARROW, "crosscoder": (0.5, 0.7, 1.0, 1.5, 2.5, 4.0, 6.0)}  # and of which values
-AGAIN_ON = {"SAE": RESIDUAL[:3], "transcoder": RESIDUAL[:3], "crosscoder": RESIDUAL}
+JUDGED, GRID = " judged", (0.5, 0.7, 1.0, 1.5, 2.5, 4.0, 6.0)  # methods whose k is chosen for each network
 
 
 def batches(target: Circuit) -> Any:
@@ -107,7 +103,7 @@ def dictionaries(method: str, target: Any, seed: int) -> list[baselines.Dictiona
     if "random" in method:
         settings |= {"steps": 1, "revive": 0}
     if method.endswith(JUDGED):
-        settings = {"kind": "batch_topk", "grid": GRIDS[method.split()[0]], "seed": seed, **FIT}
+        settings = {"kind": "batch_topk", "grid": GRID, "seed": seed, **FIT}
 
     def fit(*arguments: Any, **more: Any) -> baselines.Dictionary:
         if method.endswith(JUDGED):
@@ -231,9 +227,9 @@ RESIDUALS = Rows(
 )
 AGAIN = Rows(
     ("method", "seed"),
-    lambda rows: [(m, s) for m, seeds in AGAIN_ON.items() for s in seeds],
+    lambda rows: [(m, s) for m in SPARSITY for s in RESIDUAL],
     judged_run,
-    lambda job: FIT | {"grid": GRIDS[job[0]]},
+    lambda job: FIT | {"grid": GRID},
     order,
 )
 PARTS = {"apd": APD, "circuit": CIRCUIT, "residual": RESIDUALS, "judged": AGAIN}
