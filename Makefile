@@ -14,7 +14,7 @@ STUDIES := tms more_seeds published gated failures unknown residual grid schedul
            layerwise tricks parallel larger judge tuned fresh bottleneck spd judged leaks whole baselines \
            basis basis_others basis_stream whole_computations modular induction induced groups together \
            architectures digits looking verified grokked each_method irreps fused pieces finds letters one_call \
-           dictionaries one_question tied learned_group
+           dictionaries one_question tied learned_group thresholds
 INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: book pdf run test saelens portable data bench clean

@@ -26,7 +26,7 @@ def neurons(readers: int) -> apd.Components:
 
 
 @pytest.mark.parametrize("readers", [1, 2])
-@pytest.mark.parametrize("method", [m for m in spd.EITHER_METHODS if m != "importance"])
+@pytest.mark.parametrize("method", [m for m in spd.EITHER_METHODS if m not in spd.BY_IMPORTANCE])
 def test_the_truth_under_each_attribution(monkeypatch: pytest.MonkeyPatch, method: str, readers: int) -> None:
     """Where one reader alone is on, all see it; where both are, only those that look at missing parts see either."""
 
@@ -58,6 +58,9 @@ def test_runs_go_by_their_own_attribution(monkeypatch: pytest.MonkeyPatch, metho
     monkeypatch.setattr(spd, "tune", lambda target, **settings: seen.update(settings) or Found)
     _, attribution, _ = spd.take_either_apart(("or", 2, method, 0))
     assert (seen.get("attribution") or apd.attributions.gradient) is attribution
+    assert isinstance(seen.get("selection"), spd.Attacked) == (method == "VPD")
+    if method == "VPD":
+        assert attribution == seen["selection"].scores, "the attack must see what the gates will run"
     assert ("judge" in seen) == method.startswith("no k")
     if "judge" in seen:
         assert seen["judge"].attribution is attribution

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import apd_minimal as apd
 from apd_minimal.targets.transformer import answer_shares, last_position
 from experiments import architectures, digits, reading, trained
-from experiments.drawn_digits import Reader
+from experiments.drawn_digits import DiagonalReader, ExpertsReader, Reader, RecurrentReader, SelectiveReader
 from experiments.reading import LETTERS, WINDOW, Writer
 
 
@@ -169,3 +169,53 @@ def test_measures_tell_two_parts_from_one_lump_and_from_dealt_parts() -> None:
     turned = torch.stack([halves[0] @ other, halves[1] @ other])
     apart, *_ = trained.measured(network, decomposed(halves, 1.0, turned), x, 0)
     assert apart["weights"]["mean"] < 0.9
+
+
+@pytest.mark.parametrize("kind", [Reader, *digits.KINDS.values()])
+def test_readers_of_every_kind_learn_have_scores_of_one_size_and_can_be_gated(kind: type[Reader]) -> None:
+    reader = kind(3).fit(3, steps=150)
+    x, y = digits.digits(2048, generator(1))
+    scores = reader(x)
+    assert float((scores.argmax(1) == y).float().mean()) > 0.3
+    assert float((scores - scores.mean(0)).square().mean()) == pytest.approx(1, abs=0.1)
+    apd.Network(reader, list(reader.weights)).check(x[:6])
+    named = {name.rpartition(".")[0] for name, _ in reader.named_parameters()}
+    assert {path.rpartition(".")[0] for path in reader.weights} == named  # no layer is left out
+
+
+def test_readers_of_strips_and_of_experts_compute_what_they_say() -> None:
+    x = torch.randn(3, 1, 12, 12, generator=generator())
+    recurrent, diagonal, selective, experts = (
+        RecurrentReader(5),
+        DiagonalReader(5),
+        SelectiveReader(5),
+        ExpertsReader(5),
+    )
+    assert diagonal.decay.a.std() > 0.05  # states with one speed would be one state
+    with torch.no_grad():
+        for picture, *scores in zip(x[:, 0], *(f(x) for f in (recurrent, diagonal, selective, experts)), strict=True):
+            r, d, s = torch.zeros(24), torch.zeros(24), torch.zeros(24)
+            for strip in (picture[i : i + 3].flatten() for i in (0, 3, 6, 9)):
+                r = torch.tanh(recurrent.into(strip) + recurrent.again.weight @ r)
+                d = diagonal.decay.a * d + diagonal.into(strip)
+                step = torch.sigmoid(selective.step(strip))
+                s = s + step * (selective.into(strip) - s)
+            share = experts.router(picture.flatten()).exp()
+            said = [experts.last[e](experts.first[e](picture.flatten()).relu()) for e in range(3)]
+            wanted = (
+                recurrent.last(r), diagonal.last(diagonal.out(d).relu()), selective.last(selective.out(s).relu()),
+                sum(w * y for w, y in zip(share, said, strict=True)) / share.sum(),
+            )  # fmt: skip
+            for found, own in zip(scores, wanted, strict=True):
+                torch.testing.assert_close(found, own)
+
+
+@pytest.mark.parametrize("kind", [Reader, ExpertsReader, DiagonalReader])
+def test_random_twins_have_scores_of_the_same_size_and_decays_stay(kind: type[Reader]) -> None:
+    reader = kind(3).requires_grad_(False)
+    before = {path: reader.get_parameter(path).clone() for path in reader.weights}
+    digits.untrained(reader, 3)
+    scores = reader(digits.digits(2048, generator(1))[0])
+    assert float((scores - scores.mean(0)).square().mean()) == pytest.approx(1, abs=0.1)
+    other = [path for path, w in before.items() if not torch.equal(w, reader.get_parameter(path))]
+    assert other == [path for path in reader.weights if path != "decay.a"]
