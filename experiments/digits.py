@@ -107,10 +107,7 @@ RUNS = Rows(
 )
 OTHERS = Rows(
     fields=("network", "seed", "kind"),
-    jobs=lambda rows: (
-        [(name, s, "trained") for name in KINDS for s in KIND_SEEDS]
-        + [(name, KIND_SEEDS[0], "random") for name in KINDS]
-    ),
+    jobs=lambda rows: [(name, s, kind) for kind in ("trained", "random") for name in KINDS for s in KIND_SEEDS],
     run=run_kind,
     settings=lambda job: settings("told", TOLD, BATCH, job[1] + 1000),
     order=lambda job: (list(KINDS).index(job[0]), job[2] == "random", job[1]),
