@@ -90,7 +90,7 @@ def read(reader: type[Reader], kind: str, seed: int, way: str) -> tuple[Row, Ten
 def untrained(target: Reader, seed: int) -> None:
     """Replace the weights by random ones of the same singular values, and scale the scores as in training, in place.
 
-    The decays of a state-space model stay as they were learnt: random ones, some beyond 1, would explode.
+    Biases stay as they were learnt, and the decays of a state-space model: random ones, some beyond 1, would explode.
     """
     without_training(apd.Network(target, [path for path in target.weights if path != "decay.a"]), seed)
     scores = target(digits(2048, torch.Generator().manual_seed(seed))[0])
