@@ -6,9 +6,9 @@ python -m experiments.thresholds [--only runs tries] [--processes N]     (about 
 given. The targets are the first of "runs" in data/bottleneck.json, so that the rule of chapter 28 can be compared on
 the same ones, and so are all settings but the selection; with restarts that differ by their random start alone, of
 which the judge picks one, six on TMS 5-2 and two on TMS 40-10. "Tries" learn a threshold for each component at a price
-of a gate, straight through or with gates that are drawn, with the simplicity loss and without, on target 90, on which
-nothing is reported otherwise: it did not get far enough to run it on others. Most of those without it were first tried
-by hand, with three restarts.
+for each open gate, straight through or with gates that are drawn, with the simplicity loss and without, on target 90,
+on which nothing is reported otherwise: it did not get far enough to run it on others. Most of those without it were
+first tried by hand, with three restarts.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ LEFT = ((0.0, 0.6), (0.5, 0.3), (0.7, 0.05), (1.0, 0.02))  # share of the square
 PRICES: dict[str, Schedule] = {  # of a gate, in units of the error with nothing active
     "0.1": 0.1,
     "0.02": 0.02,
+    "0": 0.0,  # came last: does the simplicity loss alone close the gates?
     "late": ((0.0, 0.0), (0.3, 0.0), (0.6, 0.02)),
     "0.1 alone": 0.1,  # without the simplicity loss, whose slope by the gates is a price, too; components of rank one
     "0.5 alone": 0.5,
