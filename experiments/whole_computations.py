@@ -13,9 +13,8 @@ rules are stored. "Random" dictionaries had one step of training. Dealt componen
 found ones. The "cut" needs no training: samples on which as few inputs as possible are on, and of each weight what
 moves in the stream on them (`causal.cut`); one more part is the rest.
 
-"judged" has dictionaries of the first residual MLP again (of the crosscoder: of the first two; there was no time for
-more), with nothing changed but the sparsity: BatchTopK, whose k is chosen for each dictionary of each network by bits
-(`baselines.choose`, the grid of chapter 30), without a truth.
+"judged" has dictionaries of residual MLPs again, with nothing changed but the sparsity: BatchTopK, whose k is chosen
+for each dictionary of each network by bits (`baselines.choose`) from the wider grid of chapter 30, without a truth.
 """
 
 from __future__ import annotations
@@ -55,7 +54,8 @@ METHODS = (
     "APD", "APD dealt", "truth", "cut", "SAE", "SAE random", "transcoder", "transcoder random", "crosscoder", "neurons",
 )  # fmt: skip
 SPARSITY = {"SAE": ("topk", 2), "transcoder": ("topk", 3), "crosscoder": ("topk", 2)}
-JUDGED, GRID = " judged", (1.0, 1.5, 2.5)  # methods whose k is chosen for each network, and of which values
+FIT = {"steps": 2000, "lr": 3e-3}  # of every dictionary
+JUDGED, GRID = " judged", (0.5, 0.7, 1.0, 1.5, 2.5, 4.0, 6.0)  # methods whose k is chosen for each network
 
 
 def batches(target: Circuit) -> Any:
@@ -99,11 +99,11 @@ def dictionaries(method: str, target: Any, seed: int) -> list[baselines.Dictiona
     data = batches(target) if circuit else target.data(256)
     holds, size = ("write", 12) if circuit else ("neurons", 200)
     places = [f"output of {holds}.{i}" for i in range(2)]
-    settings: dict[str, Any] = {"kind": kind, "sparsity": k, "steps": 2000, "seed": seed}
+    settings: dict[str, Any] = {"kind": kind, "sparsity": k, "seed": seed, **FIT}
     if "random" in method:
         settings |= {"steps": 1, "revive": 0}
     if method.endswith(JUDGED):
-        settings = {"kind": "batch_topk", "grid": GRID, "steps": 2000, "seed": seed}
+        settings = {"kind": "batch_topk", "grid": GRID, "seed": seed, **FIT}
 
     def fit(*arguments: Any, **more: Any) -> baselines.Dictionary:
         if method.endswith(JUDGED):
@@ -227,9 +227,10 @@ RESIDUALS = Rows(
 )
 AGAIN = Rows(
     ("method", "seed"),
-    lambda rows: [(m, s) for m in SPARSITY for s in RESIDUAL[:3]],
+    lambda rows: [(m, s) for m in SPARSITY for s in RESIDUAL],
     judged_run,
-    order=order,
+    lambda job: FIT | {"grid": GRID},
+    order,
 )
 PARTS = {"apd": APD, "circuit": CIRCUIT, "residual": RESIDUALS, "judged": AGAIN}
 STUDY = Study("whole_computations", PARTS, compact=True)

@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from apd_minimal import Network
+from apd_minimal.study import baselines as studied
+from apd_minimal.study import controls
 from apd_minimal.study.dictionaries import Dictionary, activations
 from apd_minimal.targets import TMS, ResidualMLP
 from experiments import baselines
@@ -74,8 +77,10 @@ def test_more_steps_are_more_steps_of_every_sparsity(monkeypatch: pytest.MonkeyP
 
 def test_every_dictionary_of_the_table_is_among_them() -> None:
     """But for that of an untrained network, which is a control, and that of the second layer, which is as the first."""
-    for name, (_, methods) in baselines.EQUAL_SECONDS.items():
+    assert set(baselines.EQUAL_SECONDS) == set(baselines.SEEDS)
+    for name, (seeds, methods) in baselines.EQUAL_SECONDS.items():
         target = baselines.loaded(name, baselines.SEEDS[name][0])[0]
+        assert seeds == baselines.SEEDS[name]
         assert set(methods) == {m for m in baselines.in_table(target) if "untrained" not in m and "layer 1" not in m}
 
 
@@ -112,3 +117,33 @@ def test_a_wider_grid_is_one_training_for_each_sparsity_with_the_steps_of_its_ta
         assert asked[-1]["grid"] == (0.3,) and asked[-1]["kind"] == "relu" and asked[-1]["steps"] == steps
         assert row["bits_to_choose"] == [1.0]
         assert baselines.WIDE.settings is not None and baselines.WIDE.settings(job)["steps"] == steps
+
+
+@pytest.mark.parametrize("name", ["50", "25-25"])
+def test_the_wider_grid_holds_the_grid_of_the_table_and_goes_on_at_both_ends(name: str) -> None:
+    target = ResidualMLP(neurons=tuple(map(int, name.split("-"))))
+    of_table = {m for m in baselines.in_table(target) if not m.startswith("transcoder")}
+    assert of_table < set(baselines.WIDER[name])
+    for method in of_table:
+        grid, usual = baselines.WIDER[name][method], baselines.LARGE_GRID
+        assert set(usual) < set(grid) and min(grid) < min(usual) and max(grid) > max(usual)
+    if name == "25-25":  # none but what was asked for is left out
+        assert set(baselines.WIDER[name]) == set(baselines.dictionaries(target))
+
+
+def test_halves_of_the_features_are_two_components_for_each_and_own_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole columns own all; one component of zeros is not in use."""
+    target, x = TMS(5, 2), torch.rand(64, 5)
+    columns, asked = controls.input_columns(Network(target, target.weights).weights), list[dict[str, Any]]()
+    halves = columns.map(lambda t: t / 2**0.5)
+    for parts, owners, owned in ((columns, 1, 5), (studied.beside([halves, halves]), 2, 0)):
+        spare = studied.beside([parts, parts.map(torch.zeros_like)])
+
+        def taken(own: Any, recipe: dict[str, Any], seed: int, found: Any = spare) -> Any:
+            asked.append(recipe | {"seed": seed})
+            return SimpleNamespace(components=found), 1.0
+
+        monkeypatch.setattr(baselines, "taken_apart", taken)
+        row = baselines.split_components(target, 3, x, {"n_components": 40})
+        assert (row["owners"], row["owned"], row["in_use"]) == ([owners] * 5, owned, 5 * owners)
+        assert asked[-1] == target.recipe | {"n_components": 40, "seed": 3} and len(row["bits"]) == 3

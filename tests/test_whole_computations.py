@@ -8,6 +8,7 @@ from torch import Tensor
 
 import apd_minimal as apd
 from apd_minimal.targets import ResidualMLP
+from experiments import baselines as bases
 from experiments import whole_computations as study
 from experiments.causal import Crossed, Features, Model, Parts, Weights, best, cut, effects, plainest, scores, stitched
 from experiments.circuits import PATHS, Circuit, bend
@@ -193,3 +194,13 @@ def test_where_k_is_judged_nothing_else_is_other(monkeypatch: pytest.MonkeyPatch
     for (places, fixed), (others, judged) in zip(asked["fixed"], asked["judged"], strict=True):
         assert places == others and judged.pop("grid") == study.GRID and judged.pop("kind") == "batch_topk"
         assert fixed.pop("kind") == "topk" and fixed.pop("sparsity") in (2, 3) and fixed == judged
+
+
+def test_k_is_judged_among_the_values_of_a_grid_on_every_network() -> None:
+    """The grid is that of chapter 30 for these networks, which has every fixed k inside."""
+    assert bases.WIDER["25-25"]["crosscoder"] == study.GRID
+    rows = study.STUDY.stored()["judged"]
+    for method, layers in (("SAE", 2), ("transcoder", 2), ("crosscoder", 1)):
+        own = [r for r in rows if r["method"] == method]
+        assert [r["seed"] for r in own] == list(study.RESIDUAL)
+        assert all(len(r["k"]) == layers and set(r["k"]) <= set(study.GRID) for r in own)
