@@ -1,11 +1,11 @@
 """Create data/digits.json: a trained network without a known truth, taken apart by the call of chapter 33.
 
-python -m experiments.digits [--only trained random ...] [--processes N]      (about half an hour of one core)
+python -m experiments.digits [--only trained random ...] [--processes N]      (about 40 minutes of one core)
 
 Small convolutional networks that read drawn digits (experiments/drawn_digits.py), one for each seed, taken apart in two
 ways (experiments/trained.py). "Random" is the same network with every decomposed weight replaced by a random one of the
 same singular values. "kinds" came later: networks of six other kinds that see the same pictures, taken apart by the
-same call with the settings of the convolutional ones. "log" has the runs on seed 90 of the convolutional network, and
+same call with the settings of the convolutional ones; at first one of each kind had a random twin, then all. "log" has the runs on seed 90 of the convolutional network, and
 on the text of experiments/letters.py, by which the settings of both studies were made, and some that came afterwards;
 "before" are the runs with the first recipe, batches of 64.
 """
