@@ -1,11 +1,11 @@
 """Create data/digits.json: a trained network without a known truth, taken apart by the call of chapter 33.
 
-python -m experiments.digits [--only trained random ...] [--processes N]      (about half an hour of one core)
+python -m experiments.digits [--only trained random ...] [--processes N]      (about 40 minutes of one core)
 
 Small convolutional networks that read drawn digits (experiments/drawn_digits.py), one for each seed, taken apart in two
 ways (experiments/trained.py). "Random" is the same network with every decomposed weight replaced by a random one of the
 same singular values. "kinds" came later: networks of six other kinds that see the same pictures, taken apart by the
-same call with the settings of the convolutional ones. "log" has the runs on seed 90 of the convolutional network, and
+same call with the settings of the convolutional ones; at first one of each kind had a random twin, then all. "log" has the runs on seed 90 of the convolutional network, and
 on the text of experiments/letters.py, by which the settings of both studies were made, and some that came afterwards;
 "before" are the runs with the first recipe, batches of 64.
 """
@@ -90,7 +90,7 @@ def read(reader: type[Reader], kind: str, seed: int, way: str) -> tuple[Row, Ten
 def untrained(target: Reader, seed: int) -> None:
     """Replace the weights by random ones of the same singular values, and scale the scores as in training, in place.
 
-    The decays of a state-space model stay as they were learnt: random ones, some beyond 1, would explode.
+    Biases stay as they were learnt, and the decays of a state-space model: random ones, some beyond 1, would explode.
     """
     without_training(apd.Network(target, [path for path in target.weights if path != "decay.a"]), seed)
     scores = target(digits(2048, torch.Generator().manual_seed(seed))[0])
@@ -107,10 +107,7 @@ RUNS = Rows(
 )
 OTHERS = Rows(
     fields=("network", "seed", "kind"),
-    jobs=lambda rows: (
-        [(name, s, "trained") for name in KINDS for s in KIND_SEEDS]
-        + [(name, KIND_SEEDS[0], "random") for name in KINDS]
-    ),
+    jobs=lambda rows: [(name, s, kind) for kind in ("trained", "random") for name in KINDS for s in KIND_SEEDS],
     run=run_kind,
     settings=lambda job: settings("told", TOLD, BATCH, job[1] + 1000),
     order=lambda job: (list(KINDS).index(job[0]), job[2] == "random", job[1]),
