@@ -5,9 +5,9 @@ python -m experiments.digits [--only trained random ...] [--processes N]      (a
 Small convolutional networks that read drawn digits (experiments/drawn_digits.py), one for each seed, taken apart in two
 ways (experiments/trained.py). "Random" is the same network with every decomposed weight replaced by a random one of the
 same singular values. "kinds" came later: networks of six other kinds that see the same pictures, taken apart by the
-same call with the settings of the convolutional ones; at first one of each kind had a random twin, then all. "log" has the runs on seed 90 of the convolutional network, and
-on the text of experiments/letters.py, by which the settings of both studies were made, and some that came afterwards;
-"before" are the runs with the first recipe, batches of 64.
+same call with the settings of the convolutional ones; at first one of each kind had a random twin, then all. "log"
+has the runs on seed 90 of the convolutional network, and on the text of experiments/letters.py, by which the settings
+of both studies were made, and some that came afterwards; "before" are the runs with the first recipe, batches of 64.
 """
 
 from __future__ import annotations
