@@ -79,8 +79,9 @@ class TMS(nn.Module):
     def recipe(self) -> dict[str, Any]:
         """Inputs and settings of the decompositions in chapters 1 and 7, for `decompose(target, **target.recipe)`.
 
-        They were found on target seeds from 100 up; the defaults of `decompose` are those of 40-10. At other sizes, k
-        and C are scaled; experiments/sizes.py lists what was tried and how often every feature was owned.
+        They were found on target seeds from 100 up; the defaults of `decompose` are those of 40-10. Other sizes have
+        those of 5-2 up to 8 features and those of 40-10 above, with k and C scaled; experiments/sizes.py lists what
+        was tried and how often every feature was owned.
 
         Warns:
             UserWarning: a size at which the recipe was not shown to own every feature, with the reason.
@@ -167,8 +168,10 @@ class TMS(nn.Module):
             )
         elif n < 3 or not 1.5 <= n / self.d_hidden <= 4:
             why = "recipes were tried from 3-2 to 40-10, with 1.5 to 4 features for each hidden dimension"
+        elif n == 6:
+            why = "at 6-3 the recipe owned 2 and 4 of 6 features on two targets, where they lie on lines in pairs"
         elif n == 7:
-            why = "at 7-3 the recipe owned 5 of 7 features on three of eight targets; more restarts may help"
+            why = "at 7-3 the recipe owned 4 of 7 features on one of 27 targets; more restarts may help"
         elif n == 30:
             why = "at 30-8 the recipe owned 24 of 30 features on one of five targets; more restarts may help"
         else:
