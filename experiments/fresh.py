@@ -2,12 +2,16 @@
 
 python -m experiments.fresh [--only 5-2 | 40-10 | 7-3 ...] [--processes N]     (about an hour of one core)
 
-`TMS.recipe` as it stands, which is what a user gets: on 100 targets of TMS 5-2 and 30 of TMS 40-10, and on five of each
-other size. "Rotated" are the first of the same targets with inputs in a random orthogonal basis, where the split of the
-weight by input columns, which learns nothing, owns nothing. Target seeds from 8000 up; the seed of the decomposition is
-1,000 more, so that nothing can start where the weights of the target did. All seeds and one rule were fixed before:
-targets on which two features lie on one line (`TMS.same_line`, |cosine| at least 0.99) are counted apart. Each was run
-once.
+`TMS.recipe` as it stands, which is what a user gets: on 100 targets of TMS 5-2, 30 of TMS 40-10, 15 of TMS 7-3, and
+five of each other size. "Rotated" are the first of the same targets with inputs in a random orthogonal basis, where the
+split of the weight by input columns, which learns nothing, owns nothing. Target seeds from 8000 up; the seed of the
+decomposition is 1,000 more, so that nothing can start where the weights of the target did. All seeds and one rule were
+fixed before: targets on which two features lie on one line (`TMS.same_line`, |cosine| at least 0.99) are counted apart.
+Each was run once.
+
+TMS 7-3 is an exception. Its recipe was another one at first, with which seeds 8000 and 8002 came out with 5 of 7
+features. The settings of today were then chosen on tuning seeds (experiments/sizes.py), the first five targets were
+run again, and ten new ones (from 8005), which nobody had looked at, once.
 
 "Failed" looks at the targets without such a line that did not come out complete, afterwards: how near each missing
 feature is to its nearest, how many features as near came out, and bits of what was found beside those of the truth.
@@ -26,11 +30,11 @@ from apd_minimal.study.rate import Judge
 from experiments.experiment import Row, Rows, Study, Tensors, numbers, taken_apart
 
 N_TARGETS = {
-    "5-2": 100, "3-2": 5, "7-3": 5, "10-4": 5, "15-5": 5, "20-6": 5, "30-8": 5, "40-10": 30, "60-15": 5,
+    "5-2": 100, "3-2": 5, "7-3": 15, "10-4": 5, "15-5": 5, "20-6": 5, "30-8": 5, "40-10": 30, "60-15": 5,
     "5-2 rotated": 20, "40-10 rotated": 5,
 }  # fmt: skip
 Job = tuple[str, int]  # size, seed
-FAILED = [("7-3", 8000), ("7-3", 8002), ("30-8", 8001), ("40-10", 8027), ("60-15", 8000)]
+FAILED = [("30-8", 8001), ("40-10", 8027), ("60-15", 8000)]
 
 
 def target_of(size: str) -> apd.targets.TMS:

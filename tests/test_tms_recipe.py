@@ -14,7 +14,7 @@ from apd_minimal.book import artefacts
 from apd_minimal.config import at_progress
 
 
-@pytest.mark.parametrize("size", [(3, 2), (5, 2), (10, 4), (20, 6), (40, 10)])
+@pytest.mark.parametrize("size", [(3, 2), (5, 2), (8, 3), (10, 4), (20, 6), (40, 10)])
 def test_no_doubt_at_the_sizes_that_were_shown(size: tuple[int, int]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -79,7 +79,8 @@ def test_a_doubt_names_at_most_five_pairs(n_lines: int) -> None:
 @pytest.mark.parametrize(("size", "identity", "why"), [
     ((60, 15), False, "above 40 features"), ((2, 1), False, "from 3-2 to 40-10"), ((20, 2), False, "for each hidden"),
     ((7, 3), True, "identity layer"),
-    ((7, 3), False, "5 of 7 features on three of eight targets"),
+    ((6, 3), False, "2 and 4 of 6 features on two targets"),
+    ((7, 3), False, "4 of 7 features on one of 27 targets"),
     ((30, 8), False, "24 of 30 features on one of five targets"),
 ])  # fmt: skip
 def test_other_sizes_are_doubted_in_words(size: tuple[int, int], identity: bool, why: str) -> None:
@@ -115,3 +116,16 @@ def test_a_recipe_is_for_features_that_are_on_about_as_often(probability: float,
         target = apd.targets.TMS(*size, probability=probability)
         assert (f"this is {probability:g}" in target._doubt(size == (5, 2))) is doubted
     assert apd.targets.TMS(7, 3)._doubt(False).startswith("at 7-3")
+
+
+def test_doubts_count_the_stored_runs() -> None:
+    """All runs with the settings of today: those of the recipe, the tries it was taken from, and fresh targets."""
+    tries = json.loads(artefacts.path("sizes.json").read_text())["runs"]
+    fresh = json.loads(artefacts.path("fresh.json").read_text())["runs"]
+    same = [r for r in tries if r["settings"] in ("recipe", "in proportion to 5-2, k 0.65 of the mean")]
+    owned = {size: sorted(row["owned"] for row in same + fresh if row["size"] == size) for size in ("6-3", "7-3")}
+    less, *rest = owned["7-3"]
+    assert set(rest) == {7}
+    assert f"owned {less} of 7 features on one of {len(rest) + 1} targets" in apd.targets.TMS(7, 3)._doubt(False)
+    least, most = owned["6-3"]
+    assert f"owned {least} and {most} of 6 features on two targets" in apd.targets.TMS(6, 3)._doubt(False)

@@ -79,8 +79,9 @@ class TMS(nn.Module):
     def recipe(self) -> dict[str, Any]:
         """Inputs and settings of the decompositions in chapters 1 and 7, for `decompose(target, **target.recipe)`.
 
-        They were found on target seeds from 100 up; the defaults of `decompose` are those of 40-10. At other sizes, k
-        and C are scaled; experiments/sizes.py lists what was tried and how often every feature was owned.
+        They were found on target seeds from 100 up; the defaults of `decompose` are those of 40-10. Other sizes have
+        those of 5-2 up to 8 features and those of 40-10 above, with k and C scaled; experiments/sizes.py lists what
+        was tried and how often every feature was owned.
 
         Warns:
             UserWarning: a size at which the recipe was not shown to own every feature, with the reason.
@@ -89,7 +90,7 @@ class TMS(nn.Module):
         own_size = (n, self.d_hidden) in ((5, 2), (40, 10))
         if doubt := self._doubt(own_size):
             warnings.warn(f"TMS {n}-{self.d_hidden}: {doubt}", UserWarning, stacklevel=2)
-        if n > 5:
+        if n > 8 or (n > 5 and n_identity):
             late = ((0.0, 1.0), (0.7, 1.0), (0.75, 10.0))  # otherwise the faithfulness loss stays just above 1e-5
             recipe: dict[str, Any] = {
                 "batches": self.data(512),
@@ -130,7 +131,8 @@ class TMS(nn.Module):
             return recipe
         if not n_identity:
             # At 3-2 two features are opposite; with k at 0.84 times the mean number of active features, as at 5-2,
-            # they share a component on every target.
+            # they share a component on every target. At 7-3 two are nearly so; a recipe like that of 40-10 left them
+            # in one component on three of eight targets.
             k = _then(0.65 * data.mean_active, 0.34 / 0.25 * data.mean_active)
             return recipe | {"n_components": -(-12 * n // 5), "top_k": k}
         # Components that span both weights mix features with the identity, and so do new starts.
@@ -166,8 +168,10 @@ class TMS(nn.Module):
             )
         elif n < 3 or not 1.5 <= n / self.d_hidden <= 4:
             why = "recipes were tried from 3-2 to 40-10, with 1.5 to 4 features for each hidden dimension"
+        elif n == 6:
+            why = "at 6-3 the recipe owned 2 and 4 of 6 features on two targets, where they lie on lines in pairs"
         elif n == 7:
-            why = "at 7-3 the recipe owned 5 of 7 features on three of eight targets; more restarts may help"
+            why = "at 7-3 the recipe owned 4 of 7 features on one of 27 targets; more restarts may help"
         elif n == 30:
             why = "at 30-8 the recipe owned 24 of 30 features on one of five targets; more restarts may help"
         else:
