@@ -19,7 +19,8 @@ equally long are the reason. It was run again to be measured in these units, too
 runs that begin at the true mechanisms, with the recipe and without its price (do they stay?), and runs with other
 settings, found on seeds 90 to 93 in 23 trials: "log" lists them, with the features owned by the best start on each
 seed (prices are shares of `share_nonempty`). With the last ones, which were taken, the judge of chapter 25 chose starts
-that own 4, 5, 2 and 5. The tied networks were then taken apart with them, too.
+that own 4, 5, 2 and 5. The tied networks were then taken apart with them, too. And to tell the changes apart, "longer"
+has the steps, starts and judge of the other settings and the recipe's price, one that falls evenly ("falling"), or none.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ LOOSE = (  # draws and bases of the networks whose weights are not tied, in the 
     (1, "plain"), (1, "plain, balanced"), (1, "scaled 4"), (1, "scaled 4, balanced"), (1, "another start"),
     (1, "plain, in units"), (2, "plain"), (2, "plain, balanced"), (1, "plain, from the truth"),
     (1, "plain, from the truth, no price"), (1, "plain, other settings"), (1, "another start, other settings"),
-    (1, "scaled 4, balanced, other settings"), (2, "plain, other settings"),
+    (1, "scaled 4, balanced, other settings"), (2, "plain, other settings"), (1, "plain, longer"),
+    (1, "plain, longer, falling"), (1, "plain, longer, no price"),
 )  # fmt: skip
 CURED = ("scaled 4, balanced", "mixed 4", "mixed 4, balanced", "plain, other settings")  # of the tied ones
 STEPS = geometric(1, 150, 14)
@@ -80,9 +82,12 @@ def recipe(tms: apd.targets.TMS, job: tuple[str, int]) -> Row:
     name, seed = job
     settings = tms.recipe | {"seed": (2000 if name.startswith("another start") else 1000) + seed}
     share = settings["batches"].share_nonempty
+    if name.endswith("other settings") or ", longer" in name:
+        settings |= {"steps": 6000, "restarts": 12, "judge": apd.rate.Judge()}
     if name.endswith("other settings"):
-        settings |= {"steps": 6000, "p": 0.7, "simplicity": ((0.0, share), (0.7, 0.0)), "restarts": 12}
-        settings["judge"] = apd.rate.Judge()
+        settings |= {"p": 0.7, "simplicity": ((0.0, share), (0.7, 0.0))}
+    elif name.endswith("falling"):
+        settings |= {"simplicity": ((0.0, 1.2 * share), (0.7, 0.0))}
     return settings | ({"simplicity": 0.0} if name.endswith("no price") else {})
 
 

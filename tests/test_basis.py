@@ -341,3 +341,8 @@ def test_other_settings_change_the_price_the_length_and_the_starts_and_nothing_e
         "steps", "p", "simplicity", "restarts", "judge",
     }  # fmt: skip
     assert basis.recipe(tms, ("another start, other settings", 10))["seed"] == 2010
+    longer, falling, free = (basis.recipe(tms, (f"plain, longer{end}", 10)) for end in ("", ", falling", ", no price"))
+    assert longer["simplicity"] == plain["simplicity"] and longer["p"] == falling["p"] == plain["p"]
+    assert all(own["steps"] == 6000 and own["restarts"] == 12 for own in (longer, falling, free))
+    first = plain["simplicity"][0]
+    assert falling["simplicity"] == (first, (0.7, 0.0)) and free["simplicity"] == 0
