@@ -20,7 +20,8 @@ runs that begin at the true mechanisms, with the recipe and without its price (d
 settings, found on seeds 90 to 93 in 23 trials: "log" lists them, with the features owned by the best start on each
 seed (prices are shares of `share_nonempty`). With the last ones, which were taken, the judge of chapter 25 chose starts
 that own 4, 5, 2 and 5. The tied networks were then taken apart with them, too. And to tell the changes apart, "longer"
-has the steps, starts and judge of the other settings and the recipe's price, one that falls evenly ("falling"), or none.
+has the steps, starts and judge of the other settings and the recipe's price, one that falls evenly ("falling"), or
+none.
 """
 
 from __future__ import annotations
