@@ -324,7 +324,7 @@ def test_a_start_at_the_truth_is_the_truth_in_every_restart_and_nothing_else() -
         torch.testing.assert_close(drawn.A[path].norm(dim=(-2, -1)), drawn.B[path].norm(dim=(-2, -1)))
 
 
-def test_runs_from_the_truth_begin_there_and_without_a_price_they_stay() -> None:
+def test_runs_from_the_truth_begin_there_with_a_price_and_without() -> None:
     tms = networks.Untied(1).fit(seed=90)
     network = Coder(tms, networks.change("plain", 5, 2, 7))
     for name in ("plain, from the truth", "plain, from the truth, no price"):

@@ -199,6 +199,7 @@ def test_where_k_is_judged_nothing_else_is_other(monkeypatch: pytest.MonkeyPatch
 def test_k_is_judged_among_the_values_of_a_grid_on_every_network() -> None:
     """The grid is that of chapter 30 for these networks, which has every fixed k inside."""
     assert bases.WIDER["25-25"]["crosscoder"] == study.GRID
+    assert all(min(study.GRID) < k < max(study.GRID) for _, k in study.SPARSITY.values())
     rows = study.STUDY.stored()["judged"]
     for method, layers in (("SAE", 2), ("transcoder", 2), ("crosscoder", 1)):
         own = [r for r in rows if r["method"] == method]
