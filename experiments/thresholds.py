@@ -172,7 +172,7 @@ TRIES = Rows(
     ("way", "price", "seed"),
     lambda rows: [(w, p, 90) for w in ("straight", "concrete") for p in PRICES],
     attempt,
-    lambda job: {"price_at": PRICES[job[1]], "first": FIRST, "stretch": STRETCH, "restarts": RESTARTS["5-2"]},
+    lambda job: {"price_at": PRICES[job[1]], "first": FIRST, "stretch": STRETCH, "lr": 1e-2},
 )
 STUDY = Study(
     "thresholds", {"runs": RUNS, "tries": TRIES}, about=lambda processes: {"processes": processes}, compact=True
