@@ -44,7 +44,7 @@ Kind = tuple[str, float]
 FIRST_SEED, FIRST_SEED_TWENTY, FIRST_SEED_BEFORE = 7600, 7500, 7400
 KINDS: dict[Kind, int] = {
     ("5-2", 0.01): 5, ("5-2", 0.02): 5, ("5-2", 0.1): 10, ("5-2", 0.05): 100, ("7-3", 0.05): 5, ("10-4", 0.05): 5,
-    ("20-6", 0.05): 5, ("5-2 rotated", 0.05): 5, ("40-10", 0.05): 10, ("60-15", 0.05): 2, ("10-4", 0.02): 3,
+    ("20-6", 0.05): 5, ("5-2 rotated", 0.05): 5, ("40-10", 0.05): 30, ("60-15", 0.05): 2, ("10-4", 0.02): 3,
     ("10-4", 0.1): 3,
 }  # fmt: skip
 COMPUTED = [(20, FIRST_SEED + i) for i in range(3)]  # features and seeds of residual MLPs
