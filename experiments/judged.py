@@ -1,19 +1,20 @@
 """Create data/judged.json: bits of stored decompositions beside controls of every kind (chapter 25).
 
-python -m experiments.judged [--only tms-5-2 | residual-25-25 | ...] [--processes N]     (about seven minutes of a core)
+python -m experiments.judged [--only tms-5-2 | residual-25-25 | ...] [--processes N]     (about two hours of a core)
 
-Nothing is trained. Beside what was found stand the true mechanisms where they are known; decompositions that need no
-training (singular directions, neurons, the columns of each matrix, one lump); and what was found, spoiled: each
-component cut into two halves, and pairs of components put together, at random. All are judged on the same inputs, of a
-stream that no run has seen, with the attributions of the run. Errors of residual MLPs are shares of what the layers
-add to the outputs. The perceptron's answers are distributions: its errors are in bits, and its curves are stored, so
-that code and error can be added.
+Most of what is judged is stored. Residual MLPs whose seeds are not are trained and taken apart here, by the recipe, and
+not kept (from seed 5 on, of three layers from 3 on; they were added later, and fixed before they ran). Beside what was
+found stand the true mechanisms where they are known; decompositions that need no training (singular directions,
+neurons, the columns of each matrix, one lump); and what was found, spoiled: each component cut into two halves, and
+pairs of components put together, at random. All are judged on the same inputs, of a stream that no run has seen, with
+the attributions of the run. Errors of residual MLPs are shares of what the layers add to the outputs. The perceptron's
+answers are distributions: its errors are in bits, and its curves are stored, so that code and error can be added.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 import apd_minimal as apd
 from apd_minimal.attributions import Attribution
 from apd_minimal.study import rate
-from experiments import larger, leaks
+from experiments import larger, leaks, residual
 from experiments.experiment import Row, Rows, Study, Tensors, of
 from experiments.judge import held_out, listed, target_of
 from experiments.tms import prefix as tms_prefix
@@ -36,9 +37,9 @@ SEEDS = {
     "tms-40-10": range(20, 30),
     "tms-40-10 rotated": range(20, 30),
     "gated": range(10),
-    "residual-50": range(5),
-    "residual-25-25": range(5),
-    "residual-17-17-16": range(3),
+    "residual-50": range(10),
+    "residual-25-25": range(10),
+    "residual-17-17-16": range(10),
     "perceptron": range(4),
 }
 Job = tuple[str, int]  # target, seed
@@ -47,13 +48,14 @@ Block = Mapping[str, tuple[Tensor, Tensor]]  # by weight, for n components: left
 
 @dataclass(frozen=True)
 class Judged:
-    """What is judged: a network, inputs, components by name, and how."""
+    """What is judged: a network, inputs, components by name, and how; facts about what was found."""
 
     network: apd.Network
     x: Tensor
     sets: dict[str, apd.Components]
     attribution: Attribution | None = None
     divergence: str = "mse"
+    facts: Row = field(default_factory=dict)
 
 
 def together(weights: Mapping[str, Tensor], blocks: list[Block]) -> apd.Components:
@@ -144,6 +146,7 @@ def judged(job: Job) -> Judged:
     """Load what is judged."""
     kind, seed = job
     attribution: Attribution | None
+    facts: Row = {}
     if kind.startswith("tms"):
         name, *rotated = kind.split()
         target = target_of(kind, seed)
@@ -160,7 +163,14 @@ def judged(job: Job) -> Judged:
         network, found, truth = apd.Network(case.target, case.target.weights), case.sets["found"], case.sets["truth"]
         x, attribution, divergence, embedding = case.x[:SAMPLES], case.settings["attribution"], "mse", None
     elif kind.startswith("residual"):
-        case = leaks.residual_mlp(kind.removeprefix("residual-"), seed)
+        name = kind.removeprefix("residual-")
+        if seed in residual.SEEDS[name]:
+            mlp, found = residual.stored_target(name, seed)
+        else:
+            mlp, full, facts = residual.made(name, seed)
+            found = residual.rounded(full)
+            facts |= {"owned": int(mlp.ownership(found).owned.sum())}
+        case = leaks.layers_of(name, seed, mlp, found)
         network, found, truth = apd.Network(case.target, case.target.weights), case.sets["found"], None
         x, attribution, divergence = case.x[:FEW], case.settings["attribution"], "mse"
         embedding = case.target.embedding
@@ -178,7 +188,7 @@ def judged(job: Job) -> Judged:
         "halves": halved(found),
         "pairs": paired(found, seed),
     }
-    return Judged(network, x, sets, attribution, divergence)
+    return Judged(network, x, sets, attribution, divergence, facts)
 
 
 def run(job: Job) -> tuple[list[Row], Tensors]:
@@ -187,7 +197,9 @@ def run(job: Job) -> tuple[list[Row], Tensors]:
     how: dict[str, Any] = {"divergence": case.divergence, "attribution": case.attribution}
     errors = ERRORS if case.divergence == "mse" else BITS
     for name, components in case.sets.items():
-        row: Row = {"name": name, "costs": listed(rate.costs(case.network, components, case.x, errors, **how), errors)}
+        facts = case.facts if name == "found" else {}
+        costs = listed(rate.costs(case.network, components, case.x, errors, **how), errors)
+        row: Row = {"name": name, **facts, "costs": costs}
         if case.divergence == "kl":
             row["curve"] = [asdict(c) for c in rate.curve(case.network, components, case.x, points=24, **how)]
             gates = torch.zeros(len(case.x), components.n_components)

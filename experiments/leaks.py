@@ -78,8 +78,12 @@ def toy(name: str, identity: bool, rotated: bool, recipe: str, seed: int) -> Cas
 
 
 def residual_mlp(name: str, seed: int) -> Case:
+    """Build the case of a stored residual MLP."""
+    return layers_of(name, seed, *residual.stored_target(name, seed))
+
+
+def layers_of(name: str, seed: int, target: apd.targets.ResidualMLP, components: apd.Components) -> Case:
     """Build the case of a residual MLP; answers are what its layers compute."""
-    target, components = residual.stored_target(name, seed)
     computed = PartOf(neurons=residual.SIZES[name], seed=seed)
     computed.load_state_dict(target.state_dict())
     recipe, whole = target.recipe, apd.Network(target, target.weights)

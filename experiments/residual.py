@@ -66,20 +66,24 @@ def measure(target: ResidualMLP, components: apd.Components) -> dict[str, Any]:
     }
 
 
-def run(job: tuple[str, int]) -> tuple[list[Row], Tensors]:
-    """Train one target, decompose it, measure."""
-    name, seed = job
+def made(name: str, seed: int) -> tuple[ResidualMLP, apd.Components, Row]:
+    """Train one target and decompose it by its recipe; also say how many seconds each took."""
     start = time.process_time()
     target = ResidualMLP(neurons=SIZES[name], seed=seed).fit(seed=seed)
     fitted = time.process_time() - start
     result, seconds = taken_apart(target, target.recipe, seed=seed)
-    full = result.components
-    facts = {
-        "seconds": seconds,
-        "target_seconds": round(fitted, 1),
-        **measure(target, full.map(lambda t: t.half().float())),
-        "before_rounding": measure(target, full),
-    }
+    return target, result.components, {"seconds": seconds, "target_seconds": round(fitted, 1)}
+
+
+def rounded(components: apd.Components) -> apd.Components:
+    """Round to half precision, as what is stored."""
+    return components.map(lambda t: t.half().float())
+
+
+def run(job: tuple[str, int]) -> tuple[list[Row], Tensors]:
+    """Train one target, decompose it, measure."""
+    target, full, took = made(*job)
+    facts = {**took, **measure(target, rounded(full)), "before_rounding": measure(target, full)}
     own_target = {f"{prefix(job)}target.{p}": target.get_parameter(p).detach().contiguous() for p in target.weights}
     return [facts], factors(full, prefix(job), torch.half) | own_target
 
