@@ -67,6 +67,9 @@ SEEDS_GIVEN = {
 }  # fmt: skip
 BATCH = 512
 TWENTY = ((0.0, 20.0), (0.7, 0.0))  # the simplicity loss of the first two settings
+IN_RECIPE = [(20, FIRST_SEED + i, e) for e in (0.05, 0.1) for i in range(3)]  # features, seed, allowed error
+IN_RECIPE += [(100, FIRST_SEED + i, 0.1) for i in range(2)]
+GAINS_IN_RECIPE = (4.0, 8.0)
 SHARP = 10.0  # a TMS's outputs, times this, are the logits of a classifier
 CLASSIFIERS: dict[str, range] = {
     "logits 5-2": range(7500, 7503), "logits 20 5-2": range(7500, 7501), "logits 7-3": range(7500, 7501),
@@ -243,8 +246,6 @@ def run_computed(job: tuple[int, int], **changes: Any) -> tuple[list[Row], Tenso
         attribution=target.attributions, **settings | {"selection": selection, "seed": seed + 1000},
     )  # fmt: skip
     seconds = time.process_time() - start
-    assert found.restarts is not None
-    every = [found.restarts.restart(i) for i in range(len(GAINS))]
     known = apd.decompose(target, progress=False, seed=seed + 1000, **target.recipe)
     judge = rate.Judge(attribution=target.attributions)
     row = {
@@ -252,22 +253,65 @@ def run_computed(job: tuple[int, int], **changes: Any) -> tuple[list[Row], Tenso
         "chosen": found.chosen,
         "mean_active": batches.mean_active,
         "weights": {name: settings[name] for name in ("faithfulness", "simplicity")},
-        "restarts": [
+        "restarts": each_restart(target, found, selection),
+        "by_recipe": int(target.ownership(known.components).owned.sum()),
+        "bits": judge(apd.Network(target, target.weights), found.components, x),
+        "bits_by_recipe": judge(apd.Network(target, target.weights), known.components, x),
+        "seconds": round(seconds, 1),
+    }
+    return [row], {}
+
+
+def each_restart(target: apd.targets.ResidualMLP, found: apd.Decomposition, selection: Bottleneck) -> list[Row]:
+    """List what each restart owns and costs, and where its k ended."""
+    assert found.restarts is not None
+    weights, rows = apd.Network(target, target.weights).weights, []
+    for i, bits in enumerate(found.scores):
+        components = found.restarts.restart(i)
+        rows.append(
             {
                 "owned": int(target.ownership(components).owned.sum()),
                 "bits": round(bits, 5),
                 "k": round(float(selection.k[i]), 5),
                 "alive": int((components.norms() > 0).sum()),
-                "relative_faithfulness": float(
-                    apd.metrics.relative_faithfulness(components, apd.Network(target, target.weights).weights)
-                ),
+                "relative_faithfulness": float(apd.metrics.relative_faithfulness(components, weights)),
             }
-            for i, (components, bits) in enumerate(zip(every, found.scores, strict=True))
-        ],
-        "by_recipe": int(target.ownership(known.components).owned.sum()),
-        "bits": judge(apd.Network(target, target.weights), found.components, x),
-        "bits_by_recipe": judge(apd.Network(target, target.weights), known.components, x),
-        "seconds": round(seconds, 1),
+        )
+    return rows
+
+
+def in_recipe(allowed: float) -> Bottleneck:
+    """Make the selection that stands in the recipe of a residual MLP in the place of its k."""
+    falling = ((0.0, 0.3), (0.3, 0.3), (0.6, allowed))
+    return Bottleneck(allowed=falling, gain=GAINS_IN_RECIPE)
+
+
+def settings_in_recipe(job: tuple[int, int, float]) -> Row:
+    """Give the recipe of a residual MLP, its k aside."""
+    n, seed, allowed = job
+    recipe = apd.targets.ResidualMLP(n, 10 * n, (n // 2,)).recipe
+    fixed = {name: v for name, v in recipe.items() if name not in ("batches", "weights", "attribution", "top_k")}
+    facts = {"allowed": in_recipe(allowed).allowed, "gain": GAINS_IN_RECIPE}
+    return fixed | {"restarts": len(GAINS_IN_RECIPE), "seed": seed + 1000, "selection": facts}
+
+
+def run_in_recipe(job: tuple[int, int, float]) -> tuple[list[Row], Tensors]:
+    """Decompose a residual MLP by its recipe, with an allowed error in the place of its k."""
+    n, seed, allowed = job
+    target = apd.targets.ResidualMLP(n, 10 * n, (n // 2,), seed=seed).fit(seed=seed)
+    recipe, selection = target.recipe, in_recipe(allowed)
+    del recipe["top_k"]
+    start = time.process_time()
+    found = apd.decompose(
+        target, progress=False, judge=rate.Judge(attribution=target.attributions),
+        **recipe | {"selection": selection, "restarts": len(GAINS_IN_RECIPE), "seed": seed + 1000},
+    )  # fmt: skip
+    row = {
+        "owned": int(target.ownership(found.components).owned.sum()),
+        "chosen": found.chosen,
+        "mean_active": recipe["batches"].mean_active,
+        "restarts": each_restart(target, found, selection),
+        "seconds": round(time.process_time() - start, 1),
     }
     return [row], {}
 
@@ -347,6 +391,7 @@ COUNTS = Rows(
 )
 SMALL = Rows(("features", "seed"), lambda rows: COMPUTED, run_computed)
 SMALL_TWENTY = Rows(("features", "seed"), lambda rows: [(20, FIRST_SEED_TWENTY)], run_computed_twenty)
+RECIPES = Rows(("features", "seed", "allowed"), lambda rows: IN_RECIPE, run_in_recipe, settings_in_recipe)
 LOGITS = Rows(
     ("what", "seed"),
     lambda rows: [(what, seed) for what, seeds in CLASSIFIERS.items() for seed in seeds],
@@ -358,6 +403,7 @@ STUDY = Study(
         "runs": RUNS,
         "given": COUNTS,
         "computed": SMALL,
+        "in_recipe": RECIPES,
         "classifiers": LOGITS,
         "twenty": TWENTIES,
         "computed_twenty": SMALL_TWENTY,
