@@ -2,15 +2,15 @@
 
 python -m experiments.bottleneck [--only runs given quiet in_recipe ... 5-2 7-3 ...] [--processes N]
 
-Chapter 28; about three hours of a core. In "runs", "computed" and "classifiers" everything follows from
+Chapter 28; about four hours of a core. In "runs", "computed" and "classifiers" everything follows from
 `bottleneck.settings`; three components for each feature, and nothing else is told. Samples with no feature on are left
 out. The six restarts differ in how fast k follows, and the judge picks one. At two sizes the data is also sparser and
 denser (probability 0.01, 0.02 and 0.1; 0.02, 10-4 and half of 5-2 with 0.1 were added later, and fixed before they
-ran, as were the last twenty targets of 40-10), and at two its inputs are rotated, with nothing changed. In "given" the number of components does not follow the
-number of features: 1.5 to 12 for each, on other targets, some of them rotated. The settings were made on target seeds
-90 to 96; the seeds here were fixed before, and run once, in order. The decomposition has another seed than its target.
-"Computed" are small residual MLPs; "classifiers" are TMS whose outputs, times ten, are logits: which feature is on the
-most?
+ran, as were the last twenty targets of 40-10), and at two its inputs are rotated, with nothing changed. In "given" the
+number of components does not follow the number of features: 1.5 to 12 for each, on other targets, some of them rotated.
+The settings were made on target seeds 90 to 96; the seeds here were fixed before, and run once, in order. The
+decomposition has another seed than its target. "Computed" are small residual MLPs; "classifiers" are TMS whose outputs,
+times ten, are logits: which feature is on the most?
 
 "In_recipe" are residual MLPs taken apart by their own recipe (chapter 8), with an allowed error in the place of its k;
 the errors were chosen after tries on target seeds 90 to 92. "Quiet" are the first targets again, without the noise on
