@@ -80,9 +80,8 @@ def test_every_new_start_is_scored_both_ways(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(apd.targets.TMS, "fit", lambda target, seed: target)
     monkeypatch.setattr(fresh, "taken_apart", taken_apart)
     monkeypatch.setattr(fresh, "Judge", lambda: lambda network, parts, x: int((parts.norms() > 0).sum()))
-    monkeypatch.setitem(fresh.MORE_STARTS, "6-2", 2)
-    (row,), tensors = fresh.start_again(("6-2", 8007))
-    assert not tensors and asked == [(10007, 2)], "neither the target's seed nor that of the runs that failed"
+    (row,), tensors = fresh.start_again({"6-2": 2}, 2000, ("6-2", 8007))
+    assert not tensors and asked == [(10007, 2)]
     assert row == {"missing_by_start": [MISSING, [5]], "scores": [0.1, 0.2], "bits": [4, 5], "seconds": 7.0}
 
 
@@ -90,13 +89,17 @@ def test_new_starts_are_stored_for_targets_that_failed() -> None:
     """Of the stored table: as many as were fixed, with the settings of the run that failed otherwise."""
     table = json.loads((DATA / "fresh.json").read_text())
     first = {(row["size"], row["seed"]): row for row in table["runs"]}
-    assert table["more_starts"]
-    for row in table["more_starts"]:
-        job = row["size"], row["seed"]
-        assert job in fresh.FAILED
-        assert {len(row[name]) for name in ("missing_by_start", "scores", "bits")} == {fresh.MORE_STARTS[job[0]]}
-        new, old = row["settings"], first[job]["settings"]
-        assert {name for name in new if new[name] != old[name]} == {"restarts", "seed"}
+    for name, starts, changed in (
+        ("more_starts", fresh.MORE_STARTS, {"restarts", "seed"}),
+        ("same_batches", fresh.SAME_BATCHES, {"restarts"}),
+    ):
+        assert {row["size"] for row in table[name]} == set(starts)
+        for row in table[name]:
+            job = row["size"], row["seed"]
+            assert job in fresh.FAILED
+            assert {len(row[key]) for key in ("missing_by_start", "scores", "bits")} == {starts[job[0]]}
+            new, old = row["settings"], first[job]["settings"]
+            assert {key for key in new if new[key] != old[key]} == changed
 
 
 def test_the_runs_looked_at_are_those_that_failed() -> None:
