@@ -28,7 +28,7 @@ seed of the run that failed. It was added, and fixed, when all six new starts at
 from __future__ import annotations
 
 import warnings
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -148,18 +148,31 @@ RUNS = Rows(
 LOOKED = Rows(fields=("size", "seed"), jobs=lambda rows: FAILED, run=look, order=FAILED.index)
 
 
-def started_again(starts: dict[str, int], later: int) -> Rows:
-    """List the new starts on targets that failed; arguments as for `start_again`."""
+def more_starts(job: Job) -> tuple[list[Row], Tensors]:
+    """Do new starts with another seed, and so on other batches."""
+    return start_again(MORE_STARTS, 2000, job)
+
+
+def same_batches(job: Job) -> tuple[list[Row], Tensors]:
+    """Do new starts on the batches of the run that failed."""
+    return start_again(SAME_BATCHES, 1000, job)
+
+
+def started_again(run: Callable[[Job], tuple[list[Row], Tensors]], starts: dict[str, int], later: int) -> Rows:
+    """List the new starts on targets that failed; `starts` and `later` as for `start_again`."""
     return Rows(
         fields=("size", "seed"),
         jobs=lambda rows: [job for job in FAILED if job[0] in starts],
-        run=partial(start_again, starts, later),
+        run=run,
         settings=lambda job: numbers(recipe_of(target_of(job[0])) | {"restarts": starts[job[0]]}, seed=job[1] + later),
         order=FAILED.index,
     )
 
 
-MORE = {"more_starts": started_again(MORE_STARTS, 2000), "same_batches": started_again(SAME_BATCHES, 1000)}
+MORE = {
+    "more_starts": started_again(more_starts, MORE_STARTS, 2000),
+    "same_batches": started_again(same_batches, SAME_BATCHES, 1000),
+}
 LISTS = {"runs": RUNS, "failed": LOOKED, **MORE}
 STUDY = Study("fresh", LISTS, about=lambda processes: {"processes": processes}, compact=True)
 
