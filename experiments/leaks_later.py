@@ -100,8 +100,8 @@ def either_learned(readers: int, method: str, seed: int) -> Case:
         bits = patterns(target(x))
     if method in spd.BY_IMPORTANCE:
         result = again(readers, method, seed)
-        how = {"attribution": inner_activation}
-        return Case(target, x, result.final_selection, {"found": result.components}, how, answer=bits)
+        by: Row = {"attribution": inner_activation}
+        return Case(target, x, result.final_selection, {"found": result.components}, by, answer=bits)
     (row,) = (row for row in spd.STUDY.stored()["either"] if spd.EITHER.job_of(row) == job)
     which = (x[:, None] == torch.tensor(row["inputs"])).all(-1).float().argmax(1)
     k = float(torch.tensor(row["gates"])[which].sum(1).mean())
