@@ -2,11 +2,11 @@
 
 python -m experiments.leaks [--only tms-5-2 ...] [--processes N]     (about twenty minutes of a core)
 
-Components and targets are those of the other studies, and their seeds too; four networks whose parts are not stored
-are taken apart again, which takes two minutes (experiments/leaks_later.py). The inputs are drawn from streams that no
-run has seen, and samples without any input on are left out. "runs" has one deal of the dealt control for each
-decomposition, "deals" six for some kinds (the first is that of "runs"), "random" the same measures of networks whose
-weights were shuffled, "room" what a mask could spell and an answer needs.
+Components and targets are those of the other studies, and their seeds too; four networks whose parts are not stored,
+and twelve runs on an OR, are taken apart again, which takes four minutes (experiments/leaks_later.py). The inputs are
+drawn from streams that no run has seen, and samples without any input on are left out. "runs" has one deal of the dealt
+control for each decomposition, "deals" six for some kinds (the first is that of "runs"), "random" the same measures of
+networks whose weights were shuffled, "room" what a mask could spell and an answer needs.
 """
 
 from __future__ import annotations

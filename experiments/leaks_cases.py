@@ -161,7 +161,7 @@ def stochastic(name: str, kind: str, setting: str, seed: int) -> Case:
 
 
 def either(readers: int, seed: int) -> Case:
-    """Build the case of the OR of chapter 26, by top k; the importances of the other runs are not stored."""
+    """Build the case of the OR of chapter 26, by top k; the other runs are in `leaks_later`."""
     target, job = spd.Either(readers), ("or", readers, "top k", seed)
     found, _ = of("spd", prefix(job))
     data = apd.data.SparseFeatures(4 - readers, 0.3, 1.0, 1.0, SAMPLES, nonempty=True)
@@ -209,9 +209,8 @@ def further() -> dict[str, Kind]:
         seeds = [job[3] for job in every if job[:3] == (name, rule, alpha)]
         price = "" if alpha in (None, merging.ALPHA) else f", alpha {alpha:g}"
         kinds[f"merging, {name}, {rule}{price}"] = seeds, partial(merged, name, rule, alpha)
-    asked = [job for job in spd.jobs() if job[0] != "tms-40-10" or job[3] == 20]  # its others came later
-    for name, kind, setting in dict.fromkeys(job[:3] for job in asked):
-        seeds = [job[3] for job in asked if job[:3] == (name, kind, setting)]
+    for name, kind, setting in dict.fromkeys(job[:3] for job in spd.jobs()):
+        seeds = [job[3] for job in spd.jobs() if job[:3] == (name, kind, setting)]
         kinds[f"spd, {name}, {kind}, {setting}"] = seeds, partial(stochastic, name, kind, setting)
     for readers in (1, 2):
         kinds[f"or, {readers}"] = range(3), partial(either, readers)

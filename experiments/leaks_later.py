@@ -2,7 +2,8 @@
 
 Of the planted networks, the modular tasks and the groups the parts are not stored. Four of these are taken apart again
 here, by the call of their own study, each the first seed of its kind. For modular tasks it is the set of weights that
-needs fewer bits on that seed.
+needs fewer bits on that seed. Of the OR by SPD and VPD the importances are not stored; these twelve are made again,
+too.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 import apd_minimal as apd
-from apd_minimal.attributions import Attribution
+from apd_minimal.attributions import Attribution, inner_activation
 from apd_minimal.config import at_progress
 from apd_minimal.losses import minimality
 from apd_minimal.selection import batch_top_k
@@ -79,6 +80,33 @@ def two_steps(seed: int) -> Case:
     x, bits = target.batch(0, drawn(seed), SAMPLES), math.log2(target.J) + h(target.beside)
     found = of("whole_computations", prefix((seed,)))[0]
     return Case(target, x, circuits.SETTINGS["top_k"], {"found": found}, answer=bits)
+
+
+@cache
+def again(readers: int, method: str, seed: int) -> apd.Decomposition:
+    """Take the OR of chapter 26 apart by SPD or VPD once more: the stored parts, with the importances that go by."""
+    return spd.take_either_apart(("or", readers, method, seed))[0]
+
+
+def either_learned(readers: int, method: str, seed: int) -> Case:
+    """Build the case of the OR of chapter 26 by SPD, by VPD, without a k, or by `tune`.
+
+    SPD and VPD have the importances that were learned. For the others k is the mean number of active components, by
+    what is stored of each input: inputs are 0 or 1, and so there are no others.
+    """
+    target, job = spd.Either(readers), ("or", readers, method, seed)
+    x = apd.data.SparseFeatures(4 - readers, 0.3, 1.0, 1.0, SAMPLES, nonempty=True)(0, drawn(seed))
+    with torch.no_grad():
+        bits = patterns(target(x))
+    if method in spd.BY_IMPORTANCE:
+        result = again(readers, method, seed)
+        by: Row = {"attribution": inner_activation}
+        return Case(target, x, result.final_selection, {"found": result.components}, by, answer=bits)
+    (row,) = (row for row in spd.STUDY.stored()["either"] if spd.EITHER.job_of(row) == job)
+    which = (x[:, None] == torch.tensor(row["inputs"])).all(-1).float().argmax(1)
+    k = float(torch.tensor(row["gates"])[which].sum(1).mean())
+    how = {"attribution": spd.WITHOUT_K[method]}
+    return Case(target, x, k, {"found": of("spd", prefix(job))[0]}, how, answer=bits)
 
 
 @torch.no_grad()
@@ -168,6 +196,8 @@ def later() -> dict[str, Kind]:
         for method in spd.BY_TOP_K:
             if method != "top k":  # that of `leaks_cases`
                 kinds[f"or by {method}, {readers}"] = range(3), partial(either, readers, method)
+        for method in (*spd.BY_IMPORTANCE, *spd.WITHOUT_K):
+            kinds[f"or with {method}, {readers}"] = range(3), partial(either_learned, readers, method)
     for rotated in (False, True):
         kinds[f"untied{', rotated' if rotated else ''}"] = whole.SEEDS, partial(untied, rotated)
     for name in basis.BASES:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
 import apd_minimal as apd
-from experiments import architectures, groups, leaks_later, modular
+from apd_minimal.selection import FinalSelection
+from experiments import architectures, groups, leaks_later, modular, spd
+from experiments.experiment import of, prefix
 from experiments.leaks_cases import Case
-from experiments.leaks_later import GROUPS, k_within, later, operations, patterns, planted
+from experiments.leaks_later import GROUPS, either_learned, k_within, later, operations, patterns, planted
 
-STORED = {kind: own for kind, own in later().items() if kind not in ("planted", "modular", *GROUPS)}
-ALIKE = ("or by", "basis", "together")  # kinds of which the first and the last are enough
+LEARNED = [f"or with {method}, {readers}" for method in spd.BY_IMPORTANCE for readers in (1, 2)]
+STORED = {kind: own for kind, own in later().items() if kind not in ("planted", "modular", *GROUPS, *LEARNED)}
+OR = ("or by", "or with")
+ALIKE = (*OR, "basis", "together")  # kinds of which the first and the last are enough
 
 
 def some() -> list[str]:
@@ -37,12 +42,35 @@ def test_stored_parts_are_those_of_their_network(kind: str) -> None:
     seeds, build = STORED[kind]
     case, other = build(seeds[0]), build(seeds[1])
     swapped = replace(case, sets=other.sets)
-    lost = 0.5 if kind.startswith("or by") else 0.05  # on an OR, what has no gradient need not be kept
+    lost = 0.5 if kind.startswith(OR) else 0.05  # on an OR, what has no gradient need not be kept
     assert faithful(case) < lost
-    if not kind.startswith("or by"):  # whose network is always the same
+    if not kind.startswith(OR):  # whose network is always the same
         assert faithful(swapped) > 0.3
     assert len(case.x) >= 1000 and case.answer is not None and case.answer > 0.5
     assert isinstance(case.k, float) and 0 < case.k <= case.sets["found"].n_components
+
+
+@pytest.mark.parametrize("readers", [1, 2])
+@pytest.mark.parametrize("method", spd.WITHOUT_K)
+def test_k_of_an_or_is_the_mean_number_of_active_components_by_enumeration(readers: int, method: str) -> None:
+    """Each of the inputs that are not empty comes with the probability of its pattern."""
+    (row,) = (r for r in spd.STUDY.stored()["either"] if spd.EITHER.job_of(r) == ("or", readers, method, 0))
+    expected = total = 0.0
+    for bits, gates in zip(row["inputs"], row["gates"], strict=True):
+        p = math.prod(0.3 if bit else 0.7 for bit in bits) if any(bits) else 0.0
+        expected, total = expected + p * sum(gates), total + p
+    assert either_learned(readers, method, 0).k == pytest.approx(expected / total, abs=0.03)
+
+
+def test_an_or_that_is_made_again_is_the_stored_one_and_its_gates_too() -> None:
+    job = ("or", 2, "importance", 0)
+    case, stored = either_learned(2, "importance", 0), of("spd", prefix(job))[0]
+    for a, b in zip(case.sets["found"].parameters(), stored.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
+    (row,) = (r for r in spd.STUDY.stored()["either"] if spd.EITHER.job_of(r) == job)
+    scores = apd.attributions.inner_activation(case.target, case.sets["found"], torch.tensor(row["inputs"]))
+    assert isinstance(case.k, FinalSelection)
+    torch.testing.assert_close(case.k.gates(scores), torch.tensor(row["gates"]), atol=1e-2, rtol=0)
 
 
 def test_inputs_are_the_same_again_and_others_for_another_seed() -> None:
