@@ -80,8 +80,9 @@ class TMS(nn.Module):
         """Inputs and settings of the decompositions in chapters 1 and 7, for `decompose(target, **target.recipe)`.
 
         They were found on target seeds from 100 up; the defaults of `decompose` are those of 40-10. Other sizes have
-        those of 5-2 up to 8 features and those of 40-10 above, with k and C scaled; experiments/sizes.py lists what
-        was tried and how often every feature was owned.
+        those of 5-2 up to 8 features, with k and C in proportion, and those of 40-10 above, with k in proportion, three
+        components for each feature and a weaker simplicity loss; experiments/sizes.py lists what was tried and how
+        often every feature was owned.
 
         Warns:
             UserWarning: a size at which the recipe was not shown to own every feature, with the reason.
