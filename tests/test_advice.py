@@ -53,6 +53,15 @@ def test_the_weight_it_names_makes_up_for_small_weights() -> None:
     assert says is not None and "to about 1e+10;" in says
 
 
+@pytest.mark.parametrize("peak", [0.0, 0.25, 0.5, 0.75, 1.0])
+def test_the_weight_it_counts_from_is_the_largest_of_the_run(peak: float) -> None:
+    wrapped = network()
+    points = tuple(sorted({max(0.0, peak - 0.2): 1.0, peak: 50.0, min(1.0, peak + 0.2): 1.0}.items()))
+    points = tuple((t, 50.0 if t == peak else 1.0) for t, _ in points)
+    says = advice(wrapped, exact(wrapped, 0.0), apd.Config(1, 1.0, faithfulness=points))
+    assert says is not None and "faithfulness from 50 to" in says
+
+
 def test_it_is_silent_where_faithfulness_was_not_asked_for() -> None:
     wrapped = network()
     assert advice(wrapped, exact(wrapped, 0.0), apd.Config(1, 1.0, faithfulness=0.0)) is None

@@ -396,6 +396,16 @@ def test_gradients_that_forward_mode_does_not_have_are_taken_backward(hook: bool
         gradient(one.network, components, x, mode="forward", at=at)
 
 
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_whether_forward_mode_agrees_does_not_depend_on_the_scale_of_the_outputs(scale: float) -> None:
+    for hook in (True, False):
+        target: nn.Module = Apart(hook, 5) if hook else nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 5))
+        path, last = ("first.weight", target.last) if isinstance(target, Apart) else ("0.weight", target[2])
+        last.weight.data *= scale
+        network = apd.Network(target.float(), [path])
+        assert capturing.forward_agrees(network, torch.randn(64, 3)) is not hook
+
+
 def test_samples_on_which_all_outputs_are_at_rest_say_nothing_of_forward_mode() -> None:
     target = nn.Sequential(Apart(hook=True, n_out=40), nn.ReLU())
     target[0].first.bias.data.zero_()

@@ -43,6 +43,30 @@ def test_codes_outputs_and_losses_by_hand() -> None:
     assert own.losses(X, X)[1].item() == pytest.approx(0.5 * (1 + 4 + 14) / 2)
 
 
+def test_the_rate_falls_at_the_end_and_the_penalty_comes_in_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In closed form: the rate in the last fifth falls to zero; the penalty has its full weight after a tenth."""
+    steps, seen = 20, list[tuple[float, float]]()
+    step = torch.optim.Adam.step
+
+    def noted(optimiser: torch.optim.Adam, *args: Any) -> Any:
+        (group,) = optimiser.param_groups
+        bias = group["params"][-1]
+        seen.append((group["lr"], 0.0 if bias.grad is None else float(bias.grad.sum())))
+        return step(optimiser, *args)
+
+    def losses(own: Dictionary, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        last = list(own.parameters())[-1]
+        return 0 * last.sum(), last.sum() / last.numel(), own.encode(x)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", noted)
+    monkeypatch.setattr(Dictionary, "losses", losses)
+    baselines.fit(nn.Linear(8, 3), sparse, "input of ", 4, steps=steps, lr=0.5, revive=0)
+    for i, (rate, weight) in enumerate(seen):
+        assert rate == pytest.approx(0.5 * (1.0 if i <= 16 else (20 - i) / 4))
+        assert weight == pytest.approx(min(1.0, i / 2), abs=1e-6)
+    assert len(seen) == steps
+
+
 def test_the_output_bias_is_taken_off_first_where_it_is_centred() -> None:
     codes = tiny(centred=True).encode(X)
     torch.testing.assert_close(codes, torch.tensor([[0.5, 2.5, 2.0], [0.0, 0.0, 0.0]]))
@@ -56,8 +80,11 @@ def test_the_skip_path() -> None:
     torch.testing.assert_close(own(X), tiny()(X) + torch.tensor([[6.0, 1.0], [1.0, -1.0]]))
 
 
-def test_scales_change_units_and_nothing_else() -> None:
-    own, scaled = tiny(), tiny()
+@pytest.mark.parametrize("skip", [False, True])
+def test_scales_change_units_and_nothing_else(skip: bool) -> None:
+    own, scaled = tiny(skip=skip), tiny(skip=skip)
+    if own.skip is not None and scaled.skip is not None:
+        own.skip.data = scaled.skip.data = torch.tensor([[0.5, 1.0], [2.0, -3.0]])
     scaled.scale_in, scaled.scale_out = torch.tensor([2.0, 4.0]), torch.tensor([0.5, 10.0])
     torch.testing.assert_close(scaled.encode(X / torch.tensor([2.0, 4.0])), own.encode(X))
     out = scaled(X / torch.tensor([2.0, 4.0]))

@@ -133,6 +133,13 @@ def test_factors_that_do_not_fit(A: dict[str, tuple[int, ...]], B: dict[str, tup
         apd.Components({k: torch.zeros(s) for k, s in A.items()}, {k: torch.zeros(s) for k, s in B.items()})
 
 
+def test_a_weight_may_have_no_component_of_its_own() -> None:
+    components = apd.Components.random({"a": (2, 3), "b": (3, 2)}, 3)
+    apd.components.confine(components, (3, 0))
+    assert components.flat()[:, :6].abs().amin(1).min() > 0
+    assert not components.A["b"].any() and not components.B["b"].any()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_ranks_and_singular_values_of_low_precision(dtype: torch.dtype) -> None:
     """They are those of the rounded factors in single precision; factors that are made anew keep their type."""

@@ -316,6 +316,8 @@ def test_the_table() -> None:
     assert lines[1].endswith("doubled") and lines[1].split()[0] == "0"
     assert len([line for line in lines if line.endswith("doubled")]) == 1
     assert max(map(len, lines)) < 100
+    three = f"sparse {found.sparse:.1e}, scrubbed {found.scrubbed:.1e}, anti-scrubbed {found.anti_scrubbed:.1e}"
+    assert three in str(found)
     assert "1 of 5 empty" in str(found) and "of the whole: no suspect" in str(found)
     assert "0.15  doubled" in str(found)
     assert "0.9  doubled" in str(look(Z, other_effects=0.9))

@@ -259,7 +259,14 @@ def test_a_random_network_is_certified_nothing() -> None:
     assert Group("S4").certify(u, v, w).share == 0
 
 
-@pytest.mark.parametrize("name", ["", "S6", "A5", "Z1", "D2", "Z121", "s3", "Z06", "S3 "])
+@pytest.mark.parametrize(
+    ("name", "order"), [("Z2", 2), ("Z120", 120), ("D3", 6), ("D60", 120), ("S3", 6), ("S5", 120), ("A4", 12)]
+)
+def test_the_smallest_and_the_largest_of_each_kind_are_known(name: str, order: int) -> None:
+    assert Group(name).order == order
+
+
+@pytest.mark.parametrize("name", ["", "S6", "A5", "Z1", "D2", "D61", "Z121", "s3", "Z06", "S3 "])
 def test_names_that_are_not_known_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="name must be one of the known groups"):
         Group(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import re
 import time
@@ -51,6 +52,20 @@ def test_every_group_is_a_plain_run_in_whatever_process() -> None:
         assert here[name].components.paths == weights
         assert there[name].fingerprint == direct.fingerprint
     assert all(torch.equal(p, before[name]) for name, p in TARGET.named_parameters())
+
+
+def test_a_bar_is_shown_by_one_process_and_not_by_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[bool] = []
+    monkeypatch.setattr(layerwise, "_run", lambda name, job: shown.append(job["progress"]))
+    monkeypatch.setattr(layerwise, "_pickled", lambda name, job: pickle.dumps(shown.append(job["progress"])))
+    monkeypatch.setattr(layerwise, "_unpickle_and_run", len)
+    monkeypatch.setattr(layerwise, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
+    quiet = {name: value for name, value in SETTINGS.items() if name != "progress"}
+    decompose_groups(TARGET, BATCHES, GROUPS, **quiet)
+    assert shown == [True, True]
+    with contextlib.suppress(Exception):  # nothing is run
+        decompose_groups(TARGET, BATCHES, GROUPS, processes=2, **quiet)
+    assert shown == [True, True, False, False]
 
 
 def test_a_seed_of_its_own_for_every_group_and_those_that_are_given() -> None:

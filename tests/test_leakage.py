@@ -134,7 +134,9 @@ def test_every_number_is_the_one_of_its_definition(outputs: str) -> None:
     found = leakage(target, components, x, 2, outputs=outputs, blank={"flipped": lambda x: x.flip(1)}, seed=3)
     scores = apd.attributions.gradient(target, components, x)
     gates = apd.selection.batch_top_k(scores, 2)
-    f, j = target(x).detach(), torch.randperm(90, generator=torch.Generator().manual_seed(3))
+    generator = torch.Generator().manual_seed(3)
+    f, j = target(x).detach(), torch.randperm(90, generator=generator)
+    fit = torch.randperm(90, generator=generator) < 45
     i = torch.arange(90)
     if outputs == "classes":
         i, j = (t[f.argmax(1) != f.argmax(1)[j]] for t in (i, j))
@@ -164,6 +166,20 @@ def test_every_number_is_the_one_of_its_definition(outputs: str) -> None:
         "inactive alone": (by_hand(target, components, x, 1 - gates), f, target(x)),
         "no component": (torch.zeros_like(f), f, target(x)),
     }
+    if outputs == "classes":  # one mask a class, made on one half: as many as are active there, the most frequent ones
+        own = f.argmax(1)
+        masks = torch.zeros(3, 5)
+        for a in range(3):
+            often = (gates * (fit & (own == a))[:, None]).sum(0)
+            n = round(float(often.sum()) / int((fit & (own == a)).sum()))
+            masks[a, often.argsort(descending=True)[:n]] = 1
+        rest = ~fit
+        ours = by_hand(target, components, x[rest], masks[own[rest]])
+        expected["mask of its own class"] = (ours, f[rest], target(x[rest]))
+        left, right = (t[~fit[i]] for t in (i, j))
+        ours = by_hand(target, components, x[left], masks[own[right]])
+        expected["mask of another class: that class"] = (ours, f[right], target(x[left]))
+        expected["mask of another class: own answer"] = (ours, f[left], target(x[left]))
     for name, (out, wanted, own) in expected.items():
         assert found[name].components == pytest.approx(score(out, wanted), abs=1e-4), name
         assert found[name].target == pytest.approx(score(own, wanted), abs=1e-4), name

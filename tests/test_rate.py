@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import apd_minimal as apd
+from apd_minimal.study import rate
 from apd_minimal.study.rate import NEVER, Cost, Judge, costs, curve, shortest
 
 PATH = "weight"
@@ -59,6 +61,20 @@ def test_the_cost_of_one_hot_inputs(n: int, B: int, seed: int, epsilon: float) -
         assert cost.error == pytest.approx(rests[needed], abs=1e-5)
         assert cost.in_use == len(set(kept.tolist()))
         assert cost.bits(3.0) == pytest.approx(needed / B * (3 + math.log2(cost.in_use)))
+
+
+@pytest.mark.parametrize(("epsilon", "found"), [(1.0, 1), (0.5, 2), (0.3, 3), (0.1, 5), (0.0999, None)])
+def test_an_error_that_is_exactly_as_large_is_small_enough(epsilon: float, found: int | None) -> None:
+    errors = [2.0, 1.0, 0.5, 0.25, 0.125, 0.1]
+
+    class Given:
+        pairs, first = 5, 1
+
+        def __call__(self, n: int) -> SimpleNamespace:
+            return SimpleNamespace(error=errors[n], n=n)
+
+    cost: Any = rate._search(Given(), epsilon)  # type: ignore[arg-type]
+    assert (None if cost is NEVER else cost.n) == found
 
 
 def test_a_lump_pays_for_its_whole_rank_and_for_no_name() -> None:

@@ -61,3 +61,11 @@ def test_unknown_kinds_are_named_with_the_known_ones() -> None:
     with pytest.raises(TypeError) as raised:
         apd.rules.rule(nn.Bilinear(2, 2, 2))
     assert "RNN" not in str(raised.value)  # which has a rule that refuses it
+
+
+def test_what_has_the_name_alone_or_the_size_alone_is_not_hugging_faces() -> None:
+    sized = nn.Bilinear(2, 2, 2)
+    sized.nf = 2  # type: ignore[assignment]
+    for module in (type("Conv1D", (nn.Module,), {})(), sized):
+        with pytest.raises(TypeError, match="has no rule"):
+            apd.rules.rule(module)

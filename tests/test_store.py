@@ -108,6 +108,22 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: p
     assert file.read_bytes() == b"new"
 
 
+def test_nothing_is_written_through_what_was_planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever guesses the name of the part finds no way either: it must be new, be there a file or a link."""
+    monkeypatch.setattr("apd_minimal.store.secrets.token_hex", lambda n: "guessed")
+    monkeypatch.setattr("apd_minimal.store.glob.escape", lambda name: "no such name")  # it came after the tidying
+    (tmp_path / "treasure").write_bytes(b"mine")
+    for plant in ("hardlink_to", "symlink_to"):
+        part = tmp_path / "x.guessed.part"
+        getattr(part, plant)(tmp_path / "treasure")
+        with pytest.raises(FileExistsError):
+            store.write(tmp_path / "x", b"new")
+        assert (tmp_path / "treasure").read_bytes() == b"mine"
+        part.unlink(missing_ok=True)
+    store.write(tmp_path / "x", b"new")
+    assert (tmp_path / "x").read_bytes() == b"new"
+
+
 @pytest.mark.parametrize("identity", [False, True])
 def test_a_decomposition_comes_back(tmp_path: Path, identity: bool) -> None:
     target = apd.targets.TMS(identity=identity)

@@ -77,7 +77,8 @@ def test_a_doubt_names_at_most_five_pairs(n_lines: int) -> None:
 
 
 @pytest.mark.parametrize(("size", "identity", "why"), [
-    ((60, 15), False, "above 40 features"), ((2, 1), False, "from 3-2 to 40-10"), ((20, 2), False, "for each hidden"),
+    ((60, 15), False, "above 40 features"), ((41, 11), False, "above 40 features"),
+    ((2, 1), False, "from 3-2 to 40-10"), ((20, 2), False, "for each hidden"),
     ((7, 3), True, "identity layer"),
     ((6, 3), False, "2 and 4 of 6 features on two targets"),
     ((7, 3), False, "4 of 7 features on one of 27 targets"),
@@ -86,6 +87,10 @@ def test_a_doubt_names_at_most_five_pairs(n_lines: int) -> None:
 def test_other_sizes_are_doubted_in_words(size: tuple[int, int], identity: bool, why: str) -> None:
     with pytest.warns(UserWarning, match=why):
         _ = apd.targets.TMS(*size, identity=identity).recipe
+
+
+def test_as_many_features_as_were_tried_are_not_above_them() -> None:
+    assert "above 40 features" not in apd.targets.TMS(40, 20)._doubt(False)
 
 
 @pytest.mark.parametrize("rotated", [False, True])

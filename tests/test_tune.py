@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -101,6 +102,17 @@ def test_what_helps_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_time_is_a_limit_and_the_first_run_always_is() -> None:
     found = tune(target(), batches, ["weight"], 8, minutes=0, **QUICK)
     assert {row["run"] for row in found.tried} == {0}
+
+
+@pytest.mark.parametrize(("minutes", "runs"), [(1.99, 1), (2, 2)])
+def test_a_run_that_would_end_after_the_limit_is_not_begun(
+    minutes: float, runs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each look at the clock is half a minute after the last: the second run would begin after 1.5, and last 0.5."""
+    looks = iter(range(0, 10_000, 30))
+    monkeypatch.setattr(tuning, "time", SimpleNamespace(monotonic=lambda: float(next(looks))))
+    found = tune(target(), batches, ["weight"], 8, minutes=minutes, **QUICK)
+    assert {row["run"] for row in found.tried} == set(range(runs))
 
 
 @pytest.mark.parametrize("name", ["top_k", "per_sample", "selection", "restarts", "judge", "checkpoint", "log"])

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import apd_minimal as apd
 from apd_minimal.study import controls
+from apd_minimal.study import worst as attack
 from apd_minimal.study.worst import Corners, worst
 
 PATH = "encode.weight"
@@ -100,6 +101,13 @@ def test_empty_components_cost_nothing_and_many_are_too_many() -> None:
     assert again is not None and exact is not None
     torch.testing.assert_close(again, exact)
     assert worst(target, decomposed(15), x, torch.zeros(6, 15), steps=1, n_draws=1).exact is None
+
+
+def test_as_many_as_the_limit_are_tried_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    for limit, tried in ((2, False), (3, True), (4, True)):
+        monkeypatch.setattr(attack, "MOST", limit)
+        corners = Corners(runs.tms(), decomposed(3), inputs(), torch.zeros(6, 3), apd.losses.mse)
+        assert (corners.enumerate() is not None) is tried
 
 
 def test_gates_that_do_not_fit() -> None:
