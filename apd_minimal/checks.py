@@ -69,10 +69,9 @@ def number(
         ValueError: NaN, infinite, out of range or not whole.
     """
     got = plain(value)
-    both = math.isfinite(low) and math.isfinite(high)
     lower = f"{'above' if above else 'at least'} {low}" if math.isfinite(low) else ""
     upper = f"{'below' if below else 'at most'} {high}" if math.isfinite(high) else ""
-    limits = lower + (" and " if both else "") + upper
+    limits = " and ".join(filter(None, (lower, upper)))
     kind = "a whole number" if whole else "a finite number"
     if isinstance(got, bool) or not isinstance(got, (int, float)):
         raise TypeError(f"{name} must be {kind} {limits}".rstrip() + f", got {given(value)}")
@@ -143,11 +142,13 @@ def tensor(name: str, value: Any, *shape: Any, finite: bool = True, real: bool =
     """Check for a tensor of a shape: sizes, names of sizes above 0, and at most one `...` for any number of axes.
 
     Raises:
-        TypeError: no tensor, or none of floating point numbers, where `real` asks for them.
+        TypeError: no tensor, a sparse one, or none of floating point numbers, where `real` asks for them.
         ValueError: another shape.
         NotFinite: NaN or infinite numbers, where `finite` asks for none.
     """
     kind(name, value, Tensor, "a tensor")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got {given(value)} in {value.layout}: give its .to_dense()")
     sizes, expected = list(value.shape), list(shape)
     if ... in expected:
         at = expected.index(...)
@@ -169,10 +170,12 @@ def gates(name: str, value: Any, *shape: Any) -> Tensor:
     """Check for gates of a shape: boolean, or numbers in [0, 1].
 
     Raises:
-        TypeError: no tensor.
+        TypeError: no tensor, or a complex one.
         ValueError: another shape, or numbers that are NaN or out of range.
     """
     plain = tensor(name, value, *shape, finite=False).detach()
+    if plain.is_complex():
+        raise TypeError(f"{name} must be boolean or in [0, 1], got {given(value)}")
     if plain.dtype != torch.bool and not ((plain >= 0) & (plain <= 1)).all():
         numbers = f"numbers from {float(plain.min()):.3g} to {float(plain.max()):.3g}"
         raise ValueError(f"{name} must be boolean or in [0, 1], got {given(value)}, {numbers}")
@@ -277,12 +280,14 @@ def batch(x: Any, step: int) -> Tensor:
     """Check what a source of batches gave for a step, and copy it, so that the source may use its memory again.
 
     Raises:
+        TypeError: a sparse tensor.
         ValueError: no tensor, an empty one, or numbers that are NaN or infinite.
     """
     if not isinstance(x, Tensor) or x.ndim == 0 or len(x) == 0:
         from .hints import instead
 
         raise ValueError(f"batches(step={step}) must give a tensor [B, ...] with B at least 1, got {instead(x)}")
+    tensor(f"what batches(step={step}) gives", x, "B", ..., finite=False)
     if x.is_floating_point() and not torch.isfinite(x).all():
         raise ValueError(f"batches(step={step}) gave NaN or infinite inputs")
     return x.clone()

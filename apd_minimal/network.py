@@ -129,6 +129,7 @@ class Network:
             Tensor: the outputs that count, [B, ...], or [restarts, B, ...] if the components have restarts.
 
         Raises:
+            TypeError: sparse inputs, complex gates.
             ValueError: gates or components of the wrong shape, gates that are NaN or infinite, a layer whose input does
                 not begin with the samples, a module of `hidden` that gives no tensor [B, ...].
         """
@@ -321,6 +322,7 @@ def _stack_gates(gates: Gates | None, components: Components | None, batch: int)
         checked, g = g, per_path[path]
         with suppress(RuntimeError):  # inside torch.vmap, tensors do not tell what they hold
             shape = *lead, batch, ..., components.n_components
-            checks.tensor(f"gates for {path}", g, *shape, finite=g is not checked)
+            if checks.tensor(f"gates for {path}", g, *shape, finite=g is not checked).is_complex():
+                raise TypeError(f"gates for {path} must be boolean or real numbers, got {checks.given(g)}")
         per_path[path] = g if lead else g[None]
     return per_path

@@ -28,9 +28,11 @@ def scores(run: Run, components: Components) -> tuple[Tensor, Tensor | None]:
         if run.judge is None:
             errors = held_out_errors(run, x, components)
         else:
-            values = [run.judge(run.network, components.restart(i), x) for i in range(run.config.restarts)]
-            what = (int, float), "a function that gives a number"
-            errors = torch.tensor([checks.kind("judge", checks.plain(v), *what) for v in values], dtype=torch.double)
+            found = [run.judge(run.network, components.restart(i), x) for i in range(run.config.restarts)]
+            for value in (values := [checks.plain(value) for value in found]):
+                if type(value) not in (int, float):
+                    raise TypeError(f"judge must be a function that gives a number, got {checks.given(value)}")
+            errors = torch.tensor(values, dtype=torch.double)
         threshold = run.selection.threshold(run.local.all_scores(run.attributions(x, components)))
         if threshold is not None:
             checks.tensor(f"{run.chooser}.threshold", threshold, run.config.restarts)

@@ -324,6 +324,26 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: NETWORK(X[:0], COMPONENTS, ONES[:0]),
         r"x must hold .* one number, got .*\[0, 5\]",
     ),
+    "a call with sparse inputs": (
+        lambda: NETWORK(X.to_sparse(), COMPONENTS, ONES),
+        r"x must be a dense tensor, got .*sparse_coo: give its .to_dense\(\)",
+    ),
+    "a call with complex gates": (
+        lambda: NETWORK(X, COMPONENTS, ONES.to(torch.complex64)),
+        "gates for .* must be boolean or real numbers, got .*complex64",
+    ),
+    "a complex mask": (
+        lambda: apd.losses.simplicity(COMPONENTS, ONES.to(torch.complex64)),
+        r"mask must be boolean or in \[0, 1\], got .*complex64",
+    ),
+    "sparse batches": (
+        lambda: apd.decompose(TARGET, lambda step, generator: X.to_sparse_csr(), WEIGHTS, C, 2.0),
+        r"what batches\(step=0\) gives must be a dense tensor, got .*sparse_csr: give its .to_dense\(\)",
+    ),
+    "a judge that says yes": (
+        lambda: decompose(judge=lambda network, components, x: True, restarts=2),
+        "judge must be a function that gives a number, got True",
+    ),
     "a call with one number": (lambda: NETWORK(X[0, 0]), r"x must be of shape \[B, ...\], got a tensor \[\]"),
     "a call with a list": (lambda: NETWORK([1.0]), r"x must be a tensor, got \[1.0\]"),  # type: ignore[arg-type]
     "outputs of no number": (
@@ -488,6 +508,20 @@ class Bump(nn.Module):
 def test_a_unit_that_is_on_at_the_target_alone_is_no_step() -> None:
     """All the weights that the check tries put it out, where it has no slope; but at the target it has one."""
     apd.Network(Bump(), ["weigh.weight"]).check(torch.ones(8, 1))
+
+
+class Full(RuntimeError):
+    """As torch's own error where memory is short."""
+
+
+class Greedy(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        raise Full("out of memory")
+
+
+def test_what_is_no_fault_of_the_inputs_is_not_called_one() -> None:
+    with pytest.raises(Full, match=r"^out of memory$"):
+        apd.decompose(Greedy(5, 3), batches, ["weight"], C, 2.0)
 
 
 def test_a_log_and_a_checkpoint_are_two_files(tmp_path: Path) -> None:
