@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.testing import assert_close
 
 from apd_minimal.selection import TopK, batch_top_k, sample_top_k
 
@@ -56,6 +57,17 @@ def test_ties_do_not_change_the_counts() -> None:
         assert sample_top_k(values, 2).sum(1).tolist() == [2] * 6
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_what_is_kept_is_what_torch_keeps_bit_for_bit(dtype: torch.dtype) -> None:
+    """Without equal scores, with some, and with so many of zero that these fill up the number."""
+    for zeros, k in ((0.0, 1.3), (0.5, 1.3), (0.9, 2.0)):
+        values = scores(2, 40, 5).to(dtype) * (scores(2, 40, 5, seed=1) >= zeros)
+        kept = values.flatten(1).topk(int(k * 40), dim=1, sorted=False).indices
+        expected = torch.zeros(2, 200, dtype=dtype).scatter_(1, kept, 1.0).view(2, 40, 5)
+        assert_close(batch_top_k(values, k), expected, rtol=0, atol=0)
+    assert_close(batch_top_k(torch.ones(4, 3, dtype=dtype), 3), torch.ones(4, 3, dtype=dtype), rtol=0, atol=0)
+
+
 def test_restarts_are_treated_alone() -> None:
     values = scores(3, 7, 4) * torch.tensor([1.0, 100.0, 0.01])[:, None, None]
     for k in (0.4, 1, 2):
@@ -86,6 +98,11 @@ def test_the_threshold_keeps_as_many_as_the_batch_had(
         ordered = values[r].flatten().sort(descending=True).values
         torch.testing.assert_close(threshold[r], (ordered[n - 1] + ordered[n]) / 2)
         assert int(top.active(values, threshold)[r].sum()) == n
+
+
+def test_k_is_compared_with_the_components_and_not_with_the_samples() -> None:
+    with pytest.raises(ValueError, match="at most the number of components, 3; got 4"):
+        batch_top_k(scores(2, 8, 3), 4)
 
 
 def test_k_per_sample_is_whole() -> None:
