@@ -6,8 +6,8 @@ gated network, which runs all samples at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from typing import Any
 from unittest.mock import patch
 
@@ -152,16 +152,6 @@ def _traced(network: Network, x: Tensor) -> tuple[Tensor, list[tuple[str, Tensor
         return network(x), outputs
 
 
-@contextmanager
-def _padding_counts(network: Network) -> Iterator[None]:
-    """Let the row of an embedding's padding have its gradient, which torch leaves out: it is a weight like others."""
-    with ExitStack() as undo:
-        for site in network.sites:
-            if hasattr(site.module, "padding_idx"):
-                undo.enter_context(patch.object(site.module, "padding_idx", None))
-        yield
-
-
 class _Trial:
     """Random components near the target's weights, random per-sample gates, and both ways to run them."""
 
@@ -275,7 +265,11 @@ class _Trial:
                 for site in network.sites
                 if (m := matrices.get(site.path)) is not None
             }
-            with evaluating(network.target), _padding_counts(network), guard():
+            with evaluating(network.target), ExitStack() as undo, guard():
+                # The row of an embedding's padding has a gradient, which torch leaves out: it is a weight like others.
+                for site in network.sites:
+                    if hasattr(site.module, "padding_idx"):
+                        undo.enter_context(patch.object(site.module, "padding_idx", None))
                 out = functional_call(network.target, users, (self.x[i : i + 1],), tie_weights=False)
                 out = network.output(out) if network.output is not None else out
                 gradient = self.back(out, list(matrices.values()), self.cotangent[i : i + 1])

@@ -90,7 +90,9 @@ class Components:
         checks.kind("shapes", shapes, Mapping, "a mapping from parameter paths to (d_in, d_out)")
         if not shapes:
             raise ValueError("shapes must have at least one parameter path, got none")
-        n_components, rank, restarts = _sizes(n_components=n_components, rank=rank, restarts=restarts)
+        n_components = checks.number("n_components", n_components, 1, whole=True)
+        rank = None if rank is None else checks.number("rank", rank, 1, whole=True)
+        restarts = None if restarts is None else checks.number("restarts", restarts, 1, whole=True)
         std = checks.number("std", std, 0)
         checks.generator(generator)
         try:
@@ -125,7 +127,7 @@ class Components:
         checks.kind("matrices", matrices, Mapping, "a mapping from parameter paths to tensors")
         if not matrices:
             raise ValueError("matrices must have at least one parameter path, got none")
-        (rank,) = _sizes(rank=rank)
+        rank = None if rank is None else checks.number("rank", rank, 1, whole=True)
         A, B = {}, {}
         for path, P in matrices.items():
             checks.tensor(f"matrices: {path}", P, ..., "C", "d_in", "d_out")
@@ -207,11 +209,8 @@ class Components:
     def ranks(self, threshold: float = 0.1) -> dict[str, Tensor]:
         """Compute effective ranks, [..., C] per path: singular values above `threshold` times the path's largest."""
         threshold = checks.number("threshold", threshold, 0, 1, below=True)
-        ranks = {}
-        for path in self.paths:
-            s = self.singular_values(path)
-            ranks[path] = (s > threshold * s.amax(dim=(-2, -1), keepdim=True)).sum(-1)
-        return ranks
+        values = {path: self.singular_values(path) for path in self.paths}
+        return {path: (s > threshold * s.amax(dim=(-2, -1), keepdim=True)).sum(-1) for path, s in values.items()}
 
     def norms(self) -> Tensor:
         """Compute the Euclidean norm of every component over all weights together: [..., C]."""
@@ -228,10 +227,8 @@ class Components:
         """
         if not callable(function):
             raise TypeError(f"function must be a function of one factor, got {checks.given(function)}")
-        return Components(
-            {path: function(t) for path, t in self.A.items()},
-            {path: function(t) for path, t in self.B.items()},
-        )
+        A, B = ({path: function(t) for path, t in factors.items()} for factors in (self.A, self.B))
+        return Components(A, B)
 
     def restart(self, index: int) -> Components:
         """Select one of the stacked restarts, as components [C, d_in, m] and [C, m, d_out].
@@ -272,14 +269,6 @@ class Components:
     def parameters(self) -> list[Tensor]:
         """List all factors in a fixed order, for an optimiser."""
         return [t for path in self.paths for t in (self.A[path], self.B[path])]
-
-
-def _sizes(**sizes: int | None) -> list[Any]:
-    """Check whole numbers, at least 1; all but C may be None."""
-    return [
-        n if n is None and name != "n_components" else checks.number(name, n, 1, whole=True)
-        for name, n in sizes.items()
-    ]
 
 
 def usable(components: Any, alone: bool = False) -> Components:

@@ -36,7 +36,7 @@ def faithfulness(components: Components, weights: Mapping[str, Tensor]) -> Tenso
     Raises:
         ValueError: weights of other paths or shapes.
     """
-    _check(components)
+    checks.kind("components", components, Components, "Components")
     shapes = {path: (components.A[path].shape[-2], components.B[path].shape[-1]) for path in components.paths}
     checks.kind("weights", weights, Mapping, "a mapping from parameter paths to tensors")
     if not weights.keys() >= shapes.keys():
@@ -81,10 +81,6 @@ def _same(outputs: Any, target_outputs: Any) -> None:
     """Check outputs, which may have more axes in front than the target's; nothing is broadcast."""
     checks.tensor("target_outputs", target_outputs, "B", ..., finite=False)
     checks.tensor("outputs", outputs, ..., *target_outputs.shape, finite=False, real=True)
-
-
-def _check(components: Any) -> None:
-    checks.kind("components", components, Components, "Components")
 
 
 def _per_sample(values: Tensor, lead: int) -> Tensor:
@@ -212,7 +208,7 @@ def simplicity_exact(components: Components, mask: Tensor, p: float = 1.0) -> Te
 
 
 def _checked(components: Any, mask: Any, p: Any) -> float:
-    _check(components)
+    checks.kind("components", components, Components, "Components")
     lead = () if components.restarts is None else (components.restarts,)
     checks.gates("mask", mask, *lead, "B", ..., components.n_components)
     return checks.number("p", p, 0, above=True)

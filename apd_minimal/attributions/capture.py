@@ -100,7 +100,7 @@ def capture(
     work = batch * sum(network.weights[use.site.path].numel() for use in record)
     # Output by output: in the cache, one pass after the other is faster than all of them in one batch.
     for i, seed in enumerate(seeds):
-        linear = i > 0 and work >= LARGE and any(deltas is not None and deltas.shared for deltas in found)
+        linear = i > 0 and work >= LARGE and any(deltas is not None and deltas.every is None for deltas in found)
         with SharedRows() if linear else nullcontext():
             passed = _gradients(out, record, seed.expand_as(out))
         for j, delta in enumerate(passed):
@@ -128,23 +128,21 @@ class _Deltas:
     """Gradients of n outputs at one use, pass by pass; as long as all samples have the same, one is kept."""
 
     def __init__(self, n: int) -> None:
-        self.n, self.shared, self.batch = n, True, 0
+        self.n, self.batch = n, 0
         self.ones: list[Tensor] = []  # [R or 1, 1, T, d'], while they are shared
-        self.every: Tensor | None = None  # [R or 1, B, n, T, d']
+        self.every: Tensor | None = None  # [R or 1, B, n, T, d'], from where they are not
 
     def add(self, i: int, delta: Tensor) -> None:
         """Take in those of output i, [R or 1, B, T, d']."""
         self.batch = delta.shape[1]
-        if self.shared:
+        if self.every is None:
             one = delta[:, :1]
             if repeated(delta, 1) or torch.equal(delta, one.expand_as(delta)):
                 self.ones.append(one.clone())
                 return
-            self.shared = False
             self.every = delta.new_empty(*delta.shape[:2], self.n, *delta.shape[2:])
             for j, earlier in enumerate(self.ones):
                 self.every[:, :, j] = earlier
-        assert self.every is not None
         self.every[:, :, i] = delta
 
     def joined(self) -> Tensor:

@@ -125,9 +125,9 @@ def cheapest(
 
 
 def few_are_on(network: Network, components: Components, base: Components | None, x: Tensor, share: float) -> bool:
-    """Once all gradients are captured: is it less work to meet only the share of pairs that have one?"""
+    """Once all gradients of few outputs are captured: is it less work to meet only the share of pairs that have one?"""
     count = _Count(network, components, base, x)
-    return count.n_out <= FEW and count.met_in_pairs(share * len(x) * count.n_out) < count.met(())
+    return count.met_in_pairs(share * len(x) * count.n_out) < count.met(())
 
 
 class _Count:

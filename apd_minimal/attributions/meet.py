@@ -86,7 +86,7 @@ def meet(
     if per_position and len({use.rows.shape[2] for use in captured}) > 1:
         positions = [use.rows.shape[2] for use in captured]
         raise ValueError(f"per_position=True, but layers have different numbers of positions: {positions}")
-    n_restarts, n_components = _lead(components)
+    n_restarts, n_components = components.A[components.paths[0]].shape[:2]
     parts = _folded(components, captured)
     # What all samples share comes first: the rest can then be added in one product.
     uses = [_Met(use, parts, per_position, n_inputs) for use in sorted(captured, key=lambda use: not use.shared)]
@@ -102,14 +102,9 @@ def meet(
     return torch.cat(found, dim=1)
 
 
-def _lead(components: Components) -> tuple[int, int]:
-    shape = components.A[components.paths[0]].shape
-    return shape[0], shape[1]
-
-
 def _folded(components: Components, captured: Sequence[Captured]) -> Components:
     """Restarts of one target share its rows: their components are as good as those of one restart."""
-    shared = len(captured[0].rows) == 1 and _lead(components)[0] > 1
+    shared = len(captured[0].rows) == 1 and components.restarts != 1
     return components.map(lambda t: t.flatten(0, 1)[None]) if shared else components
 
 
@@ -142,10 +137,9 @@ class _Met:
         self.shared, self.per_position = use.shared and not per_position, per_position
         first, second = use.site.factors(components)  # [R, C, d, m], [R, C, m, d']
         self.use, first = _narrowed(use, first, n_inputs)
+        met = second[:, :, None]  # [R, C, 1, m, d']
         if self.shared:  # then the gradients meet the components first
-            met = second[:, :, None] @ use.deltas[:, 0].permute(0, 2, 3, 1)[:, None]  # [R, C, T, m, n]
-        else:
-            met = second[:, :, None]  # [R, C, 1, m, d']
+            met = met @ use.deltas[:, 0].permute(0, 2, 3, 1)[:, None]  # [R, C, T, m, n]
         n_restarts, self.n_components, d, m = first.shape
         T, last, rows = met.shape[2], met.shape[-1], use.rows.shape[1] * use.rows.shape[2] // met.shape[2]
         whole = m * d * last + rows * d * last <= rows * m * (d + last)
@@ -200,9 +194,9 @@ def meet_pairs(components: Components, pairs: Pairs, per_output: bool) -> Tensor
     Returns:
         Tensor: [R, B, C], or [R, B, C, n_out].
     """
-    n_restarts, n_components = _lead(components)
-    B, n = pairs.n_samples, pairs.n_outputs
     like = components.A[components.paths[0]]
+    n_restarts, n_components = like.shape[:2]
+    B, n = pairs.n_samples, pairs.n_outputs
     if not len(pairs.samples):
         return like.new_zeros(n_restarts, B, n_components, *([n] if per_output else []))
     parts, outputs = _folded(components, pairs.captured), pairs.outputs
@@ -215,9 +209,7 @@ def meet_pairs(components: Components, pairs: Pairs, per_output: bool) -> Tensor
         same = torch.equal(deltas, deltas[:, starts[segment]])
         small = len(starts) * use.rows[0, 0].numel() * parts.n_components * len(use.rows) <= LARGEST
         (linear if same and small else other).append(use)
-    total: Tensor | None = None
-    if linear:
-        total = _linear_pairs(parts, linear, starts, counts)
+    total = _linear_pairs(parts, linear, starts, counts) if linear else None
     if other:
         total = _plus(total, _other_pairs(parts, other))
     assert total is not None  # [R, pairs, C]
