@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import apd_minimal as apd
 from apd_minimal.study import baselines
+from apd_minimal.study import dictionaries as study
 from apd_minimal.study.baselines import Dictionary
 from apd_minimal.study.dictionaries import _revive
 
@@ -195,6 +196,16 @@ def test_activations_are_what_stands_there_and_replaced_puts_others_there() -> N
         baselines.activations(Unused(), x, "output of spare")
 
 
+def test_values_stand_at_every_position() -> None:
+    x = torch.randn(5, 3, 8, generator=torch.Generator().manual_seed(0))  # [B, T, d]
+    (hidden,) = baselines.activations(PLANTED, x, "output of mix")
+    assert hidden.shape == (15, 12)
+    out = baselines.replaced(PLANTED, x, "output of mix", [2 * hidden])
+    torch.testing.assert_close(out, 2 * PLANTED(x))
+    with pytest.raises(ValueError, match=r"values must be of shape \[15, 12\]"):
+        baselines.replaced(PLANTED, x, "output of mix", [hidden[:5]])
+
+
 class Unused(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -331,6 +342,23 @@ def test_silent_features_start_anew() -> None:
     assert silent[1] < silent[0]
 
 
+@pytest.mark.parametrize(("steps", "revive", "after"), [(100, 4, [10, 20, 30, 40]), (9, 1, [2]), (3, 2, [1, 2])])
+def test_they_start_anew_so_many_times_evenly_in_the_first_half(
+    steps: int, revive: int, after: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken, seen = [0], list[int]()
+    step = torch.optim.Adam.step
+
+    def counted(optimiser: torch.optim.Adam, *args: Any) -> Any:
+        taken[0] += 1
+        return step(optimiser, *args)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", counted)
+    monkeypatch.setattr(study, "_revive", lambda *_: seen.append(taken[0]))
+    baselines.fit(PLANTED, sparse, "output of mix", 4, steps=steps, revive=revive)
+    assert seen == after
+
+
 @pytest.mark.parametrize("silent", [[False, True, False], [True, True, True]])
 @pytest.mark.parametrize("size", [1.0, 1e-3])
 def test_whatever_is_silent_points_at_errors_of_any_size(silent: list[bool], size: float) -> None:
@@ -347,6 +375,9 @@ def test_whatever_is_silent_points_at_errors_of_any_size(silent: list[bool], siz
     cosines = own.decoder.detach()[which] @ (away / size).T
     torch.testing.assert_close(cosines.amax(1), torch.ones(sum(silent)), atol=1e-3, rtol=0)
     torch.testing.assert_close(own.decoder.detach()[~which], before[~which])
+    lengths = own.encoder.detach().norm(dim=0)  # of what they read: as those of the others
+    expected = torch.tensor(1.0) if all(silent) else lengths[~which].mean()
+    torch.testing.assert_close(lengths[which], expected.expand(sum(silent)))
     assert not own.encoder_bias[which].any() and not optimiser.state[own.decoder]["exp_avg"][which].any()
 
 

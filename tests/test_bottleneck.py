@@ -217,6 +217,7 @@ def test_the_settings_follow_the_error_with_nothing_active_and_the_number_of_com
     found = settings(network, x, 15)
     assert found["faithfulness"] == pytest.approx(FAITHFULNESS * nothing)
     assert (found["steps"], found["restarts"], found["selection"].gain) == (1500, 6, GAINS)
+    assert (found["rank"], found["lr"]) == (4, 1e-2), "as in the runs that were stored"
     assert settings(network, x, 120)["steps"] == 3000
     lump = torch.linalg.svdvals(target.encode.weight.detach()).sum() / 10  # the simplicity loss of the whole, 5 x 2
     (_, first), end = found["simplicity"]

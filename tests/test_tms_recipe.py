@@ -89,8 +89,10 @@ def test_other_sizes_are_doubted_in_words(size: tuple[int, int], identity: bool,
         _ = apd.targets.TMS(*size, identity=identity).recipe
 
 
+@pytest.mark.filterwarnings("ignore:TMS")
 def test_as_many_features_as_were_tried_are_not_above_them() -> None:
     assert "above 40 features" not in apd.targets.TMS(40, 20)._doubt(False)
+    assert [apd.targets.TMS(n, 20).recipe["steps"] for n in (40, 41)] == [1500, 3000]
 
 
 @pytest.mark.parametrize("rotated", [False, True])
