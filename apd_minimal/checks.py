@@ -75,6 +75,8 @@ def number(
     kind = "a whole number" if whole else "a finite number"
     if isinstance(got, bool) or not isinstance(got, (int, float)):
         raise TypeError(f"{name} must be {kind} {limits}".rstrip() + f", got {given(value)}")
+    if isinstance(got, int) and got.bit_length() > 63:
+        raise ValueError(f"{name} must be a number that fits 64 bits, got one of {got.bit_length()} bits")
     if not -math.inf < got < math.inf:
         raise ValueError(f"{name} must be {limits + ' and ' if limits else ''}finite, got {got!r}")
     if not (low < got if above else low <= got) or not (got < high if below else got <= high):
@@ -142,13 +144,14 @@ def tensor(name: str, value: Any, *shape: Any, finite: bool = True, real: bool =
     """Check for a tensor of a shape: sizes, names of sizes above 0, and at most one `...` for any number of axes.
 
     Raises:
-        TypeError: no tensor, a sparse one, or none of floating point numbers, where `real` asks for them.
+        TypeError: no tensor, a sparse or nested one, or none of floating point numbers, where `real` asks for them.
         ValueError: another shape.
         NotFinite: NaN or infinite numbers, where `finite` asks for none.
     """
     kind(name, value, Tensor, "a tensor")
-    if value.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got {given(value)} in {value.layout}: give its .to_dense()")
+    if value.is_nested or value.layout != torch.strided:
+        got = "a nested one" if value.is_nested else f"one in {value.layout}: give its .to_dense()"
+        raise TypeError(f"{name} must be a dense tensor, got {got}")
     sizes, expected = list(value.shape), list(shape)
     if ... in expected:
         at = expected.index(...)
@@ -280,14 +283,15 @@ def batch(x: Any, step: int) -> Tensor:
     """Check what a source of batches gave for a step, and copy it, so that the source may use its memory again.
 
     Raises:
-        TypeError: a sparse tensor.
+        TypeError: a sparse or a nested tensor.
         ValueError: no tensor, an empty one, or numbers that are NaN or infinite.
     """
+    if isinstance(x, Tensor):
+        tensor(f"what batches(step={step}) gives", x, ..., finite=False)
     if not isinstance(x, Tensor) or x.ndim == 0 or len(x) == 0:
         from .hints import instead
 
         raise ValueError(f"batches(step={step}) must give a tensor [B, ...] with B at least 1, got {instead(x)}")
-    tensor(f"what batches(step={step}) gives", x, "B", ..., finite=False)
     if x.is_floating_point() and not torch.isfinite(x).all():
         raise ValueError(f"batches(step={step}) gave NaN or infinite inputs")
     return x.clone()

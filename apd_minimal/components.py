@@ -199,9 +199,15 @@ class Components:
 
         Args:
             path: parameter path of a weight that they decompose.
+
+        Raises:
+            KeyError: they do not decompose it.
+            NotFinite: factors that are NaN or infinite.
         """
         # The triangular parts R of the factors' QR decompositions have the product's singular values, and are m by m.
         a, b = self._factors(path)
+        for name, factor in (("A", a), ("B", b)):
+            checks.tensor(f"components.{name}: {path}", factor, ...)
         r_a = torch.linalg.qr(_single(a)).R
         r_b = torch.linalg.qr(_single(b).transpose(-2, -1)).R
         return torch.linalg.svdvals(r_a @ r_b.transpose(-2, -1))

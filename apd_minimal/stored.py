@@ -48,6 +48,9 @@ def logged(history: Any) -> dict[str, list[Any]]:
         raise ValueError(f"history must be {what}, got the steps {checks.given(steps)}")
     if any(len(checks.kind(f"history of {name}", rows, list, what)) != len(steps) for name, rows in history.items()):
         raise ValueError(f"history must be {what}, got {checks.given({k: len(v) for k, v in history.items()})}")
+    for name in history.keys() - {"step"}:
+        for value in (v for row in history[name] for v in checks.kind(f"history of {name}", row, list, what)):
+            checks.kind(f"history of {name}", value, (int, float, type(None)), "of numbers, or of None")
     return history
 
 
@@ -118,6 +121,9 @@ def load(folder: str | os.PathLike[str], target: nn.Module) -> Decomposition:
             raise ValueError(
                 f"n_components is {config.n_components}, but there are factors of {components.n_components}"
             )
+        restarts = usable(network._fit(_taken(tensors, weights, ".restarts"))) if tensors.keys() > factors else None
+        if restarts is not None and restarts.restarts != len(facts["scores"]):
+            raise ValueError(f"there are {len(facts['scores'])} scores, but factors of {restarts.restarts} restarts")
         scores = [math.nan if score is None else checks.number("scores", score) for score in facts["scores"]]
         return Decomposition(
             components=components,
@@ -127,7 +133,7 @@ def load(folder: str | os.PathLike[str], target: nn.Module) -> Decomposition:
             chosen=checks.number("chosen", facts["chosen"], 0, len(scores) - 1, whole=True),
             finished=checks.flag("finished", facts["finished"]),
             fingerprint=facts["fingerprint"],
-            restarts=usable(network._fit(_taken(tensors, weights, ".restarts"))) if tensors.keys() > factors else None,
+            restarts=restarts,
             # Files of earlier versions have none.
             attribution=checks.kind("attribution", facts.get("attribution"), (str, type(None)), "a name or None"),
             output=checks.kind("output", facts.get("output"), (str, type(None)), "a name or None"),

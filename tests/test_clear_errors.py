@@ -340,6 +340,24 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: apd.decompose(TARGET, lambda step, generator: X.to_sparse_csr(), WEIGHTS, C, 2.0),
         r"what batches\(step=0\) gives must be a dense tensor, got .*sparse_csr: give its .to_dense\(\)",
     ),
+    "nested batches": (
+        lambda: apd.decompose(
+            TARGET, lambda step, generator: torch.nested.nested_tensor([X[0], X[1, :3]]), WEIGHTS, C, 2.0
+        ),
+        r"what batches\(step=0\) gives must be a dense tensor, got a nested one",
+    ),
+    "a rate of four hundred digits": (
+        lambda: apd.Config(1, 1.0, lr=10**400),
+        "lr must be a number that fits 64 bits, got one of 1329 bits",
+    ),
+    "more digits than Python writes": (
+        lambda: apd.Components.random(NETWORK.shapes, 10**9999),
+        "n_components must be a number that fits 64 bits, got one of 33216 bits",
+    ),
+    "singular values of NaN": (
+        lambda: COMPONENTS.map(lambda t: t * torch.nan).norms(),
+        "components.A: .* must be finite, got NaN",
+    ),
     "a judge that says yes": (
         lambda: decompose(judge=lambda network, components, x: True, restarts=2),
         "judge must be a function that gives a number, got True",
