@@ -76,7 +76,7 @@ def number(
     if isinstance(got, bool) or not isinstance(got, (int, float)):
         raise TypeError(f"{name} must be {kind} {limits}".rstrip() + f", got {given(value)}")
     if isinstance(got, int) and got.bit_length() > 63:
-        raise ValueError(f"{name} must be a number that fits 64 bits, got one of {got.bit_length()} bits")
+        raise ValueError(f"{name} must be a number that fits 64 bits, got an int of {got.bit_length()} bits")
     if not -math.inf < got < math.inf:
         raise ValueError(f"{name} must be {limits + ' and ' if limits else ''}finite, got {got!r}")
     if not (low < got if above else low <= got) or not (got < high if below else got <= high):

@@ -12,7 +12,7 @@ weight, plus what the gated components make of that input.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import cache, partial
 from typing import Any
 from unittest.mock import patch
@@ -130,8 +130,9 @@ class Network:
 
         Raises:
             TypeError: sparse inputs, complex gates.
-            ValueError: gates or components of the wrong shape, gates that are NaN or infinite, a layer whose input does
-                not begin with the samples, a module of `hidden` that gives no tensor [B, ...].
+            ValueError: inputs on which the target does not run, gates or components of the wrong shape, gates that are
+                NaN or infinite, a layer whose input does not begin with the samples, a module of `hidden` that gives no
+                tensor [B, ...].
         """
         stacked = None if components is None else self._fit(components).stacked()
         copies = 1 if stacked is None else stacked.A[stacked.paths[0]].shape[0]
@@ -178,7 +179,11 @@ class Network:
             return laid if used and not remainder and id(site) in plain else out + laid
 
         repeated = x if copies == 1 else x.expand(copies, *x.shape).flatten(0, 1)
-        result = self._run(repeated, edit, activations)
+        # What goes wrong with components or inside of torch.func is not for the inputs to blame.
+        plain_run = components is None and record is None and shifts is None
+        weights = f"weights of {next(iter(self.weights.values())).dtype}"
+        with checks.running(x, weights) if plain_run else nullcontext():
+            result = self._run(repeated, edit, activations)
         if components is None or components.restarts is None:
             return result
         if activations is not None:

@@ -487,6 +487,7 @@ def number(
         EDGES[made].append(high if below else high + 1 if whole else math.nextafter(high, math.inf))
     if whole:
         EDGES[made].append((low or 0) + 0.5)
+    EDGES[made].append(10**400)  # too large to be a float
     FITTING[made] = [limit for limit, out in ((low, above), (high, below)) if limit is not None and not out]
     return made
 

@@ -324,6 +324,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: NETWORK(X[:0], COMPONENTS, ONES[:0]),
         r"x must hold .* one number, got .*\[0, 5\]",
     ),
+    "a call with inputs of another width": (
+        lambda: NETWORK(X[:, :4]),
+        r"does not run on x, a tensor \[64, 4\] of torch.float32, with weights of torch.float32: .*shapes",
+    ),
     "a call with sparse inputs": (
         lambda: NETWORK(X.to_sparse(), COMPONENTS, ONES),
         r"x must be a dense tensor, got .*sparse_coo: give its .to_dense\(\)",
@@ -348,11 +352,11 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "a rate of four hundred digits": (
         lambda: apd.Config(1, 1.0, lr=10**400),
-        "lr must be a number that fits 64 bits, got one of 1329 bits",
+        "lr must be a number that fits 64 bits, got an int of 1329 bits",
     ),
     "more digits than Python writes": (
         lambda: apd.Components.random(NETWORK.shapes, 10**9999),
-        "n_components must be a number that fits 64 bits, got one of 33216 bits",
+        "n_components must be a number that fits 64 bits, got an int of 33216 bits",
     ),
     "singular values of NaN": (
         lambda: COMPONENTS.map(lambda t: t * torch.nan).norms(),
