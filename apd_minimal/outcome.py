@@ -22,7 +22,11 @@ Judge = Callable[[Network, Components, Tensor], float]  # (network, components w
 
 @torch.no_grad()
 def scores(run: Run, components: Components) -> tuple[Tensor, Tensor | None]:
-    """Judge each restart on held-out inputs, by its sparse error if by nothing else, and find thresholds: [R] each."""
+    """Judge each restart on held-out inputs, by its sparse error if by nothing else, and find thresholds: [R] each.
+
+    Raises:
+        TypeError: the run's judge gives no number.
+    """
     x = run.many_inputs(HELD_OUT_SAMPLES, torch.Generator().manual_seed(run.config.seed + 1_000_003))
     with torch.autocast(run.device.type, enabled=False):
         if run.judge is None:

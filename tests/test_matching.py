@@ -56,6 +56,11 @@ def test_the_match_by_use_is_the_best_of_all(by: str) -> None:
     assert abs(match.similarity.sum().item() - value) < 1e-5
 
 
+def test_what_never_changes_is_not_in_use() -> None:
+    with pytest.raises(ValueError, match="no component is in use: 0 in the first, 0 in the second"):
+        apd.metrics.match_use(torch.ones(20, 2), torch.full((20, 1), 3.0), n_draws=2)
+
+
 def test_the_same_components_in_another_order_match_wholly() -> None:
     first = some(6, 0)
     order = [3, 0, 5, 1, 4, 2]

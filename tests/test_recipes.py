@@ -99,7 +99,7 @@ def stops_and_goes_on(tmp_path: Path, source: Callable[[], Batches], **arguments
 def test_every_block_is_run_by_a_test() -> None:
     assert set(CONTRIBUTING) == {"A kind of layer", "An attribution", "A selection"}
     assert all(len(code) == 2 for code in CONTRIBUTING.values()), "a file, and how it is used"
-    assert set(PAGE) == {*SOURCES, DICTS, "What came out", "TensorBoard", "Weights & Biases"}
+    assert set(PAGE) == {*SOURCES, DICTS, "Inputs kept apart", "What came out", "TensorBoard", "Weights & Biases"}
 
 
 # A kind of layer
@@ -301,6 +301,18 @@ def test_batches_of_dicts() -> None:
     paths = ["model.embed.weight", "model.head.weight"]
     result = apd.decompose(target, names["batches"], paths, n_components=4, top_k=2.0, steps=5, progress=False)
     assert result.finished
+
+
+def test_a_judge_by_inputs_kept_apart() -> None:
+    held_out = torch.rand(40, 6, generator=torch.Generator().manual_seed(7))
+    judge = run(PAGE["Inputs kept apart"][0], apd=apd, held_out=held_out)["judge"]
+    result = apd.decompose(
+        batches=source("A list of batches"), **perceptron(), judge=judge, restarts=3, steps=5, progress=False
+    )
+    network = apd.Network(perceptron()["target"], perceptron()["weights"])
+    assert result.restarts is not None
+    own = [apd.rate.Judge()(network, result.restarts.restart(i), held_out) for i in range(3)]
+    assert result.scores == own and result.chosen == own.index(min(own))
 
 
 def expected_logs(result: apd.Decomposition) -> set[tuple[str, float, int]]:
