@@ -100,7 +100,8 @@ def test_both_cuts_of_the_plain_addition_are_asked_for(known: str, monkeypatch: 
     assert {row["against"]: row["owned"] for row in rows} == {
         "tokens": 26 * (known == "tokens"), "waves": 6 * (known == "waves"),
     }  # fmt: skip
-    assert [row["bits"] == pytest.approx(row["bits_of_the_truth"]) for row in rows] == [
+    # Which of equal errors is the smaller one, a kernel's rounding decides: the same cut can differ by a component.
+    assert [row["bits"] == pytest.approx(row["bits_of_the_truth"], rel=0.01) for row in rows] == [
         row["against"] == known for row in rows
     ]
 
