@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .components import Components
+from .interrupt import whole_steps
 from .train import Run
 
 Callback = Callable[[int, dict[str, list[float]], Components], None]  # (step, losses, components)
@@ -27,6 +28,7 @@ def follow(
     """Take all steps that are left of a run.
 
     Raises:
+        KeyboardInterrupt: Ctrl-C was pressed; the step that it fell in is done.
         NonFiniteLoss: a loss is NaN or infinite.
         ValueError: the log is another file, or the checkpoint.
     """
@@ -38,10 +40,11 @@ def follow(
     # In a file, the bar is a line each time it is shown.
     every = 0.1 if sys.stderr.isatty() or "ipykernel" in sys.modules else 60
     with (
+        whole_steps() as asked,
         tqdm(total=run.config.steps, initial=run.step, disable=not shown, unit="step", mininterval=every) as bar,
         open(os.devnull if log is None else log, "a", encoding="utf-8") as lines,
     ):
-        while run.step < run.config.steps:
+        while run.step < run.config.steps and not asked:
             losses = run.advance()
             bar.update()
             if run.config.logs(run.step - 1):

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -87,17 +88,34 @@ def fingerprint(result: apd.Decomposition) -> str:
 def main(how: str, checkpoint: str, at: int) -> None:
     """Run until something happens at step `at`."""
     torch.set_num_threads(int(os.environ.get("APD_THREADS", "1")))  # as in the test's own process
-    if how == "interrupt":
+    if "interrupt" in how:
         # Even where the shell has set it to be ignored.
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
+    reached: list[int] = []
+
     def source(step: int, generator: torch.Generator) -> Tensor:
-        if step == at:
+        if step == at and not reached:
+            reached.append(step)
             if how == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             if how == "interrupt":
                 print("ready", flush=True)
+            if how == "interrupt twice":
+                for _ in range(2):
+                    os.kill(os.getpid(), signal.SIGINT)
+                    time.sleep(0.1)
+            if how == "interrupt between a hook and its removal":
+                torch.nn.Module.register_forward_hook = registered  # type: ignore[method-assign]
         return batches(step, generator)
+
+    register = torch.nn.Module.register_forward_hook
+
+    def registered(*args: Any, **kwargs: Any) -> Any:
+        torch.nn.Module.register_forward_hook = register  # type: ignore[method-assign]
+        handle = register(*args, **kwargs)
+        os.kill(os.getpid(), signal.SIGINT)
+        return handle
 
     if how == "kill while writing":
         real, seen = os.replace, []
@@ -111,7 +129,7 @@ def main(how: str, checkpoint: str, at: int) -> None:
         os.replace = replace  # type: ignore[assignment]
     target = tms()
     result = decompose(
-        source, target, checkpoint=checkpoint, checkpoint_every=7, steps=STEPS if "kill" in how else 10**6
+        source, target, checkpoint=checkpoint, checkpoint_every=7, steps=10**6 if how == "interrupt" else STEPS
     )
     hooks = sum(len(module._forward_hooks) for module in target.modules())
     print(json.dumps([result.finished, hooks, len(result.history["step"]), fingerprint(result)]), flush=True)

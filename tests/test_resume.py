@@ -63,6 +63,19 @@ def test_stopped_by_an_exception_at_a_random_step(tmp_path: Path, changes: dict[
     assert runs.fingerprint(resumed) == runs.fingerprint(runs.decompose(**changes)), f"stopped at {step}"
 
 
+def interrupted_at(at: int) -> runs.Batches:
+    """A source that is interrupted once, when it is asked for a step."""
+    stopped: list[int] = []
+
+    def source(step: int, generator: torch.Generator) -> Tensor:
+        if step == at and not stopped:
+            stopped.append(step)
+            raise KeyboardInterrupt
+        return runs.batches(step, generator)
+
+    return source
+
+
 def test_a_real_ctrl_c_gives_the_result_so_far(tmp_path: Path) -> None:
     process = start("interrupt", tmp_path / "run.safetensors", 30)
     assert process.stdout is not None
@@ -76,18 +89,20 @@ def test_a_real_ctrl_c_gives_the_result_so_far(tmp_path: Path) -> None:
     assert logged >= 1
 
 
+@pytest.mark.parametrize(("how", "steps"), [("interrupt between a hook and its removal", 31), ("interrupt twice", 30)])
+def test_ctrl_c_waits_for_the_end_of_the_step_and_a_second_one_does_not(how: str, steps: int, tmp_path: Path) -> None:
+    process = start(how, tmp_path / "run.safetensors", 30)
+    out, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors
+
+    stopped = runs.decompose(interrupted_at(steps))
+    assert json.loads(out.splitlines()[-1]) == [False, 0, steps, runs.fingerprint(stopped)]
+
+
 def test_ctrl_c_at_a_known_step() -> None:
     seen: dict[int, apd.Components] = {}
     runs.decompose(callback=lambda step, losses, components: seen.update({step: components.map(Tensor.clone)}))
-    stopped = []
-
-    def interrupts(step: int, generator: torch.Generator) -> Tensor:
-        if step == 12 and not stopped:
-            stopped.append(step)
-            raise KeyboardInterrupt
-        return runs.batches(step, generator)
-
-    result = runs.decompose(interrupts)
+    result = runs.decompose(interrupted_at(12))
     assert result.finished is False
     assert result.history["step"] == list(range(12))
     assert result.restarts is not None
