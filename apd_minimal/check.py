@@ -1,7 +1,7 @@
 """Check the outputs and gradients of a `Network` by brute force on a few samples (chapter 3).
 
 Every sample is run alone, with per-sample weights in place of the target's (`functional_call`), and compared with the
-gated network, which runs all samples at once.
+gated network, which runs all samples at once. At last these few are compared with themselves among the whole batch.
 """
 
 from __future__ import annotations
@@ -44,15 +44,16 @@ def check(network: Network, x: Tensor, tolerance: float = 1e-3) -> None:
     # checkpointing switches autocast on again. Leaving stays as it is, for the sake of other threads.
     enter, turn = autocast.__enter__, torch.set_autocast_enabled
     without = patch.object(autocast, "__enter__", lambda cast: (enter(cast), turn(cast.device, False))[0])
-    running = checks.running(x, f"weights of {next(iter(network.weights.values())).dtype}")
+    weights = f"weights of {next(iter(network.weights.values())).dtype}"
+    running = checks.running(x, weights, "runs by itself, but not with its layers' outputs edited, on x")
     with torch.autocast(x.device.type, enabled=False), without, running:
-        samples = x[varied(x)]
+        samples = x[chosen := varied(x)]
         _check_target(network, x, samples, tolerance)
         if network.hidden:
             _check_hidden(network, samples, tolerance)
         # Twice, with different weights: rounding may flip a unit close to its threshold, but hardly in both trials.
-        problem = _Trial(network, samples, tolerance, seed=0).problem()
-        if problem and _Trial(network, samples, tolerance, seed=1).problem():
+        problem = _Trial(network, x, chosen, tolerance, seed=0).problem()
+        if problem and _Trial(network, x, chosen, tolerance, seed=1).problem():
             raise ValueError(problem)
 
 
@@ -155,8 +156,8 @@ def _traced(network: Network, x: Tensor) -> tuple[Tensor, list[tuple[str, Tensor
 class _Trial:
     """Random components near the target's weights, random per-sample gates, and both ways to run them."""
 
-    def __init__(self, network: Network, x: Tensor, tolerance: float, seed: int) -> None:
-        self.network, self.x, self.tolerance = network, x, tolerance
+    def __init__(self, network: Network, x: Tensor, chosen: Tensor, tolerance: float, seed: int) -> None:
+        self.network, self.all, self.chosen, self.x, self.tolerance = network, x, chosen, x[chosen], tolerance
         generator = torch.Generator().manual_seed(seed)
         self.parts: dict[str, tuple[Tensor, Tensor]] = {}
         self.gates = {}
@@ -167,9 +168,9 @@ class _Trial:
             P = torch.stack([0.6 * matrix + noise, 0.3 * matrix])
             one = torch.eye(min(matrix.shape)).to(P).expand(2, -1, -1)
             self.parts[path] = (one, P) if matrix.shape[0] < matrix.shape[1] else (P, one)
-            self.gates[path] = (0.7 + 0.6 * torch.rand(len(x), 2, generator=generator)).to(matrix)
+            self.gates[path] = (0.7 + 0.6 * torch.rand(len(self.x), 2, generator=generator)).to(matrix)
         with torch.no_grad():
-            self.before = network(x)
+            self.before = network(self.x)
         self.cotangent = torch.randn(self.before.shape, generator=generator).to(self.before)
         self.modules = {
             path: " and ".join(f"module {site.name!r}" for site in network.sites if site.path == path)
@@ -182,6 +183,8 @@ class _Trial:
         for remainder in (False, True):
             if together := self.compare(paths, remainder):
                 return next(filter(None, (self.compare([path], remainder) for path in paths)), together)
+        if apart := self.among_all():
+            return apart
         if self.steps:
             self.gates = {path: torch.ones_like(gate) for path, gate in self.gates.items()}  # the target itself
             if not any(g.any() for g in self.hooked(self.components(paths), remainder=True)[1].values()):
@@ -200,7 +203,8 @@ class _Trial:
                 f"{', '.join(paths)}: the network uses this weight in a way that its modules' calls do not show "
                 f"(changing it moves the output by {change:.3g}, of which the hooks at "
                 f"{', '.join(self.modules[path] for path in paths)} miss {error:.3g}): only modules may use it, on "
-                "a first argument whose first axis is the samples in their order"
+                "a first argument whose first axis is the samples in their order, and give the product with it plus "
+                "what does not depend on it (a weight that is scaled or masked there needs a rule, apd.rules)"
             )
         largest = torch.stack([gradient.norm() for gradient in gradients.values()]).max()
         self.steps = self.steps and not largest and bool(change or not hook_gradients)
@@ -217,6 +221,22 @@ class _Trial:
                     "detached, run under torch.no_grad, or checkpointed with use_reentrant=True"
                 )
         return None
+
+    @torch.no_grad()
+    def among_all(self) -> str | None:
+        """Describe how the checked samples are others among the whole batch, with gates by sample; None if not."""
+        paths, generator = list(self.network.weights), torch.Generator().manual_seed(0)
+        gates = {p: (0.7 + 0.6 * torch.rand(len(self.all), 2, generator=generator)).to(self.before) for p in paths}
+        among = self.network(self.all, self.components(paths), gates)[self.chosen]
+        few = self.network(self.x, self.components(paths), {p: gate[self.chosen] for p, gate in gates.items()})
+        change, error = (few - self.before).norm(), (among - few).norm()
+        if not _differ(among, few, change, self.tolerance):
+            return None
+        return (
+            f"{', '.join(paths)}: among all {len(self.all)} samples {len(self.x)} get other outputs than by themselves "
+            f"when each has gates of its own (off by {error:.3g} of {change:.3g}): they are sorted, packed without "
+            "their padding, taken in pieces, or mixed when they are many"
+        )
 
     def components(self, paths: Sequence[str]) -> Components:
         return Components(*({path: self.parts[path][i] for path in paths} for i in (0, 1)))

@@ -220,8 +220,13 @@ def inputs(x: Any) -> Tensor:
 
 
 @contextmanager
-def running(x: Tensor, weights: str) -> Iterator[None]:
+def running(x: Tensor, weights: str, what: str = "does not run on x") -> Iterator[None]:
     """Name the inputs and weights in the error, where torch reports that a network does not run on them.
+
+    Args:
+        x: the inputs.
+        weights: what is said of them.
+        what: the target does not do.
 
     Raises:
         ValueError: torch reports that the network does not run; the message repeats its words.
@@ -231,7 +236,19 @@ def running(x: Tensor, weights: str) -> Iterator[None]:
     except (RuntimeError, IndexError) as error:
         if type(error) not in (RuntimeError, IndexError):  # out of memory, or an operation without a derivative
             raise
-        raise ValueError(f"the target does not run on x, {given(x)}, with {weights}: {error}") from error
+        raise ValueError(f"the target {what}, {given(x)}, with {weights}: {error}") from error
+
+
+def picked(output: Callable[[Any], Any], out: Any) -> Any:
+    """Apply `output` to what a target returns.
+
+    Raises:
+        TypeError: it does not fit that.
+    """
+    try:
+        return output(out)
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise TypeError(f"output= does not fit what the target returns, {given(out)}: {error!r}") from error
 
 
 def function(name: str, value: Any) -> Callable[..., Any] | None:

@@ -121,10 +121,11 @@ def _(module: nn.MultiheadAttention) -> dict[str, Rule]:
             scores = scores + _added(mask, scores)
         if key_padding_mask is not None:
             scores = scores + _added(key_padding_mask, scores)[:, None, None]
-        pattern = scores.softmax(-1)
+        empty = scores.isneginf().all(-1, keepdim=True) & (not need_weights)  # torch then attends to nothing
+        pattern = scores.masked_fill(empty, 0).softmax(-1).masked_fill(empty, 0)
         out = module.out_proj(rearrange(pattern @ v, "b h t e -> b t (h e)"))
         if not module.batch_first:
-            out = out.transpose(0, 1)
+            out = out.transpose(0, 1).contiguous()
         if not need_weights:
             return out, None
         return out, pattern.mean(1) if average_attn_weights else pattern

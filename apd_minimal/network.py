@@ -172,7 +172,7 @@ class Network:
             if record is not None:
                 width = self.shapes[site.path][0 if site.transposed else 1]
                 zeros = rows.new_zeros(*rows.shape[:-1], width, requires_grad=True)
-                record.append(Use(site, rows, zeros))
+                record.append(Use(site, rows, zeros, out.new_empty(()).expand(out.shape)))
                 new = zeros if new is None else new + zeros
             assert new is not None
             laid = site.rule.unrows(new if rows.ndim == own.ndim else new.flatten(0, 1), out).to(out.dtype)
@@ -237,7 +237,7 @@ class Network:
         if activations is not None and set(found) != set(self.hidden):
             raise ValueError(f"hidden modules {sorted(set(self.hidden) - set(found))} were never called")
         if self.output is not None:
-            out = self.output(out)
+            out = checks.picked(self.output, out)
         if not isinstance(out, Tensor):
             raise TypeError(f"the target returns {type(out).__name__}, not a tensor: pick one with output=")
         if out.ndim == 0 or len(out) != len(x):
@@ -275,7 +275,7 @@ def _paths(names: object) -> bool:
 
 def _hook(edit: Callable[[Tensor, Tensor], Tensor], module: nn.Module, args: Any, kwargs: Any, out: Tensor) -> Tensor:
     """Edit a layer's output, as a forward hook; the input may come by position or by name."""
-    if not isinstance(value := args[0] if args else next(iter(kwargs.values())), Tensor):
+    if not isinstance(value := args[0] if args else next(iter(kwargs.values()), None), Tensor):
         raise TypeError(f"{type(module).__name__}: its first argument must be its input, got {type(value).__name__}")
     return edit(value, out)
 

@@ -162,6 +162,6 @@ def _(module: nn.Conv1d | nn.Conv2d) -> Rule:
         if groups > 1:  # keep each group's rows times its own weights
             own = rearrange(y, "b l g (h o) -> b l g h o", h=groups).diagonal(dim1=2, dim2=3)  # [B, L, o, groups]
             y = rearrange(own, "b l o g -> b l (g o)")
-        return rearrange(y, "b l o -> b o l").reshape(like.shape)
+        return rearrange(y, "b l o -> b o l").contiguous().reshape(like.shape)  # in the layout that a view expects
 
     return Rule(matrix=lambda w: w.flatten(1).T, weight=lambda m: m.T.reshape(shape), rows=rows, unrows=unrows)

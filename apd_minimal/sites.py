@@ -73,11 +73,13 @@ class Use:
         site: the module.
         rows: its input rows [B, *positions, d].
         shift: zeros added to the output rows [B, *positions, d'], so that their gradient is that of the output rows.
+        like: a tensor with the shape of the module's output, and no memory.
     """
 
     site: Site
     rows: Tensor
     shift: Tensor
+    like: Tensor
 
 
 def busy(uses: Sequence[Use], batch: int) -> Tensor:

@@ -465,6 +465,11 @@ def test_outputs_must_be_tensors_with_the_batch_axis() -> None:
         def forward(self, x: Tensor) -> tuple[Tensor, int]:  # type: ignore[override]
             return super().forward(x), 1
 
+    for returned, output in (({"logits": 1}, lambda out: out["logit"]), ((1, 2), lambda out: out.logits)):
+        target = nn.Sequential(nn.Linear(3, 2))
+        target.register_forward_hook(lambda module, args, out, returned=returned: returned)
+        with pytest.raises(TypeError, match=r"output= does not fit what the target returns, .*logit"):
+            apd.Network(target, ["0.weight"], output=output)(torch.ones(4, 3))
     pair = Pair(3, 2)
     x = torch.ones(4, 3)
     with pytest.raises(TypeError, match="pick one with output="):
@@ -488,7 +493,7 @@ def test_the_check_tries_weights_a_tenth_off_their_own_direction(scale: float, e
     target = nn.Linear(60, 50)
     with torch.no_grad():
         target.weight.copy_(scale * torch.randn(50, 60, generator=torch.Generator().manual_seed(0)).sign())
-    trial = _Trial(apd.Network(target, ["weight"]), torch.ones(2, 60), 1e-3, seed=0)
+    trial = _Trial(apd.Network(target, ["weight"]), torch.ones(2, 60), torch.arange(2), 1e-3, seed=0)
     one, P = trial.parts["weight"]
     moved = (P @ one if P.shape[-1] == one.shape[-2] else one @ P)[0] - 0.6 * target.weight.detach().T
     torch.testing.assert_close(moved.square().mean().sqrt(), torch.tensor(expected), rtol=0.1, atol=0)

@@ -131,6 +131,17 @@ class Conv1D(nn.Module):
         return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(*x.shape[:-1], self.nf)
 
 
+class Viewed(nn.Module):
+    """A view is of the memory as the layer lays it out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm, self.head = nn.Conv2d(2, 3, 2), nn.GroupNorm(3, 3), nn.Linear(18, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.norm(self.layer(x))).view(len(x), -1)) + self.layer(x).view(len(x), -1)[:, :2]
+
+
 class Attends(nn.Module):
     """Attention, masked or not, to the sequence itself or from one to another."""
 
@@ -151,6 +162,8 @@ class Attends(nn.Module):
             pads = pads & (torch.arange(T) > 0)
             bias = torch.linspace(0, 1, 2 * T * T, dtype=x.dtype).view(2, T, T).repeat(len(x), 1, 1)
             more = {"key_padding_mask": torch.zeros_like(x[..., 0]).masked_fill(pads, -torch.inf), "attn_mask": bias}
+        if self.how == "left padded":  # and causal, so that the padding attends to nothing
+            more |= {"attn_mask": mask, "key_padding_mask": (x[..., 0] > 0) & (torch.arange(T) == 0)}
         if self.how == "cross":
             query, key, value = torch.sin(x[:, :2]), x[..., :3], x[..., 1:]
         if self.how == "crossed":  # with one size, and two of the three inputs alike
@@ -319,6 +332,7 @@ RIGHT: dict[str, Callable[[], Case]] = {
     "samples and positions as one axis": lambda: Case(Flattened(), {"layer.weight": linear}, normal(5, 3)),
     "position ids": lambda: Case(Positions(), {"token.weight": kept, "position.weight": kept}, tokens),
     "Conv1D": lambda: one_layer(Conv1D(4, 3), 8, kept, 2, 3),
+    "convolution, then a view": lambda: Case(Viewed(), {"layer.weight": convolution(3, 2, 2, 2)}, normal(2, 3, 4)),
     "groups": lambda: conv(12, 4, 4, in_channels=4, out_channels=6, kernel_size=3, groups=2, stride=3, padding=2),
     "groups of pictures": lambda: conv(80, 4, 4, 3, in_channels=4, out_channels=4, kernel_size=2, groups=2, padding=1),
     "depthwise": lambda: conv(24, 2, 2, 3, in_channels=2, out_channels=4, kernel_size=3, groups=2, padding=1),
@@ -356,6 +370,7 @@ RIGHT: dict[str, Callable[[], Case]] = {
     "attention": lambda: attends(batch_first=True),
     "attention, its default layout, causal": lambda: attends("causal"),
     "attention, padded": lambda: attends("padded", batch_first=True),
+    "attention, padded at the left": lambda: attends("left padded", batch_first=True),
     "attention to something else": lambda: attends("cross", kdim=3, vdim=3, bias=False),
     "attention, crossed": lambda: attends("crossed"),
     "a layer of an encoder": encoder,
@@ -422,6 +437,26 @@ def test_gradient_attributions_are_brute_force_in_every_mode(name: str, at: str)
     for mode in MODES:
         got = apd.attributions.gradient(one.network, components, x, at=at, per_output=True, mode=mode)
         torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("name", [name for name in RIGHT if "conv" in name or "group" in name or name == "a scale"])
+@pytest.mark.parametrize("restarts", [None, 2])
+def test_activation_is_the_length_of_what_a_component_adds(name: str, restarts: int | None) -> None:
+    """In a grouped convolution not every row meets every weight, and in a transposed one rows overlap."""
+    one = right(name)
+    layer, path = one.target.layer, "scale" if name == "a scale" else "weight"
+    network, stored = apd.Network(layer, [path]), one.stored[f"layer.{path}"]
+    generator = torch.Generator().manual_seed(1)
+    components = apd.Components.random(network.shapes, 3, 2, restarts, std=1.0, generator=generator)
+    components = components.map(lambda t: t.to(network.weights[path]))
+    x = one.inputs(4, generator).to(network.weights[path])
+    silent = with_weights(layer, {path: torch.zeros_like(layer.get_parameter(path))}, x)
+    found = apd.attributions.activation(layer, components, x)
+    for i, own in enumerate(found if restarts else [found]):
+        P = (components.restart(i) if restarts else components).matrices(path)
+        for c in range(3):
+            added = with_weights(layer, {path: stored(P[c])}, x) - silent
+            torch.testing.assert_close(own[:, c], added.flatten(1).norm(dim=1))
 
 
 @every_network

@@ -202,6 +202,42 @@ def test_padded_samples_are_checked_at_several_lengths(run: Forward, n_long: int
         apd.Network(target, ["a.weight"]).check(x)
 
 
+def in_pieces(net: Any, x: Tensor) -> Tensor:
+    return torch.cat([net.b(torch.tanh(net.a(piece))) for piece in x.flatten(0, 1).split(64)]).view(x.shape)
+
+
+def sorted_by_other_padding(net: Any, x: Tensor) -> Tensor:
+    order = x.ne(9).any(-1).sum(1).argsort(descending=True, stable=True)
+    return net.b(torch.tanh(net.a(x[order])).sum(1)[order.argsort()])
+
+
+def mixed_when_many(net: Any, x: Tensor) -> Tensor:
+    h = net.a(x)
+    return net.b(h - h.mean(0) if len(x) > 5 else h)
+
+
+@pytest.mark.parametrize("run", [in_pieces, sorted_by_other_padding, mixed_when_many])
+def test_what_shows_among_all_samples_only(run: Forward) -> None:
+    """Five samples would pass: they fit in one piece, their padding is not known, or they are too few to mix."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        target, x = Net(run).double(), torch.randn(32, 8, 4).double()
+    x[[5, 14], 4:] = 9
+    network = apd.Network(target, ["a.weight", "b.weight"])
+    network.check(x[:4])
+    with pytest.raises(ValueError, match=r"a.weight, b.weight: among all 32 samples 5 get other outputs than by thems"):
+        network.check(x)
+
+
+def test_a_target_that_runs_but_not_with_other_outputs() -> None:
+    """The layer gives [1, T, d] by itself and [B, T, d] with gates, which the target repeats."""
+    shared = nn.Parameter(torch.randn(1, 3, 4))
+    target = Net(lambda net, x: torch.cat([net.a(shared).repeat(len(x), 1, 1), net.b(x)], 1))
+    message = r"the target runs by itself, but not with its layers' outputs edited, on x, a tensor \[8, 3, 4\]"
+    with pytest.raises(ValueError, match=message):
+        apd.Network(target, ["a.weight"]).check(torch.ones(8, 3, 4))
+
+
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=30))
 def test_the_checked_samples_have_many_densities_out_of_order(counts: list[int]) -> None:
     x = (torch.arange(6) < torch.tensor(counts)[:, None]).double()
@@ -360,6 +396,13 @@ def test_a_layer_whose_first_argument_is_no_input() -> None:
     network = apd.Network(Net(lambda net, x: net.b(torch.tanh(net.c(2.0, x))), c=Scaled(4, 4)), ["c.weight"])
     with pytest.raises(TypeError, match=r"^Scaled: its first argument must be its input, got float$"):
         network.check(x)
+
+    class All(nn.Embedding):
+        def forward(self) -> Tensor:  # type: ignore[override]
+            return self.weight[None]
+
+    with pytest.raises(TypeError, match=r"^All: its first argument must be its input, got NoneType$"):
+        apd.Network(Net(lambda net, x: net.b(x[:, None] + net.c()), c=All(3, 4)), ["c.weight"]).check(x)
     network = apd.Network(Net(lambda net, x: net.b(torch.tanh(net.c(x.flip(1), x))), c=Scaled(4, 4)), ["c.weight"])
     with pytest.raises(ValueError, match=r"c.weight: .* module 'c' miss .*a first argument whose first axis"):
         network.check(x)

@@ -52,13 +52,18 @@ def activation(
     def scores(part: Tensor) -> tuple[Tensor]:
         record: list[Use] = []
         game.network(part, None if remainder else game.components, record=record)
-        squares = [
-            component_outputs(use.site, by_sample(use.rows, len(part)), game.components).square().sum((-2, -1))
-            for use in record
-        ]
-        return (torch.stack(squares).sum(0).sqrt(),)
+        return (torch.stack([_squares(use, len(part), game.components) for use in record]).sum(0).sqrt(),)
 
     return game.over_samples(scores, x)[0]
+
+
+def _squares(use: Use, batch: int, components: Components) -> Tensor:
+    """Work out the square of what every component adds to a layer's output: [R, B, C]."""
+    y = component_outputs(use.site, by_sample(use.rows, batch), components)  # [R, B, C, T, d']
+    rows = y.reshape(-1, *use.rows.shape[1:-1], y.shape[-1])
+    # In the output of a grouped or a transposed convolution rows are left out, or overlap.
+    laid = use.site.rule.unrows(rows, use.like[:1].expand(len(rows), *use.like.shape[1:]))
+    return laid.reshape(*y.shape[:3], -1).square().sum(-1)
 
 
 @checked
