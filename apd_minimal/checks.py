@@ -296,6 +296,22 @@ def _takes(name: str, value: Any, arguments: Sequence[str]) -> None:
             raise TypeError(f"{name} must take ({expected}), got a function of {takes}: {error}") from None
 
 
+def joined(batches: list[Tensor]) -> Tensor:
+    """Join batches to one.
+
+    Raises:
+        ValueError: their samples have different shapes.
+    """
+    shapes = {tuple(x.shape[1:]): None for x in batches}
+    if len(shapes) > 1:
+        first, other = (list(shape) for shape in [*shapes][:2])
+        raise ValueError(
+            f"batches must give inputs of one shape, got samples of {first} and of {other}: several batches are joined "
+            "to tidy and to compare restarts; pad them"
+        )
+    return torch.cat(batches)
+
+
 def batch(x: Any, step: int) -> Tensor:
     """Check what a source of batches gave for a step, and copy it, so that the source may use its memory again.
 

@@ -173,7 +173,8 @@ class Decomposition:
             restarts: write those of all restarts too (keys path.A.restarts [R, C, d_in, m], and so on).
 
         Raises:
-            ValueError: restarts are asked for, and this decomposition has none.
+            ValueError: restarts are asked for, and this decomposition has none; components that are not those of its
+                configuration, or not finite; a `cfg.json` in the folder that is another program's.
         """
         from .stored import save
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import sys
 from collections.abc import Callable
 
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from .components import Components
@@ -52,7 +52,7 @@ def follow(
                 lines.write(json.dumps({"step": run.step - 1, **losses}, allow_nan=False) + "\n")
                 lines.flush()
                 if callback is not None:
-                    callback(run.step - 1, losses, run.components.map(Tensor.detach))
+                    callback(run.step - 1, copy.deepcopy(losses), run.components.map(lambda t: t.detach().clone()))
             if checkpoint is not None and (run.step % checkpoint_every == 0 or run.step == run.config.steps):
                 from .checkpoint import save
 

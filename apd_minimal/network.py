@@ -62,8 +62,8 @@ class Network:
         weights = list(weights) if isinstance(weights, Mapping) else weights  # such as another network's
         if not _paths(weights) or not weights:
             raise ValueError(f"weights must be a list of at least one parameter path, got {weights!r}")
-        if not _paths(hidden):
-            raise ValueError(f"hidden must be a list of module paths, got {hidden!r}")
+        if not _paths(hidden) or len(set(hidden)) < len(hidden):
+            raise ValueError(f"hidden must be a list of module paths, each of them once, got {hidden!r}")
         self.target = target
         self.output = checks.function("output", output)
         self.hidden = list(hidden)

@@ -64,7 +64,9 @@ def write(path: str | os.PathLike[str], data: bytes) -> None:
     checks.kind("data", data, (bytes, bytearray, memoryview), "bytes")
     final = Path(path)
     final.parent.mkdir(parents=True, exist_ok=True)
-    for stale in final.parent.glob(f"{glob.escape(final.name)}.*.part"):  # left by a process that was killed
+    for stale in final.parent.glob(
+        f"{glob.escape(final.name)}.{'[0-9a-f]' * 16}.part"
+    ):  # left by a process that was killed
         stale.unlink(missing_ok=True)
     # An unpredictable name and O_EXCL: never write through a link that was planted there.
     temporary = final.with_name(f"{final.name}.{secrets.token_hex(8)}.part")

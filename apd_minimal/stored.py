@@ -58,10 +58,18 @@ def save(decomposition: Decomposition, folder: str | os.PathLike[str], restarts:
     """Write a decomposition; see `Decomposition.save`.
 
     Raises:
-        ValueError: restarts are asked for, and there are none.
+        ValueError: restarts are asked for, and there are none; components that could not be read again; a `cfg.json`
+            that is another program's.
     """
     checks.kind("folder", folder, (str, os.PathLike), "a path")
     restarts = checks.flag("restarts", restarts)
+    n, expected = usable(decomposition.components, alone=True).n_components, decomposition.config.n_components
+    if n != expected:
+        raise ValueError(
+            f"the components must be the {expected} of the configuration, got {n}: replace the config, too"
+        )
+    if (known := Path(folder) / "cfg.json").exists() and b"fingerprint" not in known.read_bytes():
+        raise ValueError(f"{known} is not a decomposition's and would be replaced: give another folder")
     facts = _facts(decomposition)
     tensors = _named(decomposition.components, "")
     if restarts:

@@ -116,7 +116,7 @@ class Run:
         batches = [self.next_batch(0, generator)]
         while len(batches) < 256 and sum(map(len, batches)) < n_samples:
             batches.append(self.next_batch(len(batches) % max(1, self.step), generator))
-        return self.local.samples(torch.cat(batches))
+        return self.local.samples(checks.joined(batches))
 
     def attributions(self, x: Tensor, components: Components) -> Tensor:
         """Score this process's components on its samples, as many at a time as a step has: [R, B, (positions,) C]."""
@@ -217,6 +217,8 @@ class Run:
             torch.autograd.backward(gates, soft[0].grad, inputs=self.selection.parameters())
         self.local.reduce(self.selection.parameters())
         values = self.checked(losses)
+        for p in self.selection.parameters():  # Adam counts a step in which the gates are hard, too
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         self.optimiser.param_groups[0]["lr"] = config.lr_at(t)
         self.optimiser.step()
         torch.clear_autocast_cache()  # else the network would go on with rounded copies of the old factors

@@ -279,6 +279,37 @@ def test_a_source_that_uses_its_memory_again() -> None:
     assert runs.fingerprint(runs.decompose(source)) == runs.fingerprint(runs.decompose())
 
 
+def test_what_a_callback_gets_is_its_own() -> None:
+    """It may keep the components, or change them, and the losses."""
+    seen: list[apd.Components] = []
+
+    def callback(step: int, losses: dict[str, list[float]], components: apd.Components) -> None:
+        seen.append(components.map(torch.clone))
+        kept.append(components)
+        losses["minimality"][0] = -1.0
+
+    kept: list[apd.Components] = []
+    result = runs.decompose(callback=callback)
+    assert runs.fingerprint(result) == runs.fingerprint(runs.decompose())
+    assert len(kept) > 2
+    for then, now in zip(seen, kept, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(then.parameters(), now.parameters(), strict=True))
+    for components in kept:
+        components.map(torch.zero_)
+    assert result.components.norms().max() > 0
+
+
+def test_batches_of_several_lengths_are_told_to_be_padded() -> None:
+    target = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 3))
+
+    def batches(step: int, generator: torch.Generator) -> Tensor:
+        return torch.randint(0, 7, (64, 3 + step % 3), generator=generator)
+
+    with pytest.raises(ValueError, match=r"inputs of one shape, got samples of \[3\] and of \[4\]: .*pad them"):
+        with pytest.warns(RuntimeWarning, match="could not be compared"):
+            apd.decompose(target, batches, ["1.weight"], 3, 1, steps=6, tidy_every=0.0, progress=False)
+
+
 def test_indices_of_32_bits() -> None:
     target = nn.Sequential(nn.Embedding(6, 3), nn.Linear(3, 2))
     components = apd.Components.random({"0.weight": (6, 3)}, 4, generator=torch.Generator().manual_seed(0))

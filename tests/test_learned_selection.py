@@ -59,6 +59,27 @@ def test_it_trains_and_forgets() -> None:
     assert learned.forgotten > 0, "what was merged, pruned or started anew was told to it"
 
 
+class WarmsUp(Learned):
+    """Hard gates at first, which have no gradient, and soft ones later."""
+
+    def choose(self, scores: Tensor, t: float, share: float = 1.0) -> Tensor:
+        soft = super().choose(scores, t, share)
+        return soft if t > 0.5 else (soft > 0.5).float()
+
+
+def test_gates_may_be_hard_for_a_while(tmp_path: Path) -> None:
+    for tidy_every in (0.25, 0.0):
+        selection = WarmsUp()
+        whole = decompose(selection, tidy_every=tidy_every)
+        assert (selection.cut - 0.05).abs().max() > 1e-3, "its parameters moved"
+
+        def begin(tidy_every: float = tidy_every, **changes: Any) -> apd.Decomposition:
+            return decompose(**{"selection": WarmsUp(), "tidy_every": tidy_every, **changes})
+
+        resumed = runs.killed_and_resumed(begin, tmp_path / f"run {tidy_every}", WarmsUp())
+        assert runs.fingerprint(resumed) == runs.fingerprint(whole)
+
+
 def test_its_gradient_is_that_of_the_losses() -> None:
     """One step of plain gradient descent, against the losses written out."""
     noted, seen = runs.noting(Learned())

@@ -67,6 +67,18 @@ def test_faults_that_were_put_there(rotated: bool) -> None:
     assert metrics.ownership(components(doubled), truth).complete is False
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("of_truth", [torch.float32, torch.float64])
+def test_types_do_not_matter_and_a_truth_may_have_gradients(dtype: torch.dtype, of_truth: torch.dtype) -> None:
+    Z = target().mechanisms()["encode.weight"].detach().to(dtype)
+    truth = {"encode.weight": Z.to(of_truth).requires_grad_()}
+    found = components(Z[[1, 0, 2, 4, 3]])
+    own = metrics.ownership(found, truth)
+    assert own.complete and own.owner.tolist() == [1, 0, 2, 4, 3]
+    assert metrics.mmcs(found, truth).item() == pytest.approx(1, abs=0.01)
+    assert metrics.ml2r(found, truth).item() == pytest.approx(1, abs=0.01)  # factors are rounded
+
+
 def test_a_mechanism_without_a_component_scores_zero() -> None:
     truth = target().mechanisms()
     found = metrics.ownership(components(truth["encode.weight"][1:]), truth)

@@ -316,8 +316,10 @@ def test_weights_that_are_no_paths(weights: Any) -> None:
     with pytest.raises(ValueError, match="weights must be a list of at least one parameter path, got"):
         apd.Network(first(nn.Linear(3, 4)), weights)
     if weights != []:
-        with pytest.raises(ValueError, match="hidden must be a list of module paths, got"):
+        with pytest.raises(ValueError, match="hidden must be a list of module paths, each of them once, got"):
             apd.Network(first(nn.Linear(3, 4)), ["0.weight"], hidden=weights)
+    with pytest.raises(ValueError, match=r"each of them once, got \['0', '0'\]"):
+        apd.Network(first(nn.Linear(3, 4)), ["0.weight"], hidden=["0", "0"])
 
 
 def test_weights_that_cannot_be_decomposed_as_they_are() -> None:

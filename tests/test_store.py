@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import pickle
 import re
@@ -122,6 +123,35 @@ def test_nothing_is_written_through_what_was_planted(tmp_path: Path, monkeypatch
         part.unlink(missing_ok=True)
     store.write(tmp_path / "x", b"new")
     assert (tmp_path / "x").read_bytes() == b"new"
+
+
+def test_only_parts_of_this_file_are_tidied(tmp_path: Path) -> None:
+    """Those of a process that was killed go; a user's own, and what a run beside this one is writing, stay."""
+    left = "m.0123456789abcdef.part"
+    others = ["m.notes.part", "m.seed1.0123456789abcdef.part", "m.0123456789ABCDEF0.part"]
+    for name in (left, *others):
+        (tmp_path / name).write_bytes(b"mine")
+    store.write(tmp_path / "m", b"new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["m", *others])
+
+
+def test_what_could_not_be_read_again_is_not_written(tmp_path: Path) -> None:
+    target = apd.targets.TMS()
+    saved = decomposition(target, target.weights)
+    saved.save(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    few = dataclasses.replace(saved, components=saved.components.subset([0, 1]))
+    with pytest.raises(ValueError, match="the components must be the 3 of the configuration, got 2"):
+        few.save(tmp_path)
+    broken = dataclasses.replace(saved, components=saved.components.map(lambda t: t * torch.nan))
+    with pytest.raises(ValueError, match="must be finite"):
+        broken.save(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "cfg.json").write_text('{"model": "mine"}')
+    with pytest.raises(ValueError, match=r"cfg.json is not a decomposition's .*another folder"):
+        saved.save(tmp_path / "other")
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["cfg.json"]
 
 
 @pytest.mark.parametrize("identity", [False, True])

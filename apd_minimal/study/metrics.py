@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -33,7 +34,8 @@ def _flat(matrices: Mapping[str, Tensor], paths: list[str]) -> Tensor:
     return torch.cat([matrices[path].flatten(1) for path in paths], dim=1)
 
 
-def _check_truth(components: Components, truth: Truth) -> list[str]:
+def _in_one_type(components: Components, truth: Truth) -> tuple[Components, Truth]:
+    """Check that a truth is about these components, and convert both to the larger type, single precision at least."""
     usable(components, alone=True)
     checks.kind("truth", truth, Mapping, "a mapping from parameter paths to mechanisms [J, d_in, d_out]")
     if set(truth) != set(components.paths):
@@ -48,7 +50,9 @@ def _check_truth(components: Components, truth: Truth) -> list[str]:
         raise ValueError(f"the truth must have the same J mechanisms for every path, at least one; got {sorted(sizes)}")
     if not _flat(truth, components.paths).any(1).all():
         raise ValueError("the truth holds a mechanism that is zero: nothing can point along it")
-    return components.paths
+    types = [torch.float32, *(t.dtype for t in (*components.parameters(), *truth.values()))]
+    dtype = reduce(torch.promote_types, types)
+    return components.map(lambda t: t.to(dtype)), {path: truth[path].detach().to(dtype) for path in components.paths}
 
 
 def _column_spaces(matrices: Tensor) -> Tensor:
@@ -109,8 +113,8 @@ def ml2r(components: Components, truth: Truth) -> Tensor:
 
 
 def _best_columns(components: Components, truth: Truth) -> tuple[Tensor, Tensor]:
-    paths = _check_truth(components, truth)
-    parts, mechanisms = _restricted(components, truth), _flat(truth, paths)
+    components, truth = _in_one_type(components, truth)
+    parts, mechanisms = _restricted(components, truth), _flat(truth, components.paths)
     cosines = torch.nn.functional.cosine_similarity(parts, mechanisms[:, None], dim=2)
     best = cosines.argmax(1)
     chosen = parts[torch.arange(len(parts)), best]
@@ -174,12 +178,12 @@ def ownership(
     Raises:
         ValueError: components with restarts, or a truth of other paths or shapes.
     """
-    paths = _check_truth(components, truth)
+    components, truth = _in_one_type(components, truth)
     min_cosine, min_purity = (
         checks.number(name, value, -1, 1) for name, value in (("min_cosine", min_cosine), ("min_purity", min_purity))
     )
     shortest, longest = _interval("length_range", length_range)
-    P, Z = components.flat().detach(), _flat(truth, paths)
+    P, Z = components.flat().detach(), _flat(truth, components.paths)
     cosines = (Z / Z.norm(dim=1, keepdim=True)) @ (P / P.norm(dim=1, keepdim=True).clamp_min(1e-12)).T  # [J, C]
     rows, columns = linear_sum_assignment(cosines.cpu().numpy(), maximize=True)
     owner = torch.full((len(Z),), -1, device=Z.device)
@@ -189,7 +193,7 @@ def ownership(
     cosine = cosines[j, owner] * held
     ratio = P[owner].norm(dim=1) / Z.norm(dim=1) * held
     inside = torch.zeros_like(ratio)
-    for path in paths:
+    for path in components.paths:
         inside += (_column_spaces(truth[path]).mT @ components.matrices(path).detach()[owner]).square().sum((1, 2))
     purity = inside / P[owner].square().sum(1).clamp_min(1e-24) * held
     owned = (cosine >= min_cosine) & (ratio >= shortest) & (ratio <= longest) & (purity >= min_purity)
