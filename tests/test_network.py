@@ -13,7 +13,7 @@ from oracles import Case, Sequence, Twice, assert_same_state, case, every_case, 
 from torch import Tensor, nn
 
 import apd_minimal as apd
-from apd_minimal.check import _Trial
+from apd_minimal.trial import Trial
 
 
 def random_gates(*shape: int, seed: int = 2) -> Tensor:
@@ -493,7 +493,7 @@ def test_the_check_tries_weights_a_tenth_off_their_own_direction(scale: float, e
     target = nn.Linear(60, 50)
     with torch.no_grad():
         target.weight.copy_(scale * torch.randn(50, 60, generator=torch.Generator().manual_seed(0)).sign())
-    trial = _Trial(apd.Network(target, ["weight"]), torch.ones(2, 60), torch.arange(2), 1e-3, seed=0)
+    trial = Trial(apd.Network(target, ["weight"]), torch.ones(2, 60), torch.arange(2), 1e-3, seed=0)
     one, P = trial.parts["weight"]
     moved = (P @ one if P.shape[-1] == one.shape[-2] else one @ P)[0] - 0.6 * target.weight.detach().T
     torch.testing.assert_close(moved.square().mean().sqrt(), torch.tensor(expected), rtol=0.1, atol=0)
