@@ -52,22 +52,22 @@ class Trial:
         """Describe what is not reproduced, by the path of the weight at fault; None if everything is."""
         paths = list(self.network.weights)
         for remainder in (False, True):
-            if together := self.compare(paths, remainder):
-                return next(filter(None, (self.compare([path], remainder) for path in paths)), together)
-        if apart := self.among_all():
+            if together := self._compare(paths, remainder):
+                return next(filter(None, (self._compare([path], remainder) for path in paths)), together)
+        if apart := self._among_all():
             return apart
         if self.steps:
             self.gates = {path: torch.ones_like(gate) for path, gate in self.gates.items()}  # the target itself
-            if not any(g.any() for g in self.hooked(self.components(paths), remainder=True)[1].values()):
+            if not any(g.any() for g in self._hooked(self._components(paths), remainder=True)[1].values()):
                 what = checks.given(self.before)
                 return f"{', '.join(paths)}: the outputs, {what}, have no slope by it: pick others (output=)"
         return None
 
-    def compare(self, paths: Sequence[str], remainder: bool) -> str | None:
+    def _compare(self, paths: Sequence[str], remainder: bool) -> str | None:
         """Describe what is wrong when the weights at some paths are gated and the others stay; None if nothing."""
-        components = self.components(paths)
-        true, gradients = self.real(components, remainder)
-        ours, hook_gradients = self.hooked(components, remainder)
+        components = self._components(paths)
+        true, gradients = self._real(components, remainder)
+        ours, hook_gradients = self._hooked(components, remainder)
         change, error = (true - self.before).norm(), (ours - true).norm()
         if differ(ours, true, change, self.tolerance):
             return (
@@ -86,7 +86,7 @@ class Trial:
                     f"{path}: the gradients at {self.modules[path]} are not those of the weight: they differ by "
                     f"{(hook_gradient - gradient).norm():.3g} of {gradient.norm():.3g} (does forward differentiate?)"
                 )
-            if path not in hook_gradients and differ(self.moved(path), self.before, 0 * change, self.tolerance):
+            if path not in hook_gradients and differ(self._moved(path), self.before, 0 * change, self.tolerance):
                 return (
                     f"{path}: no gradient reaches {self.modules[path]}, though the weight moves the output: it is "
                     "detached, run under torch.no_grad, or checkpointed with use_reentrant=True"
@@ -94,12 +94,12 @@ class Trial:
         return None
 
     @torch.no_grad()
-    def among_all(self) -> str | None:
+    def _among_all(self) -> str | None:
         """Describe how the checked samples are others among the whole batch, with gates by sample; None if not."""
         paths, generator = list(self.network.weights), torch.Generator().manual_seed(0)
         gates = {p: (0.7 + 0.6 * torch.rand(len(self.all), 2, generator=generator)).to(self.before) for p in paths}
-        among = self.network(self.all, self.components(paths), gates)[self.chosen]
-        few = self.network(self.x, self.components(paths), {p: gate[self.chosen] for p, gate in gates.items()})
+        among = self.network(self.all, self._components(paths), gates)[self.chosen]
+        few = self.network(self.x, self._components(paths), {p: gate[self.chosen] for p, gate in gates.items()})
         change, error = (few - self.before).norm(), (among - few).norm()
         if not differ(among, few, change, self.tolerance):
             return None
@@ -109,35 +109,35 @@ class Trial:
             "their padding, taken in pieces, or mixed when they are many"
         )
 
-    def components(self, paths: Sequence[str]) -> Components:
+    def _components(self, paths: Sequence[str]) -> Components:
         return Components(*({path: self.parts[path][i] for path in paths} for i in (0, 1)))
 
     @torch.no_grad()
-    def moved(self, path: str) -> Tensor:
-        return self.network(self.x, self.components([path]), self.gates, remainder=True)
+    def _moved(self, path: str) -> Tensor:
+        return self.network(self.x, self._components([path]), self.gates, remainder=True)
 
-    def hooked(self, components: Components, remainder: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    def _hooked(self, components: Components, remainder: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """Run all samples at once through the network: outputs [n, ...], gradients [n, d_in, d_out] by path."""
         record: list[Use] = []
         out = self.network(self.x, components, self.gates, remainder, record=record)
         gradients: dict[str, Tensor] = {}
-        for use, delta in zip(record, self.back(out, [use.shift for use in record], self.cotangent), strict=True):
+        for use, delta in zip(record, self._back(out, [use.shift for use in record], self.cotangent), strict=True):
             if delta is not None:
                 left, right = (t.detach().reshape(len(self.x), -1, t.shape[-1]) for t in (use.rows, delta))
                 gradient = right.mT @ left if use.site.transposed else left.mT @ right
                 gradients[use.site.path] = gradients.get(use.site.path, 0) + gradient
         return out.detach(), gradients
 
-    def real(self, components: Components, remainder: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    def _real(self, components: Components, remainder: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """Run sample by sample, with changed weights in place of the target's: the same two results by brute force."""
         try:
-            return self.alone(components, remainder, allow_mutation_on_saved_tensors)
+            return self._alone(components, remainder, allow_mutation_on_saved_tensors)
         except RuntimeError as error:
             if "saved tensor hooks" not in str(error):  # torch.func.grad in the target takes none
                 raise
-            return self.alone(components, remainder, nullcontext)
+            return self._alone(components, remainder, nullcontext)
 
-    def alone(
+    def _alone(
         self, components: Components, remainder: bool, guard: Callable[[], AbstractContextManager[Any]]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         network = self.network
@@ -163,14 +163,14 @@ class Trial:
                         undo.enter_context(patch.object(site.module, "padding_idx", None))
                 out = functional_call(network.target, users, (self.x[i : i + 1],), tie_weights=False)
                 out = network.output(out) if network.output is not None else out
-                gradient = self.back(out, list(matrices.values()), self.cotangent[i : i + 1])
+                gradient = self._back(out, list(matrices.values()), self.cotangent[i : i + 1])
             outs.append(out.detach())
             gradients.append([zero if g is None else g for g, zero in zip(gradient, zeros, strict=True)])
         return torch.cat(outs), {
             path: torch.stack([g[k] for g in gradients]) for k, path in enumerate(components.paths)
         }
 
-    def back(self, out: Tensor, leaves: list[Tensor], cotangent: Tensor) -> Sequence[Tensor | None]:
+    def _back(self, out: Tensor, leaves: list[Tensor], cotangent: Tensor) -> Sequence[Tensor | None]:
         """Compute gradients through the target; no decomposed module may be run again during the backward pass.
 
         Raises:
