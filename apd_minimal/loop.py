@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -32,25 +31,24 @@ def follow(
         NonFiniteLoss: a loss is NaN or infinite.
         ValueError: the log is another file, or the checkpoint.
     """
-    log, shown = log if run.local.writes else None, progress and run.local.writes
-    if log is not None:
-        from .log import begin
+    lines, shown = None, progress and run.local.writes
+    if log is not None and run.local.writes:
+        from .log import Log
 
-        begin(log, run.step, checkpoint)
+        lines = Log(log, run.step, checkpoint)
     # In a file, the bar is a line each time it is shown.
     every = 0.1 if sys.stderr.isatty() or "ipykernel" in sys.modules else 60
     with (
         whole_steps() as asked,
         tqdm(total=run.config.steps, initial=run.step, disable=not shown, unit="step", mininterval=every) as bar,
-        open(os.devnull if log is None else log, "a", encoding="utf-8") as lines,
     ):
         while run.step < run.config.steps and not asked:
             losses = run.advance()
             bar.update()
             if run.config.logs(run.step - 1):
                 bar.set_postfix({name: f"{min(values):.1e}" for name, values in losses.items()}, refresh=False)
-                lines.write(json.dumps({"step": run.step - 1, **losses}, allow_nan=False) + "\n")
-                lines.flush()
+                if lines is not None:
+                    lines.write(run.step - 1, losses)
                 if callback is not None:
                     callback(run.step - 1, copy.deepcopy(losses), run.components.map(lambda t: t.detach().clone()))
             if checkpoint is not None and (run.step % checkpoint_every == 0 or run.step == run.config.steps):

@@ -216,6 +216,36 @@ def test_a_log_goes_on_where_the_checkpoint_stands(tmp_path: Path) -> None:
     assert (tmp_path / "stopped.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
 
 
+def test_a_run_that_fails_before_its_first_line_leaves_the_log_of_another(tmp_path: Path) -> None:
+    log = tmp_path / "run.jsonl"
+    runs.decompose(steps=2, log=log)
+    before = log.read_text()
+
+    def broken(step: int, generator: torch.Generator) -> Tensor:
+        if step == 0:
+            raise RuntimeError("no data")
+        return runs.batches(step, generator)
+
+    with pytest.raises(RuntimeError, match="no data"):
+        runs.decompose(broken, steps=4, log=log)
+    assert log.read_text() == before
+    runs.decompose(steps=1, log=log)
+    assert 0 < len(log.read_text()) < len(before)
+
+
+def test_a_log_that_cannot_be_written_is_found_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def locked(path: Path, mode: str = "r", *more: Any, **and_more: Any) -> Any:
+        raise PermissionError(f"{path} is read-only")
+
+    steps: list[int] = []
+    monkeypatch.setattr(Path, "open", locked)
+    with pytest.raises(PermissionError, match="log is read-only"):
+        runs.decompose(log=tmp_path / "log", callback=lambda step, losses, components: steps.append(step))
+    assert not steps
+
+
 def test_a_log_is_not_mixed_with_another_file(tmp_path: Path) -> None:
     runs.decompose(steps=2, checkpoint=tmp_path / "run", log=tmp_path / "a folder to make" / "log")
     for text in ("my notes\n", "[1]\n", '{"loss": 1}\n'):
