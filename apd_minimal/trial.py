@@ -25,7 +25,7 @@ def differ(a: Tensor, b: Tensor, size: Tensor, tolerance: float, scale: Tensor |
 
 
 class Trial:
-    """Random components near the target's weights, random per-sample gates, and both ways to run them."""
+    """Random components near the target's weights, gates by sample of either sign, and both ways to run them."""
 
     def __init__(self, network: Network, x: Tensor, chosen: Tensor, tolerance: float, seed: int) -> None:
         self.network, self.all, self.chosen, self.x, self.tolerance = network, x, chosen, x[chosen], tolerance
@@ -51,9 +51,11 @@ class Trial:
     def problem(self) -> str | None:
         """Describe what is not reproduced, by the path of the weight at fault; None if everything is."""
         paths = list(self.network.weights)
-        for remainder in (False, True):
-            if together := self._compare(paths, remainder):
-                return next(filter(None, (self._compare([path], remainder) for path in paths)), together)
+        # At last with the other sign: weights that are clamped, or of which the sign is taken away, show only there.
+        for remainder, sign in ((False, 1), (True, 1), (False, -1)):
+            self.gates = {path: sign * gate for path, gate in self.gates.items()}
+            if together := self._compare(paths, remainder, far=sign < 0):
+                return next(filter(None, (self._compare([path], remainder, sign < 0) for path in paths)), together)
         if apart := self._among_all():
             return apart
         if self.steps:
@@ -63,13 +65,16 @@ class Trial:
                 return f"{', '.join(paths)}: the outputs, {what}, have no slope by it: pick others (output=)"
         return None
 
-    def _compare(self, paths: Sequence[str], remainder: bool) -> str | None:
-        """Describe what is wrong when the weights at some paths are gated and the others stay; None if nothing."""
+    def _compare(self, paths: Sequence[str], remainder: bool, far: bool) -> str | None:
+        """Describe what is wrong when the weights at some paths are gated and the others stay; None if nothing.
+
+        Far from its own weights only outputs count, and nothing is said of NaN.
+        """
         components = self._components(paths)
         true, gradients = self._real(components, remainder)
         ours, hook_gradients = self._hooked(components, remainder)
         change, error = (true - self.before).norm(), (ours - true).norm()
-        if differ(ours, true, change, self.tolerance):
+        if differ(ours, true, change, self.tolerance) and not (far and not true.isfinite().all()):
             return (
                 f"{', '.join(paths)}: the network uses this weight in a way that its modules' calls do not show "
                 f"(changing it moves the output by {change:.3g}, of which the hooks at "
@@ -77,6 +82,8 @@ class Trial:
                 "a first argument whose first axis is the samples in their order, and give the product with it plus "
                 "what does not depend on it (a weight that is scaled or masked there needs a rule, apd.rules)"
             )
+        if far:
+            return None
         largest = torch.stack([gradient.norm() for gradient in gradients.values()]).max()
         self.steps = self.steps and not largest and bool(change or not hook_gradients)
         for path, gradient in gradients.items():
@@ -86,7 +93,8 @@ class Trial:
                     f"{path}: the gradients at {self.modules[path]} are not those of the weight: they differ by "
                     f"{(hook_gradient - gradient).norm():.3g} of {gradient.norm():.3g} (does forward differentiate?)"
                 )
-            if path not in hook_gradients and differ(self._moved(path), self.before, 0 * change, self.tolerance):
+            moved = self.before if path in hook_gradients else self._hooked(self._components([path]), True)[0]
+            if differ(moved, self.before, 0 * change, self.tolerance):
                 return (
                     f"{path}: no gradient reaches {self.modules[path]}, though the weight moves the output: it is "
                     "detached, run under torch.no_grad, or checkpointed with use_reentrant=True"
@@ -111,10 +119,6 @@ class Trial:
 
     def _components(self, paths: Sequence[str]) -> Components:
         return Components(*({path: self.parts[path][i] for path in paths} for i in (0, 1)))
-
-    @torch.no_grad()
-    def _moved(self, path: str) -> Tensor:
-        return self.network(self.x, self._components([path]), self.gates, remainder=True)
 
     def _hooked(self, components: Components, remainder: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """Run all samples at once through the network: outputs [n, ...], gradients [n, d_in, d_out] by path."""

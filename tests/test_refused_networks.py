@@ -519,3 +519,42 @@ def test_a_sample_on_which_everything_cancels_does_not_mix(seed: int) -> None:
     x[:2] = torch.randn(2, 6, generator=g) @ turn[6:]
     assert 0 < net(x)[:2].norm() < 1e-5 * net(x).norm()
     apd.Network(net, ["0.weight", "2.weight"]).check(x)
+
+
+class Clamped(nn.Linear):
+    """A linear layer of positive weights, which it keeps positive by a function that changes nothing near them."""
+
+    def __init__(self, keep: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(4, 4)
+        self.keep = keep
+        with torch.no_grad():
+            self.weight.copy_(torch.rand(4, 4, generator=torch.Generator().manual_seed(0)) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.keep(self.weight), self.bias)
+
+
+@pytest.mark.parametrize("keep", [torch.relu, torch.abs, lambda w: w.clamp(min=0.1)], ids=["relu", "abs", "clamp"])
+def test_a_weight_that_is_kept_positive_is_refused(keep: Callable[[Tensor], Tensor]) -> None:
+    """Near the target's weights nothing shows: components, of which a few are active, go far from them."""
+    network = apd.Network(first(Clamped(keep)), ["0.weight", "2.weight"])
+    with pytest.raises(ValueError, match=r"^0.weight: the network uses this weight in a way .*needs a rule, apd.rules"):
+        network.check(torch.randn(6, 4, generator=torch.Generator().manual_seed(1)))
+    apd.Network(first(Clamped(lambda w: w)), ["0.weight", "2.weight"]).check(torch.randn(6, 4))
+
+
+@pytest.mark.parametrize("outside", [torch.sqrt, torch.log, lambda h: torch.sqrt(h.clamp(min=0.0))])
+def test_a_network_without_numbers_far_from_its_weights_is_taken(outside: Callable[[Tensor], Tensor]) -> None:
+    """Outputs that are NaN there, infinite, or fine with a gradient that is not: of these nothing is said."""
+
+    def run(net: Any, x: Tensor) -> Tensor:
+        return net.b(outside(net.a(x)))
+
+    target = Net(run)
+    with torch.no_grad():
+        target.a.weight.abs_().add_(0.3)
+        target.a.bias.fill_(0.1)
+    network = apd.Network(target, ["a.weight", "b.weight"])
+    x = torch.rand(6, 4, generator=torch.Generator().manual_seed(1)) + 0.5
+    assert network(x).isfinite().all()
+    network.check(x)
