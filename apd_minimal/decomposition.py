@@ -124,13 +124,18 @@ class Decomposition:
         Raises:
             ValueError: the run had an attribution of its own and none is given, or an `output` and the target has
                 none, or the inputs do not fit.
+
+        Warns:
+            UserWarning: the target's parameters or buffers are others than when it was decomposed.
         """
         from .attributions import gradient
+        from .stored import warn_of_another
 
         checks.function("attribution", attribution)
         if attribution is None and self.attribution is not None:
             raise ValueError(f"attribution must be that of the run, {self.attribution}, got None")
         network, config = as_network(target, self.components), self.config
+        warn_of_another(self.fingerprint, network.target)
         if self.output is not None and network.output is None:
             raise ValueError(f"the run's outputs were picked by {self.output}: give Network(target, weights, output)")
         if attribution is not None:

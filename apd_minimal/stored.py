@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +18,8 @@ from .components import Components, usable
 from .config import Config
 from .decomposition import Decomposition, fingerprint
 from .network import Network
+
+NOT_FINITE = {"nan": None, "inf": "infinite", "-inf": "minus infinite"}  # what stands for them in a file
 
 
 def differences(stored: str, own: str) -> str:
@@ -34,6 +37,12 @@ def differences(stored: str, own: str) -> str:
             named.append(f"{path} was {before[0]}, is {after[0]}" + (", other values" if before[0] == after[0] else ""))
     text = f"its parameters hash to {stored[:12]}, these to {own[:12]}"
     return text + (f" ({'; '.join(named[:5])}{'; ...' if named[5:] else ''})" if named else "")
+
+
+def warn_of_another(stored: str, target: nn.Module) -> None:
+    """Warn if a target is another than the one of a fingerprint."""
+    if other := differences(stored, fingerprint(target.state_dict())):
+        warnings.warn(f"this is not the target that was decomposed: {other}", UserWarning, stacklevel=3)
 
 
 def logged(history: Any) -> dict[str, list[Any]]:
@@ -89,8 +98,8 @@ def _facts(decomposition: Decomposition) -> dict[str, Any]:
         "config": asdict(decomposition.config),
         "finished": decomposition.finished,
         "chosen": decomposition.chosen,
-        # Strict JSON knows no NaN.
-        "scores": [score if math.isfinite(score) else None for score in decomposition.scores],
+        # Strict JSON knows neither NaN nor infinite numbers.
+        "scores": [score if math.isfinite(score) else NOT_FINITE[str(score)] for score in decomposition.scores],
         "history": decomposition.history,
         "threshold": decomposition.threshold,
         "attribution": decomposition.attribution,
@@ -132,7 +141,7 @@ def load(folder: str | os.PathLike[str], target: nn.Module) -> Decomposition:
         restarts = usable(network._fit(_taken(tensors, weights, ".restarts"))) if tensors.keys() > factors else None
         if restarts is not None and restarts.restarts != len(facts["scores"]):
             raise ValueError(f"there are {len(facts['scores'])} scores, but factors of {restarts.restarts} restarts")
-        scores = [math.nan if score is None else checks.number("scores", score) for score in facts["scores"]]
+        scores = [_score(score) for score in facts["scores"]]
         return Decomposition(
             components=components,
             config=config,
@@ -149,6 +158,13 @@ def load(folder: str | os.PathLike[str], target: nn.Module) -> Decomposition:
             active_name=checks.kind("active", facts.get("active"), (str, type(None)), "a name or None"),
             threshold=None if (found := facts.get("threshold")) is None else checks.number("threshold", found),
         )
+
+
+def _score(stored: Any) -> float:
+    for text, instead in NOT_FINITE.items():
+        if stored == instead:
+            return float(text)
+    return checks.number("scores", stored)
 
 
 def _named(components: Components, ending: str) -> dict[str, Tensor]:
