@@ -140,11 +140,21 @@ def generator(value: Any) -> None:
     kind("generator", value, (torch.Generator, type(None)), "a torch.Generator or None")
 
 
-def tensor(name: str, value: Any, *shape: Any, finite: bool = True, real: bool = False) -> Tensor:
+def tensor(
+    name: str, value: Any, *shape: Any, finite: bool = True, real: bool | None = None, like: Any = None
+) -> Tensor:
     """Check for a tensor of a shape: sizes, names of sizes above 0, and at most one `...` for any number of axes.
 
+    Args:
+        name: of the argument, for the message.
+        value: what was given.
+        shape: what is expected.
+        finite: refuse NaN and infinite numbers.
+        real: True refuses all but floating-point types, None complex ones, False none.
+        like: refuse all but the type of these weights, unless autocast makes them alike.
+
     Raises:
-        TypeError: no tensor, a sparse or nested one, or none of floating point numbers, where `real` asks for them.
+        TypeError: no tensor, a sparse or nested one, or one of a type that `real` or `like` refuses.
         ValueError: another shape.
         NotFinite: NaN or infinite numbers, where `finite` asks for none.
     """
@@ -161,8 +171,11 @@ def tensor(name: str, value: Any, *shape: Any, finite: bool = True, real: bool =
         raise ValueError(f"{name} must be of shape [{axes}], got {given(value)}")
     if any(isinstance(w, str) and s == 0 for w, s in zip(expected, sizes, strict=True)):
         raise ValueError(f"{name} must hold at least one number, got {given(value)}")
-    if real and not value.is_floating_point():
-        raise TypeError(f"{name} must hold real numbers in floating point, got {given(value)}: give its .float()")
+    if value.is_complex() if real is None else real and not value.is_floating_point():
+        instead = ".real" if value.is_complex() else ".float()"
+        raise TypeError(f"{name} must hold real numbers in floating point, got {given(value)}: give its {instead}")
+    if like is not None and value.dtype != like.dtype and not torch.is_autocast_enabled(like.device.type):
+        raise TypeError(f"{name} must be of {like.dtype}, as the weights are, got {given(value)}")
     # Their sum is finite if all are, and taken in one pass; of large ones it may overflow.
     if finite and value.dtype != torch.bool and not value.sum().isfinite() and not value.isfinite().all():
         raise NotFinite(f"{name} must be finite, got NaN or infinite numbers in {given(value)}")
@@ -177,8 +190,6 @@ def gates(name: str, value: Any, *shape: Any) -> Tensor:
         ValueError: another shape, or numbers that are NaN or out of range.
     """
     plain = tensor(name, value, *shape, finite=False).detach()
-    if plain.is_complex():
-        raise TypeError(f"{name} must be boolean or in [0, 1], got {given(value)}")
     if plain.dtype != torch.bool and not ((plain >= 0) & (plain <= 1)).all():
         numbers = f"numbers from {float(plain.min()):.3g} to {float(plain.max()):.3g}"
         raise ValueError(f"{name} must be boolean or in [0, 1], got {given(value)}, {numbers}")
@@ -196,7 +207,7 @@ def leaves(name: str, value: Any) -> None:
             raise TypeError(f"{name} must be leaf tensors that require gradients, got {given(p)}, which is none")
 
 
-def matrices(name: str, value: Any, shapes: Mapping[str, Sequence[Any]], finite: bool = True) -> None:
+def matrices(name: str, value: Any, shapes: Mapping[str, Sequence[Any]], finite: bool = True, like: Any = None) -> None:
     """Check for a mapping from exactly these parameter paths to tensors of these shapes.
 
     Raises:
@@ -206,7 +217,7 @@ def matrices(name: str, value: Any, shapes: Mapping[str, Sequence[Any]], finite:
     if set(value) != set(shapes):
         raise ValueError(f"{name} must have the parameter paths {list(shapes)}, got {list(value)}")
     for path, shape in shapes.items():
-        tensor(f"{name}: {path}", value[path], *shape, finite=finite, real=True)
+        tensor(f"{name}: {path}", value[path], *shape, finite=finite, real=True, like=like)
 
 
 def inputs(x: Any) -> Tensor:
@@ -216,7 +227,7 @@ def inputs(x: Any) -> Tensor:
         TypeError, ValueError: no tensor, an empty one, or one with NaN or infinite numbers.
     """
     kind("x", x, Tensor, "one tensor [B, ...] (wrap a network that takes more in a module that takes one)")
-    return tensor("x", x, "B", ...)
+    return tensor("x", x, "B", ..., real=False)
 
 
 @contextmanager
@@ -320,7 +331,7 @@ def batch(x: Any, step: int) -> Tensor:
         ValueError: no tensor, an empty one, or numbers that are NaN or infinite.
     """
     if isinstance(x, Tensor):
-        tensor(f"what batches(step={step}) gives", x, ..., finite=False)
+        tensor(f"what batches(step={step}) gives", x, ..., finite=False, real=False)
     if not isinstance(x, Tensor) or x.ndim == 0 or len(x) == 0:
         from .hints import instead
 

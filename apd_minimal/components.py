@@ -40,8 +40,10 @@ class Components:
         for name in "AB":
             factors = checks.kind(name, getattr(self, name), dict, "a dict from parameter paths to tensors")
             for path, t in factors.items():
-                if not isinstance(t, Tensor) or not t.is_floating_point():
-                    raise TypeError(f"{name}: {path} must be a tensor of floating point numbers, got {checks.given(t)}")
+                if not isinstance(t, Tensor) or not t.is_floating_point() or t.layout != torch.strided:
+                    raise TypeError(
+                        f"{name}: {path} must be a dense tensor of floating point numbers, got {checks.given(t)}"
+                    )
         if not self.A or self.A.keys() != self.B.keys():
             raise ValueError(
                 f"A and B need the same parameter paths, at least one: got {list(self.A)} and {list(self.B)}"
@@ -131,7 +133,7 @@ class Components:
         A, B = {}, {}
         for path, P in matrices.items():
             checks.tensor(f"matrices: {path}", P, ..., "C", "d_in", "d_out")
-            U, S, Vh = torch.linalg.svd(_single(P), full_matrices=False)
+            U, S, Vh = torch.linalg.svd(single(P), full_matrices=False)
             root = S[..., :rank].sqrt()
             A[path] = (U[..., :rank] * root[..., None, :]).to(P.dtype)
             B[path] = (root[..., :, None] * Vh[..., :rank, :]).to(P.dtype)
@@ -208,14 +210,14 @@ class Components:
         a, b = self._factors(path)
         for name, factor in (("A", a), ("B", b)):
             checks.tensor(f"components.{name}: {path}", factor, ...)
-        r_a = torch.linalg.qr(_single(a)).R
-        r_b = torch.linalg.qr(_single(b).transpose(-2, -1)).R
+        r_a = torch.linalg.qr(single(a)).R
+        r_b = torch.linalg.qr(single(b).transpose(-2, -1)).R
         return torch.linalg.svdvals(r_a @ r_b.transpose(-2, -1))
 
     def ranks(self, threshold: float = 0.1) -> dict[str, Tensor]:
         """Compute effective ranks, [..., C] per path: singular values above `threshold` times the path's largest."""
         threshold = checks.number("threshold", threshold, 0, 1, below=True)
-        values = {path: self.singular_values(path) for path in self.paths}
+        values = {path: self.singular_values(path) for path in usable(self).paths}
         return {path: (s > threshold * s.amax(dim=(-2, -1), keepdim=True)).sum(-1) for path, s in values.items()}
 
     def norms(self) -> Tensor:
@@ -278,26 +280,30 @@ class Components:
 
 
 def usable(components: Any, alone: bool = False) -> Components:
-    """Check components as an argument: finite, and without restarts where one decomposition is expected.
+    """Check components as an argument: finite, at least one, and without restarts where one decomposition is expected.
 
     Args:
         components: the argument.
         alone: refuse an axis of restarts.
 
     Raises:
-        TypeError, ValueError: no components, not finite, or with restarts where one decomposition is expected.
+        TypeError, ValueError: no components, empty or not finite ones, or restarts where one decomposition is expected.
     """
     checks.kind("components", components, Components, "Components (a result has .components)")
     if alone and components.restarts is not None:
         raise ValueError("components must be without restarts, pick one restart first: components.restart(index)")
     for path in components.paths:
         for name in "AB":
-            checks.tensor(f"components.{name}: {path}", getattr(components, name)[path], ...)
+            checks.tensor(f"components.{name}: {path}", getattr(components, name)[path], ..., "C", "rows", "columns")
     return components
 
 
-def _single(t: Tensor) -> Tensor:
-    """Convert to single precision, unless it is double: torch's factorisations accept no others."""
+def single(t: Tensor) -> Tensor:
+    """Convert to single precision, unless it is double: torch's factorisations accept no others.
+
+    Args:
+        t: of any floating-point type.
+    """
     return t if t.dtype == torch.float64 else t.float()
 
 

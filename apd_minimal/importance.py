@@ -58,7 +58,7 @@ def leaky_clamp(value: Tensor, leak: float = 0.01) -> Tensor:
     Returns:
         Tensor: of the same shape, in [0, 1].
     """
-    checks.tensor("value", value, ..., finite=False)
+    checks.tensor("value", value, ..., finite=False, real=True)
     clamped: Tensor = _LeakyClamp.apply(value, checks.number("leak", leak, 0, 1))
     return clamped
 

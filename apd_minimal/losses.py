@@ -79,7 +79,7 @@ def kl(outputs: Tensor, target_outputs: Tensor) -> Tensor:
 
 def _same(outputs: Any, target_outputs: Any) -> None:
     """Check outputs, which may have more axes in front than the target's; nothing is broadcast."""
-    checks.tensor("target_outputs", target_outputs, "B", ..., finite=False)
+    checks.tensor("target_outputs", target_outputs, "B", ..., finite=False, real=True)
     checks.tensor("outputs", outputs, ..., *target_outputs.shape, finite=False, real=True)
 
 
@@ -156,16 +156,17 @@ def hidden(activations: Sequence[Tensor], target_activations: Sequence[Tensor]) 
         Tensor: mean squared error, summed over the modules; a scalar, or [restarts].
 
     Raises:
-        ValueError: no module, or not the same number of them.
+        ValueError: no module, or not the same number of them, or of restarts.
     """
     for name, given in (("activations", activations), ("target_activations", target_activations)):
         checks.kind(name, given, (list, tuple), "a list of tensors")
         for value in given:
             checks.tensor(name, value, "B", ..., finite=False)
-    if not activations or len(activations) != len(target_activations):
+    restarts = [a.shape[: a.ndim - t.ndim] for a, t in zip(activations, target_activations, strict=False)]
+    if len({*restarts}) != 1 or len(activations) != len(target_activations):
         raise ValueError(
-            f"activations and target_activations must be of the same modules, at least one: got {len(activations)} "
-            f"and {len(target_activations)}"
+            "activations and target_activations must be of the same modules, at least one, with the same restarts: got "
+            f"{len(activations)} and {len(target_activations)}, restarts {[*map(list, restarts)]}"
         )
     pairs = zip(activations, target_activations, strict=True)
     return torch.stack([minimality(sparse, full) for sparse, full in pairs]).sum(0)
@@ -216,7 +217,5 @@ def _checked(components: Any, mask: Any, p: Any) -> float:
 
 def _weigh(components: Components, mask: Tensor, powers: list[Tensor]) -> Tensor:
     """Weigh each component by the number of samples that use it: no [B, C, m] is formed."""
-    lead = powers[0].ndim - 1
-    counts = mask.flatten(lead, -2).sum(-2)  # [..., C]
-    samples = mask[..., 0].numel() / (mask.shape[0] if lead else 1)
-    return (counts * torch.stack(powers).sum(0)).sum(-1) / (components.n_entries * samples)
+    mask = mask.flatten(powers[0].ndim - 1, -2)  # [..., samples, C]
+    return (mask.sum(-2) * torch.stack(powers).sum(0)).sum(-1) / (components.n_entries * mask.shape[-2])

@@ -327,7 +327,6 @@ def _stack_gates(gates: Gates | None, components: Components | None, batch: int)
         checked, g = g, per_path[path]
         with suppress(RuntimeError):  # inside torch.vmap, tensors do not tell what they hold
             shape = *lead, batch, ..., components.n_components
-            if checks.tensor(f"gates for {path}", g, *shape, finite=g is not checked).is_complex():
-                raise TypeError(f"gates for {path} must be boolean or real numbers, got {checks.given(g)}")
+            checks.tensor(f"gates for {path}", g, *shape, finite=g is not checked)
         per_path[path] = g if lead else g[None]
     return per_path

@@ -96,7 +96,7 @@ class TransposedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., d_hidden] to [..., d]."""
-        checks.tensor("x", x, ..., len(self.weight), finite=False)
+        checks.tensor("x", x, ..., len(self.weight), finite=False, like=self.weight)
         return x @ self.weight
 
 

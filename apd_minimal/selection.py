@@ -173,16 +173,17 @@ class TopK(Selection):
         return batch_top_k(scores.flatten(1, -2), min(k / share, scores.shape[-1])).reshape(scores.shape).bool()
 
     def threshold(self, scores: Tensor) -> Tensor | None:
-        """Give the middle between the smallest active score and the largest inactive one; None per sample.
+        """Give the middle between the smallest active score and the largest inactive one, if any; None per sample.
 
         Args:
             scores: attributions [R, B, (positions,) C].
         """
         if self.per_sample:
             return None
-        flat = scores.flatten(1)
-        n = min(max(1, int(at_progress(self.top_k, 1.0) * scores[0, ..., 0].numel() + 1e-6)), flat.shape[1] - 1)
-        return flat.topk(n + 1, dim=1).values[:, -2:].mean(1) if n else flat.amin(1) / 2
+        n = min(max(1, int(at_progress(self.top_k, 1.0) * scores[0, ..., 0].numel() + 1e-6)), scores[0].numel())
+        # Below all of them stands one more, in case all are active.
+        flat = torch.nn.functional.pad(scores.flatten(1), (0, 1), value=torch.finfo(scores.dtype).min)
+        return flat.topk(n + 1, dim=1).values[:, -2:].mean(1)
 
     def active(self, scores: Tensor, threshold: Tensor | None) -> Tensor:
         """Say who is active: each sample's k most attributed, or what scores above the threshold.
@@ -231,7 +232,7 @@ class FinalSelection:
         Raises:
             ValueError: scores that are NaN, or gates of another shape than they.
         """
-        checks.tensor("the attributions (scores)", scores, "B", ..., "C")
+        checks.tensor("the attributions (scores)", scores, "B", ..., "C", real=True)
         return self._own("choose", scores, 1.0, 1.0)
 
     def mask(self, scores: Tensor) -> Tensor:
@@ -256,7 +257,7 @@ class FinalSelection:
             TypeError: the selection gives no boolean mask.
             ValueError: it has no threshold, or gives another shape.
         """
-        checks.tensor("the attributions (scores)", scores, "B", ..., "C")
+        checks.tensor("the attributions (scores)", scores, "B", ..., "C", real=True)
         threshold = None if self.threshold is None else scores.new_full((self.restarts,), self.threshold)
         mask = self._own("active", scores, threshold)
         if mask.dtype != torch.bool:

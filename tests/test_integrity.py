@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import os
 import random
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -166,6 +169,29 @@ def test_what_differs_between_targets_is_named(tmp_path: Path) -> None:
         apd.Decomposition.load(tmp_path, target().double())
 
 
+def test_attributions_on_another_target_come_with_a_warning() -> None:
+    result, target = runs.decompose(steps=2), runs.tms()
+    x = runs.batches(0, torch.Generator().manual_seed(0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        same = result.attributions(target, x)
+    with torch.no_grad():
+        target.bias += 0.1
+    for ask in (result.attributions, result.active):
+        with pytest.warns(
+            UserWarning, match=r"not the target that was decomposed: .*\(bias was \[5\] .*other values\)"
+        ):
+            assert ask(target, x).shape == same.shape
+
+
+def test_scores_that_are_not_finite_come_back(tmp_path: Path) -> None:
+    result = runs.decompose(steps=2)
+    for scores in ([math.inf, 0.5], [-math.inf, math.inf], [math.nan, 1.0]):
+        dataclasses.replace(result, scores=scores).save(tmp_path)
+        loaded = apd.Decomposition.load(tmp_path, runs.tms()).scores
+        np.testing.assert_array_equal(loaded, scores)
+
+
 def test_cfg_is_strict_json(tmp_path: Path) -> None:
     result = runs.decompose(steps=2)
     apd.Decomposition(**{**vars(result), "scores": [float("nan")] * 2}).save(tmp_path)
@@ -321,10 +347,17 @@ def test_indices_of_32_bits() -> None:
 def test_other_types_are_named() -> None:
     target = runs.tms()
     components = apd.Components.random({"encode.weight": (5, 2)}, 3)
-    with pytest.raises(ValueError, match=r"does not run on x, a tensor \[4, 5\] of torch.float64, with components of"):
+    with pytest.raises(
+        TypeError, match=r"x must be of torch.float32, as the weights are, got .* \[4, 5\] of torch.float64"
+    ):
         apd.attributions.gradient(target, components, torch.rand(4, 5).double())
-    with pytest.raises(ValueError, match=r"does not run on x, a tensor \[64, 5\] of torch.float64, with weights of"):
-        runs.decompose(lambda step, generator: runs.batches(step, generator).double())
+    # Others than the book's own do not say so themselves.
+    plain = nn.Sequential(nn.Linear(5, 2), nn.Linear(2, 5))
+    components = apd.Components.random({"0.weight": (5, 2)}, 3)
+    with pytest.raises(ValueError, match=r"does not run on x, a tensor \[4, 5\] of torch.float64, with components of"):
+        apd.attributions.gradient(plain, components, torch.rand(4, 5).double())
+    with pytest.raises(ValueError, match=r"does not run on x, a tensor \[4, 5\] of torch.float64, with weights of"):
+        apd.Network(plain, ["0.weight"]).check(torch.rand(4, 5).double())
 
 
 # What mutations have shown to be untested.

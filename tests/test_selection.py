@@ -84,20 +84,27 @@ def test_k_out_of_range(k: float) -> None:
             function(scores(5, 4), k)
 
 
-@given(st.integers(1, 3), st.integers(2, 20), st.sampled_from([(), (3,)]), st.integers(1, 6), st.floats(0.1, 0.9))
+@given(st.integers(1, 3), st.integers(2, 20), st.sampled_from([(), (3,)]), st.integers(1, 6), st.floats(0.1, 1.0))
 def test_the_threshold_keeps_as_many_as_the_batch_had(
     restarts: int, batch: int, positions: tuple[int, ...], C: int, share: float
 ) -> None:
-    """Among distinct scores, of each restart, and half-way to the next; one is kept at least, and one left out."""
+    """Among distinct scores, of each restart, and half-way to the next; one is kept at least; all are where k is C."""
     values = scores(restarts, batch, *positions, C)
     top, k = TopK(share * C), share * C
     threshold = top.threshold(values)
     assert threshold is not None
-    n = min(max(1, int(k * batch * math.prod(positions) + 1e-6)), values[0].numel() - 1)
+    n = max(1, int(k * batch * math.prod(positions) + 1e-6))
     for r in range(restarts):
         ordered = values[r].flatten().sort(descending=True).values
-        torch.testing.assert_close(threshold[r], (ordered[n - 1] + ordered[n]) / 2)
+        if n < len(ordered):
+            torch.testing.assert_close(threshold[r], (ordered[n - 1] + ordered[n]) / 2)
         assert int(top.active(values, threshold)[r].sum()) == n
+
+
+def test_with_k_of_all_components_other_samples_have_all_of_them_active_too() -> None:
+    top = TopK(4)
+    threshold = top.threshold(scores(2, 6, 4) + 5.0)
+    assert top.active(torch.tensor([[[-7.0, 0.0, 1e-9, 3.0]]]).expand(2, 1, 4), threshold).all()
 
 
 def test_k_is_compared_with_the_components_and_not_with_the_samples() -> None:

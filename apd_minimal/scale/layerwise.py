@@ -196,7 +196,7 @@ def similarity(masks: Mapping[str, Tensor]) -> tuple[list[Member], Tensor]:
         ValueError: no masks, or masks of other shapes, or of different samples.
     """
     checks.kind("masks", masks, Mapping, "a mapping from names of groups to masks")
-    shapes = {name: list(checks.gates(f"masks: {name}", mask, "B", ...).shape) for name, mask in masks.items()}
+    shapes = {name: list(checks.gates(f"masks: {name}", mask, "B", ..., "C").shape) for name, mask in masks.items()}
     if not masks or any(len(shape) != 2 for shape in shapes.values()) or len({s[0] for s in shapes.values()}) != 1:
         raise ValueError(f"masks must be [B, C of the group], with the same B, for at least one group; got {shapes}")
     members = [(name, c) for name, mask in masks.items() for c in range(mask.shape[1])]

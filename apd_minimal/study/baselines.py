@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..batch import Batches
-from ..components import Components, usable
+from ..components import Components, single, usable
 from ..losses import mse
 from .dictionaries import Dictionary as Dictionary
 from .dictionaries import Places, _places
@@ -293,8 +293,8 @@ def singular(weights: Mapping[str, Tensor]) -> Components:
     """
     parts = []
     for path, w in _matrices(weights).items():
-        U, S, Vh = torch.linalg.svd(w.detach(), full_matrices=False)
-        parts.append(Components({path: (U * S).T[:, :, None]}, {path: Vh[:, None, :]}))
+        U, S, Vh = torch.linalg.svd(single(w.detach()), full_matrices=False)
+        parts.append(Components({path: (U * S).T[:, :, None].to(w)}, {path: Vh[:, None, :].to(w)}))
     return beside(parts)
 
 
@@ -361,8 +361,9 @@ def match_directions(true: Tensor, found: Tensor, n_draws: int = 20, seed: int =
     Raises:
         TypeError, ValueError: other shapes, numbers that are not finite, n_draws below 1.
     """
-    checks.tensor("true", true, "J", "d")
-    checks.tensor("found", found, "F", true.shape[1])
+    checks.tensor("true", true, "J", "d", real=True)
+    checks.tensor("found", found, "F", true.shape[1], real=True)
+    true, found = single(true), single(found).to(single(true))
     n_draws, seed = checks.number("n_draws", n_draws, 1, whole=True), checks.number("seed", seed, 0, 2**62, whole=True)
     true, found = (t.detach() / t.detach().norm(dim=1, keepdim=True).clamp_min(1e-12) for t in (true, found))
     generator = torch.Generator().manual_seed(seed)
@@ -385,8 +386,8 @@ def copies(true: Tensor, found: Tensor, least: float = 0.9) -> Tensor:
     Raises:
         TypeError, ValueError: other shapes, or a cosine out of range.
     """
-    checks.tensor("true", true, "J", "d")
-    checks.tensor("found", found, "F", true.shape[1])
+    checks.tensor("true", true, "J", "d", real=True)
+    found = checks.tensor("found", found, "F", true.shape[1], real=True).to(true)
     least = checks.number("least", least, -1, 1)
     alike = torch.nn.functional.cosine_similarity(true[:, None], found[None], dim=2) >= least
     return (alike & found.any(1)).sum(1)
@@ -411,4 +412,4 @@ def owners(components: Components, truth: Mapping[str, Tensor], least: float = 0
     shapes = {path: ("J", *components.matrices(path).shape[1:]) for path in components.paths}
     checks.matrices("truth", truth, shapes)
     Z = torch.cat([truth[path].flatten(1) for path in components.paths], 1)
-    return (components.flat().detach() @ Z.T / Z.square().sum(1) >= least).sum(0)
+    return (components.flat().detach().to(Z) @ Z.T / Z.square().sum(1) >= least).sum(0)

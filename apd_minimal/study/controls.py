@@ -46,7 +46,7 @@ def rotated_columns(weights: Mapping[str, Tensor], basis: Tensor) -> Components:
         TypeError, ValueError: no matrices, matrices of different d_in, or a basis that is not orthonormal.
     """
     n = _inputs(weights)
-    checks.tensor("basis", basis, n, n)
+    checks.tensor("basis", basis, n, n, real=True)
     if not torch.allclose(basis.T @ basis, torch.eye(n).to(basis), atol=1e-4):
         raise ValueError("basis must be orthonormal, and basis^T basis is not the identity")
     A = {path: basis.T[:, :, None].to(w) for path, w in weights.items()}
@@ -75,7 +75,7 @@ def _inputs(weights: Mapping[str, Tensor]) -> int:
     """Check the matrices, and give d_in."""
     checks.kind("weights", weights, Mapping, "a mapping from parameter paths to matrices [d_in, d_out]")
     for path, w in weights.items():
-        checks.tensor(f"weights: {path}", w, "d_in", "d_out")
+        checks.tensor(f"weights: {path}", w, "d_in", "d_out", real=True)
     sizes = {path: len(w) for path, w in weights.items()}
     if len(set(sizes.values())) != 1:
         raise ValueError(f"weights must be of one d_in, got {sizes}")

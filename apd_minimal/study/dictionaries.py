@@ -104,7 +104,7 @@ class Dictionary(nn.Module):
         Args:
             x: what stands at the places that are read, side by side.
         """
-        x = checks.tensor("x", x, "B", len(self.encoder)) * self.scale_in
+        x = checks.tensor("x", x, "B", len(self.encoder), like=self.encoder) * self.scale_in
         codes = torch.relu((x - self.decoder_bias if self.centred else x) @ self.encoder + self.encoder_bias)
         if self.kind == "topk":
             kept = codes.topk(self.sparsity).indices
@@ -121,7 +121,8 @@ class Dictionary(nn.Module):
             codes: of the features.
             x: inputs [B, d_in], for the skip path; not used where there is none.
         """
-        x = checks.tensor("x", x, len(checks.tensor("codes", codes, "B", self.n_features)), len(self.encoder))
+        checks.tensor("codes", codes, "B", self.n_features, like=self.decoder)
+        checks.tensor("x", x, len(codes), len(self.encoder), like=self.encoder)
         out = codes @ self.decoder + self.decoder_bias
         return (out if self.skip is None else out + (x * self.scale_in) @ self.skip) / self.scale_out
 
@@ -147,7 +148,7 @@ class Dictionary(nn.Module):
             tuple: two scalars, in units of the scaled places, and the codes [B, F].
         """
         codes = self.encode(x)
-        checks.tensor("y", y, len(x), self.decoder.shape[1])
+        checks.tensor("y", y, len(x), self.decoder.shape[1], like=self.decoder)
         error = ((self.decode(codes, x) - y) * self.scale_out).square().sum(1).mean()
         lengths = torch.stack([part.norm(dim=1) for part in self.decoder.split(self.writes, dim=1)]).sum(0)
         weight = self.sparsity if self.kind == "relu" else 0.0

@@ -57,7 +57,7 @@ def information(mask: Tensor, label: Tensor, given: Tensor | None = None, seed: 
         TypeError, ValueError: fewer than 8 samples, other numbers of labels, labels that are no whole numbers, or a
             mask that is not finite.
     """
-    n = len(checks.tensor("mask", mask, "B", ...))
+    n = len(checks.tensor("mask", mask, "B", ..., "C"))
     for name, other in (("label", label), ("given", given)):
         if other is not None and len(checks.tensor(name, other, "B", finite=False)) != n:
             raise ValueError(

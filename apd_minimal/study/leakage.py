@@ -123,8 +123,8 @@ def nearer(own: Tensor, its: Tensor) -> float:
     Raises:
         TypeError, ValueError: no distances, or other numbers of them.
     """
-    checks.tensor("own", own, "n")
-    checks.tensor("its", its, "n")
+    checks.tensor("own", own, "n", real=True)
+    its = checks.tensor("its", its, "n", real=True).to(own)
     if len(own) != len(its) or not len(own):
         raise ValueError(f"own and its must be as many, at least one: {checks.given(own)} and {checks.given(its)}")
     alike = torch.isclose(its, own, rtol=1e-4, atol=1e-9)  # such as of outputs that are zero

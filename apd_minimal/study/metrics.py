@@ -176,14 +176,14 @@ def ownership(
         Ownership: one entry for each mechanism.
 
     Raises:
-        ValueError: components with restarts, or a truth of other paths or shapes.
+        ValueError: components with restarts, or a truth of other paths or shapes, or products that overflow.
     """
     components, truth = _in_one_type(components, truth)
     min_cosine, min_purity = (
         checks.number(name, value, -1, 1) for name, value in (("min_cosine", min_cosine), ("min_purity", min_purity))
     )
     shortest, longest = _interval("length_range", length_range)
-    P, Z = components.flat().detach(), _flat(truth, components.paths)
+    P, Z = checks.tensor("components' matrices", components.flat().detach(), ...), _flat(truth, components.paths)
     cosines = (Z / Z.norm(dim=1, keepdim=True)) @ (P / P.norm(dim=1, keepdim=True).clamp_min(1e-12)).T  # [J, C]
     rows, columns = linear_sum_assignment(cosines.cpu().numpy(), maximize=True)
     owner = torch.full((len(Z),), -1, device=Z.device)

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from .. import checks
-from ..components import Components, usable
+from ..components import Components, single, usable
 from ..decomposition import Decomposition
 from .matching import flat
 from .metrics import Truth, ownership
@@ -54,7 +54,7 @@ def matrices(components: Components, path: str | None = None, order: Sequence[in
     Raises:
         TypeError, ValueError: an order that is no list of components, or a path that they do not have.
     """
-    P = usable(components, alone=True).matrices(components.paths[0] if path is None else path).detach()
+    P = single(usable(components, alone=True).matrices(components.paths[0] if path is None else path).detach())
     if order is not None and (isinstance(order, (str, bytes)) or not isinstance(order, Sequence) or not order):
         raise TypeError(f"order must be a list of components, at least one, or None; got {checks.given(order)}")
     chosen = range(len(P)) if order is None else [checks.number("order", c, 0, len(P) - 1, whole=True) for c in order]
@@ -123,14 +123,14 @@ def components(decomposed: Decomposition | Components, truth: Truth | None = Non
     comps = decomposed.components if isinstance(decomposed, Decomposition) else decomposed
     usable(comps, alone=True)
     path = comps.paths[0] if path is None else path
-    P = comps.matrices(path).detach()
+    P = single(comps.matrices(path).detach())
     lengths = P.norm(dim=-1)  # [C, d_in]
     label = "input of the weight"
     if truth is not None:
         owner = ownership(comps, truth).owner
         order = [c for c in owner.tolist() if c >= 0]
         order += [c for c in range(comps.n_components) if c not in order]
-        U = torch.linalg.svd(truth[path], full_matrices=False).U[:, :, 0]  # [J, d_in]
+        U = torch.linalg.svd(truth[path].detach().to(P), full_matrices=False).U[:, :, 0]  # [J, d_in]
         lengths = (U @ P[order]).norm(dim=-1)  # [C, J]
         label = "true mechanism"
     with plt.style.context(STYLE):
@@ -190,7 +190,7 @@ def masks(mask: Tensor, ax: Axes | None = None) -> Figure:
     flat("mask", mask)
     with plt.style.context(STYLE):
         ax = _axes(ax, (4, 3))
-        ax.imshow(mask.detach(), cmap="Blues", vmin=0, vmax=1.3, aspect="auto", interpolation="nearest")
+        ax.imshow(mask.detach().float(), cmap="Blues", vmin=0, vmax=1.3, aspect="auto", interpolation="nearest")
         ax.set(xlabel="component", ylabel="sample")
     return _figure(ax)
 

@@ -64,9 +64,7 @@ class Corners:
     ) -> None:
         usable(components, alone=True)
         self.network, self.x, self.divergence = as_network(target, components), checks.inputs(x), divergence
-        checks.tensor("gates", gates, len(x), components.n_components)
-        if gates.dtype != torch.bool and not ((gates >= 0) & (gates <= 1)).all():
-            raise ValueError(f"gates must be in [0, 1], got from {float(gates.min())} to {float(gates.max())}")
+        checks.gates("gates", gates, len(x), components.n_components)
         self.components = components.map(Tensor.detach)
         self.gates = gates.detach().to(self.components.parameters()[0])
         with torch.no_grad(), checks.running(x, f"components of {self.gates.dtype}"):

@@ -149,7 +149,7 @@ class GatedFunctions(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map inputs [..., 1 + n_functions], x and then the bits, to y [..., 1], or to 3 y and the neurons."""
-        checks.tensor("x", x, ..., 1 + self.n_functions, finite=False)
+        checks.tensor("x", x, ..., 1 + self.n_functions, finite=False, like=self.layers[0][0].weight)
         stream, active = F.pad(x, (0, 1)), []
         for read, write in self.layers:
             active.append(torch.relu(read(stream)))

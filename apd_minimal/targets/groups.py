@@ -356,7 +356,7 @@ class GroupOperations(nn.Module):
             x: inputs [..., 2 N + S], the two one-hot vectors and then the switches.
         """
         tokens = 2 * self.n_tokens
-        checks.tensor("x", x, ..., tokens + len(self.opens), finite=False)
+        checks.tensor("x", x, ..., tokens + len(self.opens), finite=False, like=self.embed)
         squares = self.hidden(x[..., :tokens] @ self.embed).square()
         return self.out(squares * (x[..., tokens:] @ self.opens) if self.switches else squares)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
-from .training import numbers
+from .training import TOKEN_TYPES, numbers
 
 CIRCUITS = ("induction", "first", "table")
 ROLES = ("induction: sender", "induction: link", "induction: asker", "first: sender", "first: asker", "table")
@@ -187,7 +187,7 @@ class Induction(nn.Module):
 
     def _tokens(self, x: Tensor) -> Tensor:
         checks.tensor("x", x, ..., self.positions, finite=False)
-        if x.is_floating_point() or (x.numel() and not 0 <= int(x.min()) <= int(x.max()) <= 2 * len(self.corners)):
+        if x.dtype not in TOKEN_TYPES or (x.numel() and not 0 <= int(x.min()) <= int(x.max()) <= 2 * len(self.corners)):
             raise ValueError(f"x must be whole numbers from 0 to {2 * len(self.corners)}, got {checks.given(x)}")
         return x
 

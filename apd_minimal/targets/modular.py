@@ -169,7 +169,7 @@ class ModularArithmetic(nn.Module):
         Args:
             x: inputs [..., 2 n + S], the two one-hot vectors and then the switches.
         """
-        checks.tensor("x", x, ..., 2 * self.n + len(self.opens), finite=False)
+        checks.tensor("x", x, ..., 2 * self.n + len(self.opens), finite=False, like=self.embed)
         squares = self.hidden(x[..., : 2 * self.n] @ self.embed).square()
         return self.out(squares * (x[..., 2 * self.n :] @ self.opens) if self.switches else squares)
 
@@ -191,7 +191,7 @@ class ModularArithmetic(nn.Module):
         Args:
             x: inputs [B, 2 n + S], as `inputs` lists them.
         """
-        checks.tensor("x", x, "B", 2 * self.n + len(self.opens))
+        x = checks.tensor("x", x, "B", 2 * self.n + len(self.opens)).to(self.embed)
         a, b = x[:, : self.n].argmax(1), x[:, self.n : 2 * self.n].argmax(1)
         t = x[:, 2 * self.n :].argmax(1) if self.switches == "task" else torch.zeros_like(a)
         found = torch.zeros_like(a)

@@ -70,7 +70,7 @@ class ResidualMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., n_features] to outputs [..., n_features]."""
-        checks.tensor("x", x, ..., self.n_features, finite=False)
+        checks.tensor("x", x, ..., self.n_features, finite=False, like=self.embedding)
         r = x @ self.embedding
         for read, relu, write in zip(self.read, self.neurons, self.write, strict=True):
             r = r + write(relu(read(r)))
@@ -83,7 +83,7 @@ class ResidualMLP(nn.Module):
     @staticmethod
     def labels(x: Tensor) -> Tensor:
         """Compute the training labels x + ReLU(x)."""
-        checks.tensor("x", x, ..., finite=False)
+        checks.tensor("x", x, ..., finite=False, real=True)
         return x + torch.relu(x)
 
     @property
@@ -158,7 +158,7 @@ class ResidualMLP(nn.Module):
         Args:
             x: inputs [B, n_features].
         """
-        checks.tensor("x", x, ..., self.n_features, finite=False)
+        checks.tensor("x", x, ..., self.n_features, finite=False, like=self.embedding)
         E, out = self.embedding, x @ (self.embedding @ self.embedding.T)
         active: list[tuple[Tensor, Tensor]] = []  # a layer's activations, and the weights by which they write
         for read, write in self.layers:
@@ -195,7 +195,8 @@ class ResidualMLP(nn.Module):
     def _fits(self, components: Components, all_weights: bool) -> None:
         """Check that the components are of all its weights, or of some, and of no others."""
         own = {path: (..., self.get_parameter(path).shape[1], "m") for path in self.weights}
-        checks.matrices("components", components.A, {p: s for p, s in own.items() if all_weights or p in components.A})
+        own = {path: shape for path, shape in own.items() if all_weights or path in components.A}
+        checks.matrices("components", components.A, own, like=self.embedding)
 
     def ownership(
         self,
@@ -239,7 +240,7 @@ class ResidualMLP(nn.Module):
             Tensor: [B, C], or [restarts, B, C].
         """
         self._fits(usable(components), all_weights=False)
-        checks.tensor("x", x, "B", self.n_features)
+        checks.tensor("x", x, "B", self.n_features, like=self.embedding)
         stacked = components.stacked()
         layers = _compose(self, stacked.map(lambda t: t.flatten(0, 1)))
         # Without biases, attributions are proportional to the length of the input, so that they are computed once per

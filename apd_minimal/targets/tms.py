@@ -64,7 +64,7 @@ class TMS(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Reconstruct x [..., n_features]."""
-        checks.tensor("x", x, ..., self.n_features, finite=False)
+        checks.tensor("x", x, ..., self.n_features, finite=False, like=self.bias)
         x = x if self.rotation is None else x @ self.rotation
         hidden = self.encode(x)
         hidden = hidden if self.middle is None else self.middle(hidden)
@@ -294,10 +294,9 @@ class TMS(nn.Module):
             Tensor: [B, C], or [restarts, B, C].
         """
         components = usable(components)
-        checks.matrices(
-            "components", components.A, {path: (..., self.get_parameter(path).shape[1], "m") for path in self.weights}
-        )
-        checks.tensor("x", x, "B", self.n_features)
+        shapes = {path: (..., self.get_parameter(path).shape[1], "m") for path in self.weights}
+        checks.matrices("components", components.A, shapes, like=self.bias)
+        checks.tensor("x", x, "B", self.n_features, like=self.bias)
         on, Q = self(x) > 0, self.rotation
         x = x if Q is None else x @ Q
         W = self.encode.weight.T  # [n_features, d_hidden]

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from .. import checks
 
+TOKEN_TYPES = (torch.int64, torch.int32)  # all that embeddings take
+
 
 def numbers(seed: int, **least: tuple[Any, int]) -> list[int]:
     """Check a seed, and whole numbers against their minimum; return them as Python numbers."""

@@ -14,7 +14,7 @@ from .. import checks
 from ..attributions import gradient
 from ..components import Components
 from ..network import Network
-from .training import numbers, train
+from .training import TOKEN_TYPES, numbers, train
 
 TASKS = ("first", "last but one", "after", "fact", "other fact", "largest")
 LETTERS = 8  # in a question
@@ -141,7 +141,7 @@ class Transformer(nn.Module):
     def _tokens(self, x: Tensor) -> None:
         checks.tensor("x", x, ..., LETTERS + 1, finite=False)
         most = self.n_letters + len(TASKS) - 1
-        if x.is_floating_point():
+        if x.dtype not in TOKEN_TYPES:
             raise TypeError(f"x must be tokens, whole numbers from 0 to {most}, got {checks.given(x)}")
         if x.numel() and not 0 <= x.min() <= x.max() <= most:
             raise ValueError(f"x must be tokens from 0 to {most}, got {int(x.min())} to {int(x.max())}")
@@ -155,7 +155,7 @@ class Transformer(nn.Module):
         Raises:
             TypeError, ValueError: no tokens, or a row that is no question.
         """
-        self._tokens(x)
+        self._tokens(checks.tensor("x", x, "B", LETTERS + 1, finite=False))
         n = self.n_letters
         if not ((x[:, 0] >= n) & (x[:, 0] < n + len(TASKS)) & (x[:, 1:] < n).all(1) & (x[:, 1:] >= 0).all(1)).all():
             raise ValueError(
