@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
@@ -19,6 +20,7 @@ from .config import Config
 from .decomposition import Decomposition, fingerprint
 from .network import Network
 
+_hashed: WeakKeyDictionary[nn.Module, tuple[list[Any], str]] = WeakKeyDictionary()
 NOT_FINITE = {"nan": None, "inf": "infinite", "-inf": "minus infinite"}  # what stands for them in a file
 
 
@@ -41,7 +43,12 @@ def differences(stored: str, own: str) -> str:
 
 def warn_of_another(stored: str, target: nn.Module) -> None:
     """Warn if a target is another than the one of a fingerprint."""
-    if other := differences(stored, fingerprint(target.state_dict())):
+    # To hash a large target takes longer than to run it: once, until a tensor is replaced or written to.
+    state = {path: value for path, value in target.state_dict().items() if isinstance(value, Tensor)}
+    now = [(path, tensor.data_ptr(), tensor._version) for path, tensor in state.items()]
+    if target not in _hashed or _hashed[target][0] != now:
+        _hashed[target] = now, fingerprint(state)
+    if other := differences(stored, _hashed[target][1]):
         warnings.warn(f"this is not the target that was decomposed: {other}", UserWarning, stacklevel=3)
 
 

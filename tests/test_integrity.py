@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import apd_minimal as apd
-from apd_minimal import checks, store
+from apd_minimal import checks, store, stored
 from apd_minimal.components import normalise_columns
 from apd_minimal.store import StoreError
 
@@ -182,6 +182,27 @@ def test_attributions_on_another_target_come_with_a_warning() -> None:
             UserWarning, match=r"not the target that was decomposed: .*\(bias was \[5\] .*other values\)"
         ):
             assert ask(target, x).shape == same.shape
+    other = runs.tms()
+    other.load_state_dict(runs.tms().state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result.attributions(other, x)
+    other.encode.weight = nn.Parameter(other.encode.weight.detach() * 2)
+    with pytest.warns(UserWarning, match="encode.weight was"):
+        result.attributions(other, x)
+
+
+def test_a_target_is_hashed_again_only_when_it_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    result, target, calls = runs.decompose(steps=2), runs.tms(), []
+    x = runs.batches(0, torch.Generator().manual_seed(0))
+    monkeypatch.setattr(stored, "fingerprint", lambda state: calls.append(state) or result.fingerprint)
+    for _ in range(3):
+        result.attributions(target, x)
+    assert len(calls) == 1
+    with torch.no_grad():
+        target.bias += 0.1
+    result.attributions(target, x)
+    assert len(calls) == 2
 
 
 def test_scores_that_are_not_finite_come_back(tmp_path: Path) -> None:
