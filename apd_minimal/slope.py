@@ -25,7 +25,7 @@ def check_divergence(run: Run, x: Tensor) -> None:
 
     Raises:
         TypeError: the divergence has no derivative.
-        ValueError: it changes in steps.
+        ValueError: it changes in steps, or changes its arguments in place.
     """
     with torch.no_grad():
         wanted = run.target(x)
@@ -33,7 +33,13 @@ def check_divergence(run: Run, x: Tensor) -> None:
     errors = []
     for place in range(N_PLACES):
         outputs = (wanted + 0.5**place * (start - wanted)).requires_grad_()
-        error = sample_errors(outputs, wanted, run.divergence)
+        lent, versions = outputs.clone(), wanted._version
+        error = sample_errors(lent, wanted, run.divergence)
+        if lent._version or wanted._version != versions:
+            name = name_of(run.divergence)
+            raise ValueError(
+                f"divergence must leave the outputs that it is given as they are, got {name}, which does not"
+            )
         (slope,) = torch.autograd.grad(error.sum(), outputs, allow_unused=True)
         if slope is not None and slope.any():  # NaN counts
             return

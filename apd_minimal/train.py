@@ -119,10 +119,18 @@ class Run:
         return self.local.samples(checks.joined(batches))
 
     def attributions(self, x: Tensor, components: Components) -> Tensor:
-        """Score this process's components on its samples, as many at a time as a step has: [R, B, (positions,) C]."""
+        """Score this process's components on its samples, as many at a time as a step has: [R, B, (positions,) C].
+
+        Raises:
+            TypeError, ValueError: attributions of another shape, or that changed their arguments in place.
+        """
         scores = []
         for part in x.split(self.micro_batch or self.batch_size):
+            lent = [part, *components.parameters()]
+            versions = [t._version for t in lent]
             found = self.attribution(self.network, components.map(Tensor.detach), part)
+            if versions != [t._version for t in lent]:
+                raise ValueError("attribution must leave its components and x as they are: let it work on copies")
             shape = self.config.restarts, len(part), ..., components.n_components
             scores.append(checks.tensor("attributions", found, *shape, finite=False, real=True))
         # Under autocast some ways to attributions give bfloat16 and others do not.

@@ -171,6 +171,22 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: decompose(divergence=lambda a, b: apd.losses.mse(a, b).to(torch.cfloat)),
         "divergence .*complex64",
     ),
+    "a divergence that writes to the outputs": (
+        lambda: decompose(divergence=lambda a, b: a.sub_(b).square().mean(-1)),
+        "divergence must leave the outputs .*got .*<lambda>",
+    ),
+    "a divergence that writes to the target's": (
+        lambda: decompose(divergence=lambda a, b: b.sub_(a).square().mean(-1)),
+        "divergence must leave the outputs .*got .*<lambda>",
+    ),
+    "an attribution that writes to the inputs": (
+        lambda: decompose(attribution=lambda n, c, x: apd.attributions.gradient(n, c, x.mul_(2))),
+        "attribution must leave its components and x as they are",
+    ),
+    "an attribution that writes to the components": (
+        lambda: decompose(attribution=lambda n, c, x: apd.attributions.gradient(n, c.map(lambda t: t.mul_(2)), x)),
+        "attribution must leave its components and x as they are",
+    ),
     "mse of whole numbers": (lambda: apd.losses.mse(X.long(), X.long()), "outputs must hold real numbers .*int64"),
     "one class": (lambda: decompose(output=lambda o: o[:, :1], divergence="kl"), r"2 classes or more\], got .*, 1\]"),
     "the answer's number": (

@@ -62,6 +62,6 @@ def test_a_plain_run_loads_what_it_needs() -> None:
     """Besides the method: checks of the input, other kinds of uses, and what makes attributions fast."""
     done = subprocess.run([sys.executable, "-c", PLAIN_RUN], capture_output=True, text=True, check=True)
     lines = {str(Path(file).relative_to(PACKAGE)): code_lines(Path(file)) for file in done.stdout.split()}
-    assert sum(lines.values()) <= 2_875, sorted(lines.items(), key=lambda item: -item[1])
+    assert sum(lines.values()) <= 2_880, sorted(lines.items(), key=lambda item: -item[1])
     rooms = ("study", "book", "targets", "tidy", "scale", "attributions/shapley", "checkpoint", "store")
     assert not [name for name in lines if name.startswith(rooms)]
