@@ -176,7 +176,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         "divergence must leave the outputs .*got .*<lambda>",
     ),
     "a divergence that writes to the target's": (
-        lambda: decompose(divergence=lambda a, b: b.sub_(a).square().mean(-1)),
+        lambda: decompose(divergence=lambda a, b: (a - b.mul_(2)).square().mean(-1)),
         "divergence must leave the outputs .*got .*<lambda>",
     ),
     "an attribution that writes to the inputs": (
